@@ -1,0 +1,145 @@
+"""What both command lines share: verbs, arguments, one-line errors, exit codes, `--json`, signals.
+
+An argument with `=` is an override, one without is a layer or a name; what begins with `--` concerns this
+invocation alone.
+"""
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, NamedTuple, NoReturn
+
+from richkd.errors import ConfigError, Interrupted, RichkdError, Stopped
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_ACCESS = (errno.EACCES, errno.EROFS, errno.EPERM)
+
+
+class Done(NamedTuple):
+    """What a verb returns: the object that `--json` prints, and the exit code."""
+
+    answer: dict[str, Any]
+    code: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verb:
+    """One word of a command line.
+
+    Attributes:
+        run: Carries it out, given the parsed arguments: `words` and one attribute a flag.
+        help: What it does, in a line.
+        words: What its words are, for the usage.
+        flags: Flag without dashes -> what it does; with `=NAME` behind it takes a value.
+    """
+
+    run: Callable[[argparse.Namespace], Done]
+    help: str
+    words: str = "[LAYER.yaml ...] [key=value ...]"
+    flags: dict[str, str]
+
+
+class Stop:
+    """Remembers a signal; asked between steps. A second signal ends the run where it is."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    def __call__(self) -> int | None:
+        """Return the signal that came, None so far."""
+        return self.signum
+
+    def _handle(self, signum: int, _frame: object) -> None:
+        if self.signum is not None:
+            raise Interrupted(signum, "stopped at once; the last finished epoch is kept")
+        self.signum = signum
+        # not print: its lock may be held by the code that this interrupts
+        os.write(2, b"\nstopping at the next checkpoint; once more to stop at once\n")
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator["Stop"]:
+        """Handle SIGINT and SIGTERM inside the context."""
+        before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help.")
+
+
+def _parse(program: str, name: str, verb: Verb, argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog=f"{program} {name}",
+        usage=f"{program} {name} {verb.words} [--flags]",
+        description=verb.help,
+        allow_abbrev=False,
+    )
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    for flag, text in (
+        {"json": "print one JSON object as the last line of output"} | verb.flags
+    ).items():
+        flag, _, value = flag.partition("=")
+        kind = {"metavar": value} if value else {"action": "store_true"}
+        parser.add_argument(f"--{flag}", help=text, **kind)
+    return parser.parse_intermixed_args(argv)
+
+
+def _usage(program: str, about: str, verbs: dict[str, Verb]) -> str:
+    lines = [f"usage: {program} VERB [LAYER.yaml ...] [key=value ...] [--flags]", "", about, ""]
+    lines += [f"  {name:<10} {verb.help}" for name, verb in verbs.items()]
+    return "\n".join([*lines, "", f"{program} VERB --help shows a verb's flags."])
+
+
+def main(program: str, about: str, verbs: dict[str, Verb], argv: list[str]) -> int:
+    """Run one verb and return the exit code; errors that were foreseen are one line on standard error."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage(program, about, verbs), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    as_json = "--json" in argv
+    answer: dict[str, Any] = {}
+    try:
+        if argv[0] not in verbs:
+            near = get_close_matches(argv[0], verbs, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(verbs)}."
+            raise ConfigError(f"there is no verb {argv[0]}; {hint}")
+        verb = verbs[argv[0]]
+        arguments = _parse(program, argv[0], verb, argv[1:])
+        # the last line of standard output is the JSON object's alone
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            answer, code = verb.run(arguments)
+    except BrokenPipeError:  # the reader has gone; say nothing to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (RichkdError, OSError) as problem:
+        error = _foreseen(problem)
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        answer, code = {"error": str(error)}, error.exit_code
+    if as_json:
+        print(json.dumps(answer), flush=True)
+    return code
+
+
+def _foreseen(problem: RichkdError | OSError) -> RichkdError:
+    """Return what a failure of the system means to a user; others stay exceptions with a traceback."""
+    if isinstance(problem, RichkdError):
+        return problem
+    where = f" ({problem.filename})" if problem.filename else ""
+    if problem.errno in NO_SPACE:
+        return Stopped(
+            f"the disk is full{where}; free some space and go on with the same command and --resume."
+        )
+    if problem.errno in NO_ACCESS:
+        return ConfigError(f"{problem.strerror}{where}; choose another storage or cache.")
+    raise problem

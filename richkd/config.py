@@ -1,0 +1,518 @@
+"""What one run is made of: frozen dataclasses, and how YAML layers and overrides become them.
+
+    defaults < preset of the method < layers, left to right < key=value
+
+A layer is YAML read as data: numbers and booleans as in YAML 1.2 (`no` and `010` are text), no tags, no
+aliases, no interpolation.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from richkd import methods
+from richkd.errors import ConfigError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+DEFAULT_LAYER = CONF / "digits.yaml"
+SWEEP_SECTIONS = (
+    "sweep",
+    "refit",
+    "warmstart",
+    "resources",
+    "tracking",
+)  # no matter of a single run
+TABLES = ("sweep.space.", "sweep.settings.")  # their keys are dotted keys themselves
+UNHASHED = ("device", "storage", "cache")  # change no result
+MAX_BYTES, MAX_DEPTH = 1_000_000, 8
+
+T = TypeVar("T")
+
+
+def in_range(name: str, value: float | None, low: float, high: float) -> None:
+    """Raise ConfigError unless `value` is None or lies in `low` to `high`; NaN lies nowhere."""
+    if value is not None and not low <= value <= high:
+        raise ConfigError(f"{name} must lie in {low} to {high} but got {value}.")
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)} but got {value!r}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """Which images, and which of them are learnt from."""
+
+    source: str = "digits"
+    validation: int = 400  # training rows held out, on which settings and epochs are chosen
+    seed: int = 0  # of the split and of the labelled subset
+    labelled_per_class: int | None = None  # None: every transfer row keeps its label
+    labelled_share: float | None = None  # share of labelled rows in each batch; None: as they fall
+
+    def __post_init__(self) -> None:
+        in_range("data.validation", self.validation, 1, 10_000_000)
+        in_range("data.seed", self.seed, 0, 2**31 - 1)
+        in_range("data.labelled_per_class", self.labelled_per_class, 1, 10_000_000)
+        in_range("data.labelled_share", self.labelled_share, 0.01, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Student:
+    """The network that is trained."""
+
+    name: str = "resnet8x4"
+    shortcut: str = "B"  # of ResNets: A pads with zeros, B is a 1 x 1 convolution
+
+    def __post_init__(self) -> None:
+        one_of("student.shortcut", self.shortcut, ("A", "B"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Teacher:
+    """The task teacher: a checkpoint, given logits, or trained on the labelled rows if neither."""
+
+    name: str = "resnet32x4"  # of the network that is trained
+    shortcut: str = "B"
+    epochs: int = 240
+    lr: float = 0.05
+    checkpoint: str | None = None  # a run or a checkpoint of richkd
+    logits: str | None = (
+        None  # FILE.npy, FILE.npz:KEY or FILE.safetensors:KEY; a row a training image
+    )
+
+    def __post_init__(self) -> None:
+        one_of("teacher.shortcut", self.shortcut, ("A", "B"))
+        in_range("teacher.epochs", self.epochs, 1, 100_000)
+        in_range("teacher.lr", self.lr, 1e-8, 100)
+        if self.checkpoint is not None and self.logits is not None:
+            raise ConfigError(
+                f"teacher.checkpoint and teacher.logits exclude each other but both are given "
+                f"({self.checkpoint}, {self.logits}); leave one out."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clip:
+    """The zero-shot teacher."""
+
+    model: str = "ViT-B-32"  # a name of open_clip's, or `miniature`
+    pretrained: str | None = "laion2b_s34b_b79k"  # open_clip's tag or a file; None: random weights
+    prompts: str = "rich12"  # a named set or a text file
+    scale: int | float | str = "model"  # model | match_std | calibrated | none | a logit scale
+    reduce: str = "embedding"  # how several prompts become one classifier
+    logits: str | None = None  # as teacher.logits, instead of a model
+
+    def __post_init__(self) -> None:
+        one_of("clip.reduce", self.reduce, ("embedding", "logits", "probs"))
+        if isinstance(self.scale, str):
+            one_of("clip.scale", self.scale, ("model", "match_std", "calibrated", "none"))
+        else:
+            in_range("clip.scale", self.scale, 1e-3, 1e5)
+            object.__setattr__(self, "scale", float(self.scale))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fusion:
+    """How the two teachers become one."""
+
+    alpha: float = 0.7  # weight of the task teacher
+    space: str = "logits"  # `probs` mixes probabilities, as the supplement's theory writes it
+
+    def __post_init__(self) -> None:
+        in_range("fusion.alpha", self.alpha, 0, 1)
+        one_of("fusion.space", self.space, ("logits", "probs"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """The preset of weights that lies under everything else."""
+
+    name: str = "richkd-l"
+
+    def __post_init__(self) -> None:
+        methods.get(self.name)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """Weights and temperature of the loss."""
+
+    ce: float = 1.0
+    logit: float = 3.0
+    temperature: float = 3.0
+    temperature_of: str = (
+        "fused"  # `task`: as sharp as the task teacher's logits are at `temperature`
+    )
+
+    def __post_init__(self) -> None:
+        in_range("loss.ce", self.ce, 0, 1e6)
+        in_range("loss.logit", self.logit, 0, 1e6)
+        in_range("loss.temperature", self.temperature, 0.01, 1000)
+        one_of("loss.temperature_of", self.temperature_of, ("fused", "task"))
+        if self.ce == self.logit == 0:
+            raise ConfigError("loss.ce and loss.logit cannot both be 0; nothing would be learnt.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Train:
+    """Plain SGD with momentum, the learning rate following a cosine to 0, step by step."""
+
+    epochs: int = 240
+    batch_size: int = 64
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        in_range("train.epochs", self.epochs, 1, 100_000)
+        in_range("train.batch_size", self.batch_size, 2, 1_000_000)
+        in_range("train.lr", self.lr, 1e-8, 100)
+        in_range("train.momentum", self.momentum, 0, 0.9999)
+        in_range("train.weight_decay", self.weight_decay, 0, 10)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One run, fully resolved."""
+
+    data: Data = field(default_factory=Data)
+    student: Student = field(default_factory=Student)
+    teacher: Teacher = field(default_factory=Teacher)
+    clip: Clip = field(default_factory=Clip)
+    fusion: Fusion = field(default_factory=Fusion)
+    method: Method = field(default_factory=Method)
+    loss: Loss = field(default_factory=Loss)
+    train: Train = field(default_factory=Train)
+    seed: int = (
+        0  # of initial weights, order, augmentation and (with data.seed) the labelled subset
+    )
+    device: str = "auto"  # auto | cpu | cuda
+    storage: str = "runs"  # folder of run folders
+    cache: str | None = None  # None: RICHKD_CACHE, else ~/.cache/richkd
+
+    def __post_init__(self) -> None:
+        in_range("seed", self.seed, 0, 2**31 - 1)
+        one_of("device", self.device, ("auto", "cpu", "cuda"))
+
+
+class Entry(NamedTuple):
+    """One explicit setting: dotted key, plain value, and where it was written."""
+
+    key: str
+    value: Any
+    origin: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layers:
+    """Explicit settings in the order in which they apply, later ones on top."""
+
+    entries: tuple[Entry, ...] = ()
+
+    def over(self, origin: str, settings: Mapping[str, Any]) -> "Layers":
+        """Return these layers with dotted `settings` on top."""
+        added = (Entry(key, value, origin) for key, value in settings.items())
+        return Layers(entries=(*self.entries, *added))
+
+    def under(self, other: "Layers") -> "Layers":
+        """Return these layers with `other` on top."""
+        return Layers(entries=(*self.entries, *other.entries))
+
+    def sets(self, key: str) -> bool:
+        """Whether any of these layers sets `key`."""
+        return any(entry.key == key for entry in self.entries)
+
+    def to_list(self) -> list[list]:
+        """Return plain JSON."""
+        return [list(entry) for entry in self.entries]
+
+    @classmethod
+    def from_list(cls, entries: list[list]) -> "Layers":
+        """Undo `to_list`."""
+        return cls(entries=tuple(Entry(*entry) for entry in entries))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core schema for plain scalars; no aliases."""
+
+    yaml_implicit_resolvers: dict = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", mark)
+        return super().compose_node(parent, index)
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[1-9][0-9]*(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)"
+        r"|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
+    )
+
+
+def _values(node: yaml.Node, loader: _Loader, origin: str, depth: int = 0) -> Any:
+    """Turn a YAML node into plain data; mappings become lists of (key, value, line) at any depth."""
+    where = f"{origin}:{node.start_mark.line + 1}"
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{where}: a layer may be nested {MAX_DEPTH} deep; flatten it.")
+    kind = node.tag.rpartition(":")[2]
+    if not node.tag.startswith("tag:yaml.org,2002:") or kind not in (
+        *("map", "seq", "str", "int", "float", "bool", "null"),
+    ):
+        raise ConfigError(f"{where}: the tag {node.tag} is not allowed; a layer is plain data.")
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(_values(item, loader, origin, depth + 1)) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        found: list[Entry] = []
+        for key_node, value_node in node.value:
+            line = f"{origin}:{key_node.start_mark.line + 1}"
+            key = key_node.value
+            if not isinstance(key, str):
+                raise ConfigError(f"{line}: a key must be text but got a list or a mapping.")
+            if any(entry.key == key for entry in found):
+                raise ConfigError(f"{line}: {key} is given twice; leave one out.")
+            found.append(Entry(key, _values(value_node, loader, origin, depth + 1), line))
+        return found
+    value = loader.construct_object(node)
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(
+            f"{where}: {value!r} holds ${{, and interpolation is not done; write the value."
+        )
+    return value
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Entry)
+
+
+def _plain(value: Any) -> Any:
+    return {entry.key: _plain(entry.value) for entry in value} if _is_mapping(value) else value
+
+
+def _flat(entries: list[Entry], prefix: str = "") -> Iterator[Entry]:
+    """Yield dotted entries; the values of TABLES stay whole, since their own keys are dotted."""
+    for entry in entries:
+        key = prefix + entry.key
+        if not _is_mapping(entry.value) or key.startswith(TABLES):
+            yield Entry(key, _plain(entry.value), entry.origin)
+        else:
+            yield from _flat(entry.value, f"{key}.")
+
+
+def _parse(text: str, origin: str) -> Any:
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return None if node is None else _values(node, loader, origin)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{origin}{line}: not valid YAML: {problem}.") from error
+
+
+def find_layer(name: str) -> Path:
+    """Return the file of a layer: as given, else under `conf/`, with or without `.yaml`."""
+    for path in (Path(name), CONF / name, CONF / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    names = [path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")]
+    near = get_close_matches(name, [*names, *(n.removesuffix(".yaml") for n in names)], 1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names))}."
+    raise ConfigError(f"the layer {name} is neither a file here nor under conf/; {hint}")
+
+
+def read_layer(path: Path) -> Layers:
+    """Read one YAML file.
+
+    Raises:
+        ConfigError: If it is no plain mapping in UTF-8 of at most a megabyte; with the line.
+    """
+    content = path.read_bytes()
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{path} has {len(content)} bytes; a layer may have {MAX_BYTES}.")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} must be UTF-8 text: {error}.") from error
+    entries = _parse(text, str(path))
+    if entries is not None and not _is_mapping(entries) and entries != []:
+        raise ConfigError(
+            f"{path} must hold `section: ...` or `key: value` lines but got {entries!r}."
+        )
+    return Layers(entries=tuple(_flat(entries or [])))
+
+
+def read(arguments: list[str]) -> Layers:
+    """Turn command-line arguments into layers: files, and `key=value` on top of all of them.
+
+    The embedded default lies under them unless one of the files or overrides sets `data.source`.
+    """
+    given = Layers()
+    for name in (a for a in arguments if "=" not in a):
+        given = given.under(read_layer(find_layer(name)))
+    for override in (a for a in arguments if "=" in a):
+        key, _, text = override.partition("=")
+        if not key.strip():
+            raise ConfigError(f"an override is key=value but got {override!r}.")
+        value = _parse(text, override)
+        given = given.under(Layers(entries=tuple(_flat([Entry(key.strip(), value, "")]))))
+    if given.sets("data.source"):
+        return given
+    return read_layer(DEFAULT_LAYER).under(given)
+
+
+def _leaves(schema: type, prefix: str = "") -> dict[str, Any]:
+    """Return the type of each dotted key of a dataclass."""
+    found = {}
+    hints = get_type_hints(schema)
+    for part in fields(schema):
+        hint = hints[part.name]
+        if is_dataclass(hint):
+            found |= _leaves(hint, f"{prefix}{part.name}.")
+        else:
+            found[prefix + part.name] = hint
+    return found
+
+
+def _say(hint: Any) -> str:
+    if isinstance(hint, UnionType):
+        return " or ".join(_say(part) for part in get_args(hint))
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    words |= {type(None): "null", dict: "a mapping", tuple: "a list"}
+    return words.get(get_origin(hint) or hint, str(hint))
+
+
+def _unknown(entry: Entry, known: dict[str, Any]) -> ConfigError:
+    where = f"{entry.origin}: " if entry.origin else ""
+    sections = [key for key in known if key.startswith(f"{entry.key}.")]
+    if sections:
+        return ConfigError(
+            f"{where}{entry.key} is a section but got the value {entry.value!r}; "
+            f"set one of its keys, such as {sections[0]}."
+        )
+    near = get_close_matches(entry.key, known, 1, cutoff=0.5)
+    tops = dict.fromkeys(key.split(".")[0] for key in known)
+    hint = f"did you mean {near[0]}?" if near else f"keys begin with {', '.join(tops)}."
+    return ConfigError(f"{where}there is no key {entry.key}; {hint}")
+
+
+def _resolve(schema: type[T], entries: tuple[Entry, ...]) -> T:
+    known = _leaves(schema)
+    tables = {key for key, hint in known.items() if get_origin(hint) is dict}
+    node = OmegaConf.structured(schema)
+    for part in {
+        key.rpartition(".")[0] for key in known
+    }:  # read-only, since the classes are frozen
+        OmegaConf.set_readonly(OmegaConf.select(node, part) if part else node, False)
+    filled: dict[str, dict[str, Any]] = {key: {} for key in tables}
+    for entry in entries:
+        if isinstance(entry.value, str) and "${" in entry.value:
+            raise ConfigError(f"{entry.key}: {entry.value!r} holds ${{; write the value.")
+        table = next((key for key in tables if entry.key.startswith(f"{key}.")), None)
+        if table is not None:
+            filled[table][entry.key.removeprefix(f"{table}.")] = entry.value
+            continue
+        if entry.key not in known:
+            if entry.value is None and any(key.startswith(f"{entry.key}.") for key in known):
+                continue  # a section whose keys are all commented out
+            raise _unknown(entry, known)
+        if entry.value in (None, [], {}) and entry.key in tables:
+            filled[entry.key].clear()  # `sweep.space={}` empties what layers below filled
+            continue
+        try:
+            OmegaConf.update(node, entry.key, entry.value, merge=False)
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            where = f"{entry.origin}: " if entry.origin else ""
+            raise ConfigError(
+                f"{where}{entry.key} must be {_say(known[entry.key])} but got {entry.value!r}."
+            ) from error
+    for key, table in filled.items():
+        kept = {name: value for name, value in table.items() if value is not None}
+        OmegaConf.update(node, key, kept, merge=False)
+    return OmegaConf.to_object(node)
+
+
+def build(layers: Layers, schema: type[T] = Config) -> T:
+    """Resolve layers into a dataclass.
+
+    Args:
+        layers: Explicit settings.
+        schema: `Config`, under which the method's preset is laid and in which the sections of a sweep are
+            passed over; or another dataclass, which takes its own sections and leaves the rest.
+
+    Raises:
+        ConfigError: If a key is unknown, a value has another type or lies outside its range, or what makes
+            the method is contradicted.
+    """
+    if schema is not Config:
+        own = tuple(part.name for part in fields(schema))
+        return _resolve(schema, tuple(e for e in layers.entries if e.key.split(".")[0] in own))
+    entries = tuple(e for e in layers.entries if e.key.split(".")[0] not in SWEEP_SECTIONS)
+    names = [entry.value for entry in entries if entry.key == "method.name"]
+    name = names[-1] if names else Method().name
+    preset = methods.get(name if isinstance(name, str) else repr(name))
+    beneath = tuple(Entry(key, value, "") for key, value in preset.settings.items())
+    config = _resolve(Config, beneath + entries)
+    shown = flatten(to_dict(config))
+    for key in preset.fixed:
+        if shown[key] != preset.settings[key]:
+            raise ConfigError(
+                f"method.name={name} means {key}={preset.settings[key]:g} but got {shown[key]:g}; "
+                "leave it out, or use method.name=richkd-l."
+            )
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a config as nested plain data."""
+    return asdict(config)
+
+
+def from_dict(nested: dict[str, Any]) -> Config:
+    """Undo `to_dict`, with all checks."""
+    return build(Layers().over("", flatten(nested)))
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested plain data by dotted key."""
+    found = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and not f"{prefix}{key}".startswith(TABLES):
+            found |= flatten(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def dump(config: Any) -> str:
+    """Return a config as YAML that `read_layer` reads back."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def digest(config: Config) -> str:
+    """Return 12 hexadecimal digits that change with everything that changes a result."""
+    kept = {key: value for key, value in to_dict(config).items() if key not in UNHASHED}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,276 @@
+"""Layers, overrides, types, ranges, typos and the digest."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from richkd import config, methods
+from richkd.config import Config, Layers, build, digest, dump, flatten, from_dict, read, to_dict
+from richkd.errors import ConfigError
+from tune.settings import Settings
+
+CONF = sorted(config.CONF.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONF, ids=lambda path: path.relative_to(config.CONF).as_posix())
+def test_every_layer_under_conf_loads(path):
+    layers = read([str(path)])
+    assert build(layers) == build(read([path.relative_to(config.CONF).as_posix()]))
+    build(layers, Settings)
+
+
+def layer(folder: Path, text: str | bytes) -> str:
+    path = folder / "layer.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def test_later_layers_and_overrides_win(tmp_path):
+    one = layer(tmp_path, "train: {lr: 0.1, epochs: 7}\n")
+    (tmp_path / "two.yaml").write_text("train:\n  lr: 0.2\n")
+    assert build(read([one])).train.lr == 0.1
+    found = build(read(["train.momentum=0.5", one, str(tmp_path / "two.yaml")])).train
+    assert (found.lr, found.epochs, found.momentum) == (0.2, 7, 0.5)
+    assert build(read([one, "train.lr=0.3"])).train.lr == 0.3
+
+
+def test_a_method_lies_under_the_layers_whatever_their_order():
+    found = build(read(["loss.temperature=2", "method.name=kd-crd"]))
+    assert (found.loss.ce, found.loss.logit, found.loss.temperature) == (0.1, 0.9, 2.0)
+    assert found.fusion.alpha == 1
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_each_method_builds_as_its_table_says(name):
+    shown = flatten(to_dict(build(read([f"method.name={name}"]))))
+    assert {key: shown[key] for key in methods.METHODS[name].settings} == methods.METHODS[
+        name
+    ].settings
+
+
+def test_digits_lie_under_unless_a_source_is_given(tmp_path):
+    assert build(read([])).student.name == "cnn8"
+    assert build(read(["data.source=digits"])).student.name == Config().student.name
+    other = layer(tmp_path, "data: {source: digits}\n")
+    assert build(read([other])).student.name == Config().student.name
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("no", "no"), ("010", "010"), ("on", "on"), ("1e3", "1000.0"), ("~", None), ("'8'", "8")],
+)
+def test_text_stays_text(text, value):
+    assert build(read([f"teacher.checkpoint={text}"])).teacher.checkpoint == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("100", 100.0), ("1e2", 100.0), ("100.", 100.0), ("none", "none")]
+)
+def test_a_scale_is_a_number_or_a_name(text, value):
+    assert build(read([f"clip.scale={text}"])).clip.scale == value
+
+
+BAD = {
+    "train.lrr=1": ["train.lrr", "train.lr"],
+    "trian.lr=1": ["train.lr"],
+    "train.lr=x": ["train.lr", "number", "'x'"],
+    "train.lr=nan": ["train.lr", "nan"],
+    "train.lr=.inf": ["train.lr", "inf"],
+    "train.lr=1e308": ["train.lr", "1e+308"],
+    "train.lr=[1]": ["train.lr", "number"],
+    "train.lr={a: 1}": ["train.lr.a"],
+    "train.epochs=2.5": ["train.epochs", "whole number", "2.5"],
+    "train.epochs=-1": ["train.epochs", "-1"],
+    "train.epochs=1000000000000": ["train.epochs"],
+    "train.epochs=true": ["train.epochs", "True"],
+    "fusion.alpha=1.5": ["fusion.alpha", "0 to 1", "1.5"],
+    "loss.temperature=1e-6": ["loss.temperature", "0.01"],
+    "seed=": ["seed"],
+    "seed=-1": ["seed", "-1"],
+    "device=tpu": ["device", "'tpu'"],
+    "clip.scale=modle": ["clip.scale", "match_std"],
+    "method.name=kdd": ["method.name", "kd"],
+    "data=digits": ["data", "section"],
+    "storage=${oc.env:HOME}": ["${"],
+    "storage=!!python/object/apply:os.system ['x']": ["tag"],
+    "storage=*anchor": ["alias"],
+    "storage={": ["YAML"],
+    "=1": ["key=value"],
+    "_target_=os.system": ["_target_"],
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_a_bad_override_is_refused_in_one_line(override):
+    with pytest.raises(ConfigError) as caught:
+        build(read([override]))
+    assert "\n" not in str(caught.value)
+    for word in BAD[override]:
+        assert word in str(caught.value)
+
+
+BAD_LAYERS = {
+    "train:\n  lr: 1\n  lr: 2\n": [":3", "twice"],
+    "train:\n  lrr: 1\n": [":2", "train.lr"],
+    "train:\n\tlr: 1\n": [":2"],
+    "a: &a [x]\nb: *a\n": [":2", "alias"],
+    "seed: !!python/name:os.system\n": [":1", "tag"],
+    "- 1\n- 2\n": ["section"],
+    "a: {a: {a: {a: {a: {a: {a: {a: {a: {a: 1}}}}}}}}}\n": ["nested"],
+    "? [1]\n: 2\n": ["key"],
+    "train:\n  epochs: ten\n": [":2", "train.epochs", "'ten'"],
+    "data:\n  root: ${oc.env:HOME}\n": [":2", "${"],
+    b"\xff\xfe\x00": ["UTF-8"],
+    "#" * 1_100_000: ["1000000"],
+    "seed: 2001-01-01\n": ["seed"],
+    "[" * 1500: ["layer"],
+}
+
+
+@pytest.mark.parametrize("text", BAD_LAYERS, ids=range(len(BAD_LAYERS)))
+def test_a_bad_layer_is_refused_with_its_line(tmp_path, text):
+    with pytest.raises(ConfigError) as caught:
+        build(read([layer(tmp_path, text)]))
+    assert "\n" not in str(caught.value)
+    for word in ["layer.yaml", *BAD_LAYERS[text]]:
+        assert word in str(caught.value)
+
+
+def test_a_byte_order_mark_and_empty_sections_are_fine(tmp_path):
+    path = layer(tmp_path, b"\xef\xbb\xbfseed: 3\ntrain:\n")
+    assert build(read([path])).seed == 3
+    assert build(read([layer(tmp_path, "# nothing\n")])) == build(read([]))
+
+
+def test_a_missing_layer_suggests_the_nearest():
+    with pytest.raises(ConfigError, match=r"digist.yaml .* digits.yaml"):
+        read(["digist.yaml"])
+
+
+def test_what_makes_a_method_is_not_contradicted():
+    with pytest.raises(ConfigError, match=r"method.name=kd means fusion.alpha=1 but got 0.5"):
+        build(read(["method.name=kd", "fusion.alpha=0.5"]))
+
+
+def test_a_run_passes_over_the_sections_of_a_sweep_and_a_sweep_does_not():
+    layers = read(["sweep.trialz=3"])
+    build(layers)
+    with pytest.raises(ConfigError, match=r"sweep.trialz; did you mean sweep.trials"):
+        build(layers, Settings)
+
+
+def test_tables_are_merged_key_by_key():
+    space = build(
+        read(["sweep.space.train.lr={loguniform: [0.01, 0.1]}", "sweep.space.loss.logit="]),
+        Settings,
+    )
+    assert space.sweep.space["train.lr"] == {"loguniform": [0.01, 0.1]}
+    assert "loss.logit" not in space.sweep.space
+    assert "fusion.alpha" in space.sweep.space
+
+
+VALUES = {
+    "train.lr": st.floats(1e-6, 10),
+    "train.epochs": st.integers(1, 1000),
+    "fusion.alpha": st.floats(0, 1),
+    "loss.temperature": st.floats(0.01, 1000),
+    "seed": st.integers(0, 2**31 - 1),
+    "clip.scale": st.one_of(st.floats(0.01, 1000), st.sampled_from(["model", "none"])),
+    "clip.prompts": st.text(
+        st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="$"), min_size=1
+    ),
+    "data.labelled_share": st.one_of(st.none(), st.floats(0.01, 1)),
+}
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.fixed_dictionaries({}, optional=VALUES))
+def test_a_config_survives_yaml_json_and_layers(tmp_path_factory, found):
+    made = build(read([]).over("here", found))
+    path = tmp_path_factory.mktemp("round") / "config.yaml"
+    path.write_text(dump(made))
+    assert build(read([str(path)])) == made
+    assert from_dict(json.loads(json.dumps(to_dict(made)))) == made
+
+
+def test_layers_survive_json():
+    layers = read(["train.lr=0.3", "sweep.space.train.lr={uniform: [0, 1]}"])
+    assert Layers.from_list(json.loads(json.dumps(layers.to_list()))) == layers
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.sampled_from(sorted(flatten(to_dict(Config())))), JUNK)
+def test_any_value_is_taken_or_refused_by_our_own_error(key, value):
+    try:
+        build(Layers().over("here", {key: value}))
+    except ConfigError as error:
+        assert str(error)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.text(max_size=60))
+def test_any_text_is_a_layer_or_refused_by_our_own_error(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("fuzz") / "layer.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        build(read([str(path)]))
+    except ConfigError as error:
+        assert str(error)
+
+
+CHANGED = {
+    "data.validation": 300,
+    "data.seed": 1,
+    "data.labelled_per_class": 3,
+    "student.name": "cnn16",
+    "teacher.epochs": 3,
+    "clip.model": "RN50",
+    "clip.prompts": "single",
+    "clip.scale": 50.0,
+    "fusion.alpha": 0.5,
+    "fusion.space": "probs",
+    "loss.ce": 0.5,
+    "loss.temperature_of": "task",
+    "train.epochs": 3,
+    "train.lr": 0.01,
+    "seed": 5,
+}
+
+
+@pytest.mark.parametrize("key", CHANGED)
+def test_the_digest_changes_with_what_changes_a_result(key):
+    base = read([])
+    assert digest(build(base)) != digest(build(base.over("", {key: CHANGED[key]})))
+
+
+def test_the_digest_covers_every_key_but_where_things_lie():
+    shown = flatten(to_dict(Config()))
+    base = digest(Config())
+    for key in shown:
+        section, _, name = key.rpartition(".")
+        part = getattr(Config(), section) if section else Config()
+        other = object.__new__(type(part))  # past the checks: any other value will do
+        for field in part.__dataclass_fields__:
+            object.__setattr__(other, field, getattr(part, field))
+        object.__setattr__(other, name, "another value")
+        changed = replace(Config(), **{section: other}) if section else other
+        assert (digest(changed) == base) == (key in config.UNHASHED), key
+
+
+def test_a_scale_has_one_digest_however_it_is_written():
+    assert (
+        len({digest(build(read([f"clip.scale={text}"]))) for text in ("100", "1e2", "100.0")}) == 1
+    )
