@@ -1,0 +1,87 @@
+"""Files that are whole or invisible: atomic writes, JSON and checksums."""
+
+import hashlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from richkd.errors import ConfigError, CorruptError, NonFiniteError
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk; a rename survives a power cut once its folder is flushed."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a new file and flush it. It is visible while it is written: for folders that are not yet."""
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that at any moment `path` holds the old content or the new, never a part.
+
+    Args:
+        path: File to write or replace; missing folders are made.
+        content: All of it, in bytes.
+
+    Raises:
+        OSError: If the system refuses, as on a full disk; the old file is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{secrets.token_hex(8)}.tmp")  # short: `path` may have a long name
+    try:
+        write_synced(partial, content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def to_json(value: Any) -> bytes:
+    """Return `value` as JSON for humans, keys in their order.
+
+    Raises:
+        NonFiniteError: If it holds NaN or an infinity, which JSON does not know.
+    """
+    try:
+        return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+    except ValueError as error:
+        raise NonFiniteError(f"JSON holds finite numbers only but got {value}.") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically; a NonFiniteError if it holds NaN or an infinity."""
+    write_atomic(path, to_json(value))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ConfigError: If there is none.
+        CorruptError: If it is torn, or no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise ConfigError(f"{path} must be a JSON file but there is none.") from error
+    except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 are a ValueError, too
+        raise CorruptError(
+            f"{path} cannot be decoded: {error}; restore it or remove it."
+        ) from error
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
