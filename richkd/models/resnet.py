@@ -1,0 +1,90 @@
+"""ResNets for small images: three stages, from 16 x 16 convolutions up to the x4 widths of distillation papers.
+
+Depth is 6 n + 2. `resnetNx4` has a stem of 32 and stages of 64, 128 and 256 channels, so its first stage
+widens, too. Shapes: N images of C channels, D features, K classes.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NARROW, X4 = (16, 16, 32, 64), (32, 64, 128, 256)  # stem and stages
+
+
+class Pad(nn.Module):
+    """Shortcut A: every `stride`-th pixel, zeros for the new channels; no parameters (He et al., 2015)."""
+
+    def __init__(self, new: int, stride: int) -> None:
+        super().__init__()
+        self.before, self.after, self.stride = new // 2, new - new // 2, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `(N, C + new, H / stride, W / stride)` of `(N, C, H, W)`."""
+        strided = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(strided, (0, 0, 0, 0, self.before, self.after))
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions around a shortcut, which is the identity unless shape changes."""
+
+    def __init__(self, inside: int, outside: int, stride: int, shortcut: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outside)
+        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outside)
+        self.downsample: nn.Module = nn.Identity()
+        if (inside, stride) != (outside, 1):
+            if shortcut == "A":
+                self.downsample = Pad(outside - inside, stride)
+            else:
+                self.downsample = nn.Sequential(
+                    nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside)
+                )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `(N, outside, H / stride, W / stride)` of `(N, inside, H, W)`."""
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x), inplace=True)
+
+
+class ResNet(nn.Module):
+    """A ResNet of `depth` layers.
+
+    Args:
+        depth: 6 n + 2 layers.
+        widths: Channels of the stem and of the three stages.
+        classes: K.
+        channels: C.
+        shortcut: "A" or "B", where the shape changes.
+    """
+
+    def __init__(
+        self, depth: int, widths: tuple[int, ...], classes: int, channels: int, shortcut: str
+    ) -> None:
+        super().__init__()
+        self.width = widths[-1]
+        self.conv1 = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Sequential(
+                Block(widths[i], widths[i + 1], 1 if i == 0 else 2, shortcut),
+                *(
+                    Block(widths[i + 1], widths[i + 1], 1, shortcut)
+                    for _ in range(1, (depth - 2) // 6)
+                ),
+            )
+            for i in range(3)
+        )
+        self.head = nn.Linear(self.width, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`."""
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits `(N, K)` of `images` `(N, C, H, W)`."""
+        return self.head(self.features(images))
