@@ -1,0 +1,80 @@
+"""Batched random crop with padding and flip, as one indexed copy out of a padded uint8 tensor.
+
+An image has `(2 pad + 1)^2` crops and, where flips are allowed, twice as many views. A view is named by
+`(dy, dx, flip)`: the crop's offset in the padded image, then whether the crop is mirrored, which is what
+torchvision's RandomCrop(size, padding) followed by RandomHorizontalFlip produces.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from richkd.data.dataset import Dataset, Images
+
+
+class Views:
+    """All views of some images, on one device.
+
+    Args:
+        images: N images of H x W pixels and C channels.
+        dataset: Gives padding, flips and normalisation.
+        device: Where the pixels lie and where batches are made.
+    """
+
+    def __init__(self, images: Images, dataset: Dataset, device: torch.device) -> None:
+        pixels = torch.from_numpy(images.pixels)
+        n, height, width, channels = pixels.shape
+        self.pad, self.flips = dataset.pad, 1 + dataset.flip
+        p = self.pad
+        padded = pixels.new_zeros(n, self.flips, height + 2 * p, width + 2 * p, channels)
+        padded[:, 0, p : p + height, p : p + width] = pixels
+        if self.flips == 2:
+            padded[:, 1] = padded[:, 0].flip(2)
+        padded = padded.to(device)
+        row = (width + 2 * p) * channels
+        self.shape = (height, width, channels)
+        # [n, flip, dy, dx] -> H rows of W * C consecutive bytes, overlapping in memory
+        self.view = padded.as_strided(
+            (n, self.flips, 2 * p + 1, 2 * p + 1, height, width * channels),
+            (padded.stride(0), padded.stride(1), row, channels, row, 1),
+        )
+        self._normalise_by(dataset.mean, dataset.std, device)
+
+    def _normalise_by(
+        self, mean: Iterable[float], std: Iterable[float], device: torch.device
+    ) -> None:
+        self.mean = torch.tensor([255 * m for m in mean], device=device)
+        self.std = torch.tensor([255 * s for s in std], device=device)
+
+    def normalised_by(self, mean: Iterable[float], std: Iterable[float]) -> Self:
+        """Return the same views, on the same pixels, with another mean and deviation (in 0 to 1)."""
+        other = copy.copy(self)
+        other._normalise_by(mean, std, self.mean.device)
+        return other
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return `count` random views `(count, 3)`: dy, dx, flip, each uniform."""
+        crops = torch.randint(2 * self.pad + 1, (count, 2), generator=generator)
+        return torch.cat([crops, torch.randint(self.flips, (count, 1), generator=generator)], 1)
+
+    def pixels(self, rows: Tensor, views: Tensor | None = None) -> Tensor:
+        """Return the asked-for crops, uint8 `(B, H, W, C)`; the images as they are without `views`."""
+        if views is None:
+            batch = self.view[rows, 0, self.pad, self.pad]
+        else:
+            dy, dx, flip = views.to(rows.device).unbind(1)
+            # in the mirrored image the same crop starts as far from the other side
+            batch = self.view[rows, flip, dy, torch.where(flip == 1, 2 * self.pad - dx, dx)]
+        return batch.view(len(rows), *self.shape)
+
+    def images(self, rows: Tensor, views: Tensor | None = None) -> Tensor:
+        """Return the same crops normalised, float32 `(B, C, H, W)` in channels-last memory order."""
+        return normalise(self.pixels(rows, views), self.mean, self.std)
+
+
+def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Turn uint8 `(B, H, W, C)` into normalised float32 `(B, C, H, W)`; `mean` and `std` in grey levels."""
+    return ((pixels.float() - mean) / std).permute(0, 3, 1, 2)

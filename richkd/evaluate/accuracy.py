@@ -1,0 +1,37 @@
+"""Top-1, top-5 and loss, in percent and nats."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from richkd.data import Views
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return `top1` and `top5` in percent and the mean cross-entropy `loss` of `logits` `(N, K)`.
+
+    With fewer than five classes `top5` counts all of them. A row of NaN is wrong.
+    """
+    k = min(5, logits.shape[1])
+    hits = logits.topk(k, 1).indices == labels[:, None]
+    hits &= logits.isfinite().all(1, keepdim=True)
+    return {
+        "top1": 100 * hits[:, 0].double().mean().item(),
+        "top5": 100 * hits.any(1).double().mean().item(),
+        "loss": F.cross_entropy(logits.double(), labels).item(),
+    }
+
+
+@torch.inference_mode()
+def network_logits(network: nn.Module, views: Views, rows: Tensor, batch_size: int = 512) -> Tensor:
+    """Return the logits `(len(rows), K)` of un-augmented images, the network in eval mode."""
+    training = network.training
+    network.eval()
+    logits = torch.cat([network(views.images(part)) for part in rows.split(batch_size)])
+    network.train(training)
+    return logits
+
+
+def evaluate(network: nn.Module, views: Views, rows: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return `accuracy` of a network on some rows; `labels` are those rows' own."""
+    return accuracy(network_logits(network, views, rows).cpu(), labels)
