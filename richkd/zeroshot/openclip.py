@@ -1,0 +1,129 @@
+"""Any model of open_clip as a zero-shot teacher, with its own preprocessing and tokenizer.
+
+Shapes: N images of H x W pixels and C channels, M texts, D features.
+"""
+
+import warnings
+from difflib import get_close_matches
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from richkd.errors import ConfigError
+from richkd.files import sha256_of
+
+BATCH = 64  # images or texts at once
+
+
+def identity(model: str, pretrained: str | None) -> str:
+    """Return what the features depend on: the installed open_clip fixes architecture and preprocessing."""
+    weights = "random weights of seed 0" if pretrained is None else pretrained
+    if pretrained is not None and Path(pretrained).is_file():
+        weights = sha256_of(Path(pretrained))
+    return f"{model}, {weights}, open_clip {version('open_clip_torch')}"
+
+
+class OpenClip:
+    """A model of open_clip.
+
+    Args:
+        model: Architecture.
+        pretrained: Tag or file of the weights; None draws them at random, from a seed of their own.
+        device: Where it runs.
+
+    Raises:
+        ConfigError: If there is no such model, tag or file, if it cannot be had, or if weights and
+            activation do not fit.
+    """
+
+    def __init__(self, model: str, pretrained: str | None, device: torch.device) -> None:
+        import open_clip
+
+        self.device = device
+        _check(open_clip, model, pretrained)
+        # drawn from a fixed seed where weights are random, and without a trace in the caller's stream
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            torch.manual_seed(0)
+            warnings.simplefilter("ignore")  # of random weights, which were asked for
+            try:
+                self.network, _, self.transform = open_clip.create_model_and_transforms(
+                    model, pretrained=pretrained, device=device, weights_only=True
+                )
+            except Exception as error:  # of the network, of the hub, or of a foreign file
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ConfigError(
+                    f"clip.pretrained={pretrained} of {model} could not be loaded ({reason}); download it on "
+                    "a machine with internet and give the file, or give clip.logits."
+                ) from error
+        self.network.eval().requires_grad_(False)
+        self.tokenize = open_clip.get_tokenizer(model)
+
+    @property
+    def logit_scale(self) -> float:
+        """The model's exp(logit_scale); its bias, where it has one, changes nothing."""
+        return self.network.logit_scale.exp().item()
+
+    @torch.no_grad()
+    def encode_images(self, pixels: np.ndarray) -> Tensor:
+        """Return unit-norm features `(N, D)` of uint8 `pixels` `(N, H, W, C)`; grey becomes RGB."""
+        from PIL import Image
+
+        parts = []
+        for first in range(0, len(pixels), BATCH):
+            part = pixels[first : first + BATCH]
+            part = part[..., 0] if part.shape[3] == 1 else part
+            images = torch.stack([self.transform(Image.fromarray(image)) for image in part])
+            parts.append(self.network.encode_image(images.to(self.device)).float().cpu())
+        return F.normalize(torch.cat(parts), dim=1)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        """Return unit-norm features `(M, D)`; texts longer than the context are cut, with a warning."""
+        longest = getattr(self.tokenize, "context_length", None)
+        encode = getattr(self.tokenize, "encode", None)
+        if longest and encode:
+            cut = [text for text in texts if len(encode(text)) > longest - 2]  # begin and end
+            if cut:
+                warnings.warn(
+                    f"clip.prompts: {len(cut)} of {len(texts)} captions are longer than the model's {longest} "
+                    f"tokens and are cut, the first is {cut[0][:60]!r}.",
+                    stacklevel=2,
+                )
+        tokens = self.tokenize(texts)
+        parts = [self.network.encode_text(part.to(self.device)).float().cpu() for part in tokens.split(BATCH)]
+        return F.normalize(torch.cat(parts), dim=1)
+
+
+def _check(open_clip: Any, model: str, pretrained: str | None) -> None:
+    """Refuse what open_clip would answer with a traceback, or with a warning that is easily missed."""
+    config = open_clip.get_model_config(model)
+    if config is None:
+        near = get_close_matches(model, [*open_clip.list_models(), "miniature"], 1)
+        hint = f"did you mean {near[0]}?" if near else "see open_clip.list_models()."
+        raise ConfigError(
+            f"clip.model must be a name of open_clip's, or miniature, but got {model!r}; {hint}"
+        )
+    if pretrained is None:
+        return
+    plain = model.removesuffix("-quickgelu")
+    other = f"{plain}-quickgelu" if model == plain else plain
+    known = open_clip.get_pretrained_cfg(model, pretrained)
+    weights = known or open_clip.get_pretrained_cfg(other, pretrained)
+    if weights and weights.get("quick_gelu", False) != config.get("quick_gelu", False):
+        trained = "with" if weights.get("quick_gelu", False) else "without"
+        raise ConfigError(
+            f"clip.pretrained={pretrained} was trained {trained} the QuickGELU activation but "
+            f"clip.model={model} {'has' if trained == 'without' else 'lacks'} it; use clip.model={other}."
+        )
+    if not known and not Path(pretrained).is_file():
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        near = get_close_matches(pretrained, tags, 1)
+        hint = f"did you mean {near[0]}?" if near else f"tags: {', '.join(tags) or 'none'}."
+        raise ConfigError(
+            f"clip.pretrained must be a tag of {model} or a file but got {pretrained!r}; {hint}"
+        )

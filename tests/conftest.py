@@ -1,0 +1,22 @@
+"""What several tests share: one cache, and the miniature CLIP in it, built once."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from richkd import zeroshot
+
+
+@pytest.fixture(scope="session")
+def cache_root(tmp_path_factory) -> Path:
+    """A cache for the whole session; RICHKD_CACHE, where it is set, keeps it from run to run."""
+    configured = os.environ.get("RICHKD_CACHE")
+    return Path(configured) if configured else tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def miniature(cache_root) -> zeroshot.ZeroShot:
+    """The miniature CLIP, trained if the cache does not have it."""
+    return zeroshot.load("miniature", None, device=torch.device("cpu"), root=cache_root)

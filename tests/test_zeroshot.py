@@ -1,0 +1,204 @@
+"""Zero-shot teachers: open_clip's pipeline, the miniature, and the cache of their features."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from richkd import fusion, zeroshot
+from richkd.config import build, read
+from richkd.data import load
+from richkd.errors import ConfigError
+from richkd.evaluate import accuracy
+from richkd.zeroshot import miniature as miniatures
+from richkd.zeroshot import openclip, prompts
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny(tmp_path_factory):
+    """A small architecture among open_clip's own."""
+    folder = tmp_path_factory.mktemp("configs")
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    open_clip.add_model_config(folder)
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (70, 40, 48, 3), dtype=np.uint8)
+
+
+def test_features_equal_open_clips_own_pipeline(pixels):
+    torch.manual_seed(0)
+    network, _, transform = open_clip.create_model_and_transforms("tiny")
+    tokenize = open_clip.get_tokenizer("tiny")
+    images = torch.stack([transform(Image.fromarray(image)) for image in pixels])
+    with torch.no_grad():
+        image = network.eval().encode_image(images, normalize=True)
+        text = network.encode_text(tokenize(["a cat", "a dog"]), normalize=True)
+    ours = openclip.OpenClip("tiny", None, CPU)
+    torch.testing.assert_close(ours.encode_images(pixels), image, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours.encode_texts(["a cat", "a dog"]), text, atol=1e-6, rtol=0)
+    assert ours.logit_scale == pytest.approx(network.logit_scale.exp().item())
+
+
+def test_cached_logits_equal_live_ones(pixels, tmp_path):
+    names, templates = ["cat", "dog", "{}"], prompts.templates("rich4")
+    live = openclip.OpenClip("tiny", None, CPU)
+    image = live.encode_images(pixels)
+    text = torch.stack([live.encode_texts(row) for row in prompts.captions(templates, names)])
+    expected = fusion.zero_shot_logits(image, text, live.logit_scale, "embedding")
+    for _ in range(2):  # computed, then read
+        clip = zeroshot.load("tiny", None, device=CPU, root=tmp_path)
+        found = fusion.zero_shot_logits(
+            zeroshot.image_features(clip, pixels, "digest", tmp_path),
+            zeroshot.text_matrix(clip, templates, names, tmp_path),
+            clip.logit_scale,
+            "embedding",
+        )
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_grey_images_are_read_as_rgb(pixels):
+    clip = openclip.OpenClip("tiny", None, CPU)
+    grey = pixels[..., :1]
+    torch.testing.assert_close(clip.encode_images(grey), clip.encode_images(grey.repeat(3, 3)))
+
+
+def test_building_leaves_the_callers_random_numbers_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    openclip.OpenClip("tiny", None, CPU)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def entries(root: Path, kind: str) -> int:
+    return len(list((root / kind).glob("*.json")))
+
+
+def test_cache_entries_differ_with_everything_that_matters(pixels, tmp_path):
+    clip = zeroshot.load("tiny", None, device=CPU, root=tmp_path)
+    for model in (clip, zeroshot.ZeroShot("another", lambda: clip.encoder, tmp_path)):
+        for digest, rows in (("a", 70), ("b", 70), ("a", 69)):
+            zeroshot.image_features(model, pixels[:rows], digest, tmp_path)
+        for templates in (("a {}",), ("a {}", "the {}"), ("the {}", "a {}")):
+            for names in (["cat", "dog"], ["dog", "cat"]):
+                zeroshot.text_matrix(model, templates, names, tmp_path)
+    assert entries(tmp_path, "clip-images") == 6
+    assert entries(tmp_path, "clip-texts") == 12
+    assert entries(tmp_path, "clip-cards") == 2
+
+
+def test_the_identity_changes_with_model_tag_and_file(tmp_path):
+    file = tmp_path / "weights.pt"
+    names = {openclip.identity("a", None), openclip.identity("b", None), openclip.identity("a", "x")}
+    for content in (b"1", b"2"):
+        file.write_bytes(content)
+        names.add(openclip.identity("a", str(file)))
+    assert len(names) == 5
+
+
+def test_cached_features_are_opened_without_open_clip(pixels, tmp_path):
+    clip = zeroshot.load("tiny", None, device=CPU, root=tmp_path)
+    zeroshot.image_features(clip, pixels, "digest", tmp_path)
+    zeroshot.text_matrix(clip, ["a {}"], ["cat", "dog"], tmp_path)
+    code = f"""
+import sys
+sys.modules["open_clip"] = None  # an import of it raises
+import numpy as np, torch
+from pathlib import Path
+from richkd import zeroshot
+root = Path({str(tmp_path)!r})
+clip = zeroshot.load("tiny", None, device=torch.device("cpu"), root=root)
+zeroshot.image_features(clip, np.zeros((70, 40, 48, 3), np.uint8), "digest", root)
+zeroshot.text_matrix(clip, ["a {{}}"], ["cat", "dog"], root)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "words"),
+    [
+        ("ViT-B-23", None, ["clip.model", "did you mean ViT-B-32"]),
+        ("ViT-B-32", "openia", ["clip.pretrained", "did you mean openai"]),
+        ("ViT-B-32", "openai", ["QuickGELU", "clip.model=ViT-B-32-quickgelu"]),
+        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", ["QuickGELU", "clip.model=ViT-B-32"]),
+        ("tiny", "weights.pt", ["clip.pretrained", "weights.pt"]),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_one_clear_line(model, pretrained, words, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        zeroshot.load(model, pretrained, device=CPU, root=tmp_path)
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words)
+    assert not list(tmp_path.glob("clip-cards/*/card.json"))
+
+
+def test_foreign_weights_are_refused_and_never_unpickled(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "sentinel",)
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ConfigError, match="clip.pretrained"):
+        zeroshot.load("tiny", str(tmp_path / "evil.pt"), device=CPU, root=tmp_path)
+    assert not (tmp_path / "sentinel").exists()
+
+
+def test_captions_that_do_not_fit_are_counted():
+    clip = openclip.OpenClip("tiny", None, CPU)
+    with pytest.warns(UserWarning, match="1 of 2 captions are longer"):
+        clip.encode_texts(["a cat", "very " * 80 + "long"])
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = load(build(read([])).data)
+    return data, np.concatenate([data.train.pixels, data.test.pixels])
+
+
+def top1(clip, digits, root, name: str) -> float:
+    data, pixels = digits
+    logits = fusion.zero_shot_logits(
+        zeroshot.image_features(clip, pixels, "all digits", root),
+        zeroshot.text_matrix(clip, prompts.templates(name), data.names, root),
+        clip.logit_scale,
+        "embedding",
+    )
+    labels = torch.from_numpy(np.concatenate([data.train.labels, data.test.labels]))
+    return accuracy(logits, labels)["top1"]
+
+
+def test_the_miniature_reads_handwriting_that_it_never_saw(miniature, digits, cache_root):
+    assert top1(miniature, digits, cache_root, "digits") > 75
+
+
+def test_the_bad_prompts_are_bad(miniature, digits, cache_root):
+    good = [top1(miniature, digits, cache_root, f"digits{end}") for end in ("", "-photo", "-written")]
+    assert top1(miniature, digits, cache_root, "digits-bad") < min(good) - 8
+
+
+def test_the_miniature_passes_over_words_that_it_does_not_know(miniature):
+    encode = miniature.encoder.encode_texts
+    assert torch.equal(encode(["a photo of the digit seven"]), encode(["A photo of the (vague) digit seven!"]))
+
+
+def test_rendered_digits_are_a_function_of_the_seed():
+    one, other = (miniatures.render(20, np.random.default_rng(0)) for _ in range(2))
+    assert torch.equal(one[0], other[0])
+    assert one[2] == other[2]
+    assert set(one[0].unique().tolist()) <= {k / 16 for k in range(17)}
