@@ -1,0 +1,193 @@
+"""The verbs of one machine.
+
+python -m richkd distill                          # richkd-l on the embedded digits
+python -m richkd distill my.yaml method.name=kd seed=3 --name kd3
+python -m richkd evaluate runs/kd3
+python -m richkd cache my.yaml                    # CLIP over all images, once
+"""
+
+import argparse
+import contextlib
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from richkd import config as configuration
+from richkd.command import Done, Stop, Verb, main
+from richkd.errors import ConfigError, Interrupted
+
+Progress = Callable[[str, int, int], None]
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Show preparations on a terminal as a bar, elsewhere as a line at the start, the half and the end."""
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True, highlight=False)
+    tasks: dict[str, Any] = {}
+    with Bars(console=console, transient=True, disable=not console.is_terminal) as bars:
+
+        def progress(what: str, done: int, total: int) -> None:
+            if not console.is_terminal:
+                half = 2 * done // max(total, 1)
+                if tasks.get(what) != half:
+                    tasks[what] = half
+                    console.print(f"{what}: {100 * done // max(total, 1)} %")
+                return
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield progress
+
+
+def percent(found: dict[str, float]) -> dict[str, float]:
+    """Return what is printed of an evaluation."""
+    return {"top1": found["top1"], "top5": found["top5"]}
+
+
+def distill(arguments: argparse.Namespace) -> Done:
+    """Distil one student."""
+    config = configuration.build(configuration.read(arguments.words))
+    name = (
+        arguments.name or f"{config.method.name}-seed{config.seed}-{time.strftime('%y%m%d-%H%M%S')}"
+    )
+    if "/" in name or name.startswith("."):
+        raise ConfigError(
+            f"--name must be a plain folder name but got {name!r}; leave out slashes."
+        )
+    folder = Path(config.storage) / name
+
+    from richkd import distill as training
+
+    print(f"{config.method.name} on {config.data.source}, into {folder}")
+
+    def row(metrics: dict[str, Any], _checkpoint: Path) -> None:
+        print(
+            f"epoch {metrics['epoch']:4d}/{config.train.epochs}  loss {metrics['train/loss']:7.3f}  "
+            f"val top1 {metrics['val/top1']:6.2f} %  best {metrics['best_val_top1']:6.2f} %  "
+            f"{metrics['images_per_second']:7.0f} images/s",
+            flush=True,
+        )
+
+    stop = Stop()
+    with stop.installed():
+        try:
+            with progress_bar() as progress:
+                outcome = training.run(
+                    config,
+                    folder,
+                    report=row,
+                    resume=arguments.resume,
+                    stop=stop,
+                    progress=progress,
+                )
+        except Interrupted as interrupted:
+            line = shlex.join(["distill", *arguments.words, "--name", name, "--resume"])
+            message = f"{interrupted}; go on with: python -m richkd {line}"
+            raise Interrupted(interrupted.signum, message) from None
+    tested = training.test(outcome)
+    found = outcome.metrics
+    answer = {
+        "run": str(folder),
+        "checkpoint": str(folder / "best"),
+        "val": {"top1": found["best_val_top1"], "top5": found["best_val_top5"]},
+        "test": {"top1": tested["test/top1"], "top5": tested["test/top5"]},
+        "images_per_second": found["images_per_second"],
+    }
+    for who in ("teacher", "clip", "fused"):
+        if f"{who}/top1" in tested:
+            answer[who] = {"top1": tested[f"{who}/top1"]}
+            print(f"{who:<10} test top1 {answer[who]['top1']:6.2f} %")
+    _print_found(answer)
+    return Done(answer)
+
+
+def _print_found(answer: dict[str, Any]) -> None:
+    print(
+        f"student    test top1 {answer['test']['top1']:6.2f} %  top5 {answer['test']['top5']:6.2f} %"
+    )
+    print(
+        f"           val  top1 {answer['val']['top1']:6.2f} %  top5 {answer['val']['top5']:6.2f} %"
+    )
+    print(f"checkpoint {answer['checkpoint']}")
+
+
+def evaluate(arguments: argparse.Namespace) -> Done:
+    """Evaluate the student of a run, a sweep or a checkpoint again."""
+    if len(arguments.words) != 1:
+        raise ConfigError(
+            f"evaluate takes one run, sweep or checkpoint but got {len(arguments.words)}; "
+            "see python -m richkd evaluate --help."
+        )
+    from richkd import distill as training
+    from richkd.student import find_checkpoint
+
+    checkpoint = find_checkpoint(Path(arguments.words[0]))
+    found, speed, _ = training.retest(checkpoint)
+    answer = {
+        "run": str(checkpoint.parent),
+        "checkpoint": str(checkpoint),
+        "val": percent(found["val"]),
+        "test": percent(found["test"]),
+        "images_per_second": speed,
+    }
+    _print_found(answer)
+    return Done(answer)
+
+
+def cache(arguments: argparse.Namespace) -> Done:
+    """Compute and keep what all runs of a config share: the teacher, CLIP's features."""
+    config = configuration.build(configuration.read(arguments.words))
+    from richkd import distill as training
+
+    task = training.open_task(config)
+    with progress_bar() as progress:
+        teacher = training.open_teacher(config, task, progress)
+    answer = {
+        "cache": str(task.cache),
+        "train": len(task.dataset.train),
+        "test": len(task.dataset.test),
+    }
+    print(f"cached for {config.data.source} in {task.cache}")
+    rows = task.split.validation
+    for who, logits in (teacher.shown("train") if teacher else {}).items():
+        top1 = training.accuracy(logits[rows].cpu(), task.labels[rows])["top1"]
+        answer[who] = {"val_top1": top1}
+        print(f"{who:<10} val top1 {top1:6.2f} %")
+    return Done(answer)
+
+
+VERBS = {
+    "distill": Verb(
+        run=distill,
+        help="distil one student",
+        flags={
+            "name=NAME": "name of the run's folder",
+            "resume": "go on with the run of that name",
+        },
+    ),
+    "evaluate": Verb(
+        run=evaluate,
+        help="evaluate a run, a sweep or a checkpoint again",
+        words="RUN",
+        flags={},
+    ),
+    "cache": Verb(
+        run=cache,
+        help="compute what all runs of a config share: teacher, CLIP's features",
+        flags={},
+    ),
+}
+
+ABOUT = (
+    "Distil a small image classifier from a task teacher fused with a frozen CLIP, on one machine."
+)
+
+if __name__ == "__main__":
+    sys.exit(main("python -m richkd", ABOUT, VERBS, sys.argv[1:]))

@@ -1,0 +1,237 @@
+"""One run from start to end on the digits, with zero-shot logits made up from the labels."""
+
+import json
+import math
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from richkd import checkpoint, distill, load_student
+from richkd.config import Config, build, read
+from richkd.data import load
+from richkd.errors import ConfigError, DataError, Interrupted, NonFiniteError
+from richkd.evaluate import accuracy
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> str:
+    """Zero-shot logits that are right on four rows in five."""
+    labels = load(build(read([])).data).train.labels
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(len(labels), 10))
+    told = np.where(rng.random(len(labels)) < 0.8, labels, rng.integers(10, size=len(labels)))
+    logits[np.arange(len(labels)), told] += 4
+    path = tmp_path_factory.mktemp("clip") / "clip.npy"
+    np.save(path, logits.astype(np.float32))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def make(clip, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+
+    def config(*overrides: str) -> Config:
+        short = ["train.epochs=3", "teacher.epochs=4", f"clip.logits={clip}", f"cache={cache}"]
+        return build(read([*short, *overrides]))
+
+    return config
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "last" / "weights.safetensors").read_bytes()
+
+
+def lines(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows
+    ]
+
+
+def test_richkd_at_alpha_one_is_plain_distillation_bit_for_bit(make, tmp_path):
+    distill.run(make("fusion.alpha=1"), tmp_path / "richkd")
+    distill.run(make("method.name=kd"), tmp_path / "kd")
+    assert weights(tmp_path / "richkd") == weights(tmp_path / "kd")
+    assert lines(tmp_path / "richkd") == lines(tmp_path / "kd")
+
+
+def test_a_runs_numbers_do_not_depend_on_what_ran_before(make, tmp_path):
+    distill.run(make(), tmp_path / "first")
+    distill.run(make("seed=7", "method.name=ce"), tmp_path / "between")
+    torch.manual_seed(12345)
+    np.random.seed(1)
+    distill.run(make(), tmp_path / "again")
+    assert weights(tmp_path / "first") == weights(tmp_path / "again")
+    assert lines(tmp_path / "first") == lines(tmp_path / "again")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_seed_changes_the_run(make, tmp_path, seed):
+    distill.run(make(f"seed={seed}"), tmp_path / "one")
+    distill.run(make(f"seed={seed + 1}"), tmp_path / "other")
+    assert weights(tmp_path / "one") != weights(tmp_path / "other")
+
+
+@pytest.mark.parametrize("after", [0, 1, 25, 40])
+def test_an_interrupted_run_goes_on_to_the_same_bits(make, tmp_path, after):
+    distill.run(make(), tmp_path / "straight")
+    asked = iter(range(10_000))
+
+    def stop() -> int | None:
+        return signal.SIGINT if started and next(asked) >= after else None
+
+    started = True
+    with pytest.raises(Interrupted) as caught:
+        distill.run(make(), tmp_path / "run", stop=stop)
+    assert caught.value.exit_code == 130
+    assert checkpoint.exists(tmp_path / "run" / "last")
+    distill.run(make(), tmp_path / "run", resume=True)
+    assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+    assert lines(tmp_path / "run") == lines(tmp_path / "straight")
+
+
+def test_a_run_that_died_between_checkpoint_and_line_goes_on(make, tmp_path):
+    class Died(BaseException):
+        pass
+
+    def die(metrics: dict, _: Path) -> None:
+        if metrics["epoch"] == 2:
+            raise Died
+
+    distill.run(make(), tmp_path / "straight")
+    with pytest.raises(Died):
+        distill.run(make(), tmp_path / "run", report=die)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "torn')
+    distill.run(make(), tmp_path / "run", resume=True)
+    assert lines(tmp_path / "run") == lines(tmp_path / "straight")
+
+
+def test_a_finished_run_resumed_trains_no_more(make, tmp_path):
+    first = distill.run(make(), tmp_path / "run")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("an epoch ran again")
+
+    again = distill.run(make(), tmp_path / "run", resume=True, report=refuse)
+    assert again.metrics == first.metrics
+
+
+def test_a_run_folder_is_not_written_twice(make, tmp_path):
+    distill.run(make(), tmp_path / "run")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        distill.run(make(), tmp_path / "run")
+    with pytest.raises(ConfigError, match="other settings"):
+        distill.run(make("train.lr=0.01"), tmp_path / "run", resume=True)
+
+
+def test_the_best_epoch_is_the_one_with_the_highest_validation_accuracy(make, tmp_path):
+    outcome = distill.run(make("train.epochs=6"), tmp_path / "run")
+    rows = lines(tmp_path / "run")
+    best = max(rows, key=lambda row: (row["val/top1"], -row["val/loss"]))
+    assert checkpoint.load(tmp_path / "run" / "best").meta["epoch"] == best["epoch"]
+    assert outcome.metrics["best_val_top1"] == best["val/top1"]
+
+
+def test_divergence_names_epoch_step_and_term_and_is_never_the_best(make, tmp_path):
+    with pytest.raises(
+        NonFiniteError, match=r"loss\w* is .* at step \d+ of epoch 1; lower train.lr"
+    ):
+        distill.run(make("train.lr=100", "loss.logit=1000000"), tmp_path / "run")
+    assert not checkpoint.exists(tmp_path / "run" / "best")
+    saved = checkpoint.load(tmp_path / "run" / "last")
+    assert all(value.isfinite().all() for value in saved.weights.values())
+
+
+def test_without_a_target_unlabelled_rows_take_no_part(make, tmp_path):
+    outcome = distill.run(make("method.name=ce"), tmp_path / "ce")
+    assert outcome.teacher is None
+    rows = lines(tmp_path / "ce")
+    assert all(row["train/loss"] == row["train/loss_ce"] for row in rows)
+    fused = distill.run(make(), tmp_path / "fused")
+    assert len(fused.task.split.labelled) == 50
+    assert len(fused.task.split.transfer) == 597
+
+
+def test_the_trained_teacher_is_trained_once_a_seed(make, tmp_path, monkeypatch):
+    config = make("teacher.epochs=2")
+    task = distill.open_task(config)
+    first = distill.trained_teacher(config, task)
+    monkeypatch.setattr(distill, "run", None)  # training again would call it
+    assert distill.trained_teacher(make("teacher.epochs=2", "fusion.alpha=0.2"), task) == first
+
+
+def test_test_rows_are_evaluated_once_and_again_equal(make, tmp_path):
+    outcome = distill.run(make(), tmp_path / "run")
+    found = distill.test(outcome)
+    assert (
+        json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]["test/top1"]
+        == found["test/top1"]
+    )
+    again, speed, _ = distill.retest(tmp_path / "run" / "best")
+    assert again["test"]["top1"] == found["test/top1"]
+    assert again["val"]["top1"] == outcome.metrics["best_val_top1"]
+    assert speed > 0
+
+
+def test_a_loaded_student_takes_raw_pixels(make, tmp_path):
+    found = distill.test(distill.run(make(), tmp_path / "run"))
+    student = load_student(tmp_path / "run")
+    test = load(make().data).test
+    with torch.inference_mode():
+        logits = student(torch.from_numpy(test.pixels).permute(0, 3, 1, 2))
+    assert accuracy(logits, torch.from_numpy(test.labels))["top1"] == found["test/top1"]
+    assert student.names[0] == "zero"
+    assert not student.training
+
+
+def test_a_student_teaches_another(make, tmp_path):
+    distill.run(make("method.name=ce", "student.name=cnn16"), tmp_path / "teacher")
+    outcome = distill.run(
+        make(f"teacher.checkpoint={tmp_path / 'teacher'}", "method.name=kd"), tmp_path / "student"
+    )
+    rows = torch.arange(20)
+    student = load_student(tmp_path / "teacher")
+    pixels = torch.from_numpy(outcome.task.dataset.train.pixels[:20]).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        assert torch.allclose(outcome.teacher.task.train[rows], student(pixels), atol=1e-5)
+
+
+def test_a_teacher_of_other_classes_is_refused_with_both_counts(make, tmp_path):
+    distill.run(make("method.name=ce"), tmp_path / "teacher")
+    saved = checkpoint.load(tmp_path / "teacher" / "best")
+    meta = saved.meta | {"names": saved.meta["names"][:7]}
+    checkpoint.save(tmp_path / "other", saved.weights, {}, meta)
+    with pytest.raises(DataError, match=r"knows 7 classes .* has 10"):
+        distill.run(make(f"teacher.checkpoint={tmp_path / 'other'}"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("alpha", ["0", "0.5", "1"])
+def test_a_relative_temperature_keeps_the_target_as_sharp(make, tmp_path, alpha):
+    config = make(f"fusion.alpha={alpha}", "loss.temperature_of=task", "loss.temperature=2")
+    task = distill.open_task(config)
+    teacher = distill.open_teacher(config, task)
+    rows = task.split.transfer
+    fused, alone = teacher.fused("train")[rows], teacher.task.train[rows]
+    spread = [
+        (z.double() - z.double().mean(1, keepdim=True)).square().mean().sqrt().item()
+        for z in (fused, alone)
+    ]
+    assert math.isclose(spread[0] / teacher.temperature, spread[1] / 2, rel_tol=1e-5)
+
+
+def test_fusing_repairs_more_of_the_teachers_errors_than_it_harms(miniature, cache_root):
+    """The effect that the project exists for, on the teachers, over three seeds."""
+    gains = []
+    for seed in range(3):
+        config = build(read([f"seed={seed}", f"cache={cache_root}"]))
+        task = distill.open_task(config)
+        teacher = distill.open_teacher(config, task)
+        labels = torch.from_numpy(task.dataset.test.labels)
+        top1 = {name: accuracy(z, labels)["top1"] for name, z in teacher.shown("test").items()}
+        assert top1["fused"] > max(top1["teacher"], top1["clip"]), seed
+        gains.append(top1["fused"] - top1["teacher"])
+    assert np.mean(gains) > 2
