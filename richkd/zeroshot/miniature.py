@@ -42,10 +42,11 @@ SYMBOLS = (  # faces without plain digits
     *("DejaVuSansDisplay", "DejaVuSerifDisplay"),
 )
 CONTEXT, WIDTH = 12, 48  # tokens of a text, D
-IMAGES, EPOCHS, BATCH, LR, WARMUP = 6000, 7, 100, 3e-3, 20
+IMAGES, EPOCHS, BATCH, LR, WARMUP = 6000, 6, 100, 3e-3, 20
 NOISE = 0.1  # standard deviation of what is added to grey values in 0 to 1
 MEAN, STD = 0.3, 0.38  # of digits in 0 to 1
-CANVAS, BITMAP, SIZE = 96, 32, 8  # pixels: of the drawing, of the bitmap that is counted, of the image
+# pixels: of the drawing, of the bitmap that is counted, of the image
+CANVAS, BITMAP, SIZE = 96, 32, 8
 FILE = "miniature.safetensors"
 
 
@@ -56,7 +57,9 @@ def recipe() -> dict[str, Any]:
         "format": 1,
         "constants": constants,
         "templates": TEMPLATES,
-        "versions": {name: version(name) for name in ("torch", "open_clip_torch", "matplotlib", "pillow")},
+        "versions": {
+            name: version(name) for name in ("torch", "open_clip_torch", "matplotlib", "pillow")
+        },
     }
 
 
@@ -73,7 +76,8 @@ class Tokenizer:
         for template in TEMPLATES:
             words |= set(template.replace("{}", "").split())
         self.numbers = {word: k + 2 for k, word in enumerate(sorted(words))}
-        self.begin, self.end = 1, len(words) + 2  # 0 is padding; open_clip reads a text at its highest number
+        # 0 is padding; open_clip reads a text at its highest number
+        self.begin, self.end = 1, len(words) + 2
         self.size = self.end + 1
 
     def __call__(self, texts: list[str]) -> Tensor:
@@ -87,12 +91,12 @@ class Tokenizer:
 
 
 def network(tokenizer: Tokenizer) -> torch.nn.Module:
-    """Return the untrained towers: a ModifiedResNet of width 16 and two transformer layers."""
+    """Return the untrained towers: a ModifiedResNet of width 12 and two transformer layers."""
     import open_clip
 
     made = open_clip.CLIP(
         embed_dim=WIDTH,
-        vision_cfg={"image_size": BITMAP, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32},
+        vision_cfg={"image_size": BITMAP, "layers": [1, 1, 1, 1], "width": 12, "head_width": 32},
         text_cfg={
             "context_length": CONTEXT,
             "vocab_size": tokenizer.size,
@@ -106,13 +110,15 @@ def network(tokenizer: Tokenizer) -> torch.nn.Module:
     torch.nn.init.normal_(made.positional_embedding, std=0.1)
     with torch.no_grad():
         made.logit_scale.fill_(math.log(10))
+    made.visual.to(memory_format=torch.channels_last)  # a third faster on a CPU
     return made
 
 
 def prepare(images: Tensor) -> Tensor:
     """Turn grey values in 0 to 1 `(N, 8, 8)` into the tower's input `(N, 3, 32, 32)`."""
     images = ((images - MEAN) / STD)[:, None].expand(-1, 3, -1, -1)
-    return images.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    images = images.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 class Miniature:
@@ -205,7 +211,7 @@ def pretrain(progress: Progress | None = None) -> dict[str, Tensor]:
                 done += 1
                 if done % 10 == 0:
                     tell(0.1 + 0.9 * done / steps)
-    return clip.state_dict()
+    return {name: value.contiguous() for name, value in clip.state_dict().items()}
 
 
 def caption(styles: list[str], digit: int, rng: np.random.Generator) -> str:
