@@ -29,7 +29,10 @@ class Student(nn.Module):
         super().__init__()
         wanted = meta["config"]["student"]
         self.network = models.build(
-            wanted["name"], len(meta["names"]), channels=meta["channels"], shortcut=wanted["shortcut"]
+            wanted["name"],
+            len(meta["names"]),
+            channels=meta["channels"],
+            shortcut=wanted["shortcut"],
         )
         self.names = tuple(meta["names"])
         self.register_buffer("mean", torch.tensor([255 * m for m in meta["mean"]]))

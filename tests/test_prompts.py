@@ -75,4 +75,6 @@ def test_names_are_put_in_literally():
     names = ["{}", "{0}", "%s", "a\u0301", "'quoted'"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert captions(["a {} in {braces}"], names) == [[f"a {name} in {{braces}}" for name in names]]
+        assert captions(["a {} in {braces}"], names) == [
+            [f"a {name} in {{braces}}" for name in names]
+        ]

@@ -105,7 +105,11 @@ def test_cache_entries_differ_with_everything_that_matters(pixels, tmp_path):
 
 def test_the_identity_changes_with_model_tag_and_file(tmp_path):
     file = tmp_path / "weights.pt"
-    names = {openclip.identity("a", None), openclip.identity("b", None), openclip.identity("a", "x")}
+    names = {
+        openclip.identity("a", None),
+        openclip.identity("b", None),
+        openclip.identity("a", "x"),
+    }
     for content in (b"1", b"2"):
         file.write_bytes(content)
         names.add(openclip.identity("a", str(file)))
@@ -188,13 +192,17 @@ def test_the_miniature_reads_handwriting_that_it_never_saw(miniature, digits, ca
 
 
 def test_the_bad_prompts_are_bad(miniature, digits, cache_root):
-    good = [top1(miniature, digits, cache_root, f"digits{end}") for end in ("", "-photo", "-written")]
+    good = [
+        top1(miniature, digits, cache_root, f"digits{end}") for end in ("", "-photo", "-written")
+    ]
     assert top1(miniature, digits, cache_root, "digits-bad") < min(good) - 8
 
 
 def test_the_miniature_passes_over_words_that_it_does_not_know(miniature):
     encode = miniature.encoder.encode_texts
-    assert torch.equal(encode(["a photo of the digit seven"]), encode(["A photo of the (vague) digit seven!"]))
+    assert torch.equal(
+        encode(["a photo of the digit seven"]), encode(["A photo of the (vague) digit seven!"])
+    )
 
 
 def test_rendered_digits_are_a_function_of_the_seed():

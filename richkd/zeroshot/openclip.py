@@ -95,7 +95,10 @@ class OpenClip:
                     stacklevel=2,
                 )
         tokens = self.tokenize(texts)
-        parts = [self.network.encode_text(part.to(self.device)).float().cpu() for part in tokens.split(BATCH)]
+        parts = [
+            self.network.encode_text(part.to(self.device)).float().cpu()
+            for part in tokens.split(BATCH)
+        ]
         return F.normalize(torch.cat(parts), dim=1)
 
 

@@ -68,7 +68,9 @@ def templates(name: str) -> tuple[str, ...]:
             f"clip.prompts must be a named set or a text file but got {name!r}; {hint}"
         )
     if path.stat().st_size > MAX_BYTES:
-        raise DataError(f"clip.prompts: {name} is larger than {MAX_BYTES} bytes; is it a prompt file?")
+        raise DataError(
+            f"clip.prompts: {name} is larger than {MAX_BYTES} bytes; is it a prompt file?"
+        )
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
