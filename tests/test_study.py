@@ -1,0 +1,308 @@
+"""A search as its study remembers it: who comes first, what is told, and what a restart finds."""
+
+import math
+import random
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.pruners import NopPruner
+from optuna.storages import InMemoryStorage, RDBStorage
+from optuna.trial import TrialState
+
+from tune.scheduler import pruner
+from tune.settings import Sweep
+from tune.study import Search, settings_of
+from tune.warmstart import Point
+
+SPACE = {
+    "fusion.alpha": FloatDistribution(0, 1),
+    "loss.temperature": FloatDistribution(0.5, 8, log=True),
+    "clip.prompts": CategoricalDistribution(("digits", "digits-bad")),
+}
+POINTS = [
+    Point(
+        params={"fusion.alpha": 0.7, "loss.temperature": 2.5, "clip.prompts": "digits"},
+        settings={"fusion.alpha": 0.7, "loss.temperature": 3.0, "loss.temperature_of": "fused"},
+    ),
+    Point(
+        params={"fusion.alpha": 1.0, "loss.temperature": 3.0, "clip.prompts": "digits"},
+        settings={"fusion.alpha": 1.0, "loss.temperature": 3.0},
+    ),
+]
+
+
+def open_search(
+    storage, *, trials=6, points=(), space=SPACE, scheduler=None, seed=0, name="richkd"
+) -> Search:
+    rule = NopPruner() if scheduler is None else pruner(scheduler)
+    return Search(name, storage, space, list(points), trials, 3, rule, seed)
+
+
+def succeed(search: Search, number: int, top1: float, loss: float = 0.5) -> None:
+    search.tell(
+        number,
+        TrialState.COMPLETE,
+        {"best_val_top1": top1, "best_val_loss": loss, "finished": True},
+    )
+
+
+@pytest.fixture
+def storage():
+    return InMemoryStorage()
+
+
+@pytest.fixture(scope="module")
+def databases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("studies")
+    names = iter(range(100))
+    return lambda: RDBStorage(f"sqlite:///{folder / f'{next(names)}.db'}")
+
+
+def test_points_come_first_in_order_and_run_as_printed(storage):
+    search = open_search(storage, points=POINTS)
+    for number, point in enumerate(POINTS):
+        assert search.ask() == (number, point.params, point.settings)
+    number, params, settings = search.ask()
+    assert number == 2
+    assert params == settings
+    assert set(params) == set(SPACE)
+
+
+def test_settings_are_read_back_from_a_trial(storage):
+    search = open_search(storage, points=POINTS[:1], trials=2)
+    for top1 in (91.0, 90.0):
+        succeed(search, search.ask()[0], top1)
+    drawn = search.study.trials[1]
+    assert settings_of(search.best()) == POINTS[0].settings
+    assert settings_of(drawn) == drawn.params
+
+
+@pytest.mark.parametrize("trials", [1, 2, 3, 7])
+def test_no_more_and_no_fewer_trials_than_asked_for(storage, trials):
+    search = open_search(storage, trials=trials, points=POINTS)
+    states = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
+    given = []
+    while (asked := search.ask()) is not None:
+        given.append(asked[0])
+        metrics = {"best_val_top1": 90.0, "best_val_loss": 0.5}
+        search.tell(asked[0], states[asked[0] % 3], metrics)
+    assert given == list(range(trials))
+    assert search.over
+    assert search.ask() is None
+    assert sum(search.states().values()) == trials
+
+
+def test_a_search_is_over_only_when_the_last_one_running_has_ended(storage):
+    search = open_search(storage, trials=2)
+    first, second = search.ask()[0], search.ask()[0]
+    assert search.ask() is None
+    succeed(search, second, 90.0)
+    assert not search.over
+    succeed(search, first, 90.0)
+    assert search.over
+
+
+def test_a_restart_gives_out_what_was_running_under_its_number_and_nothing_twice(databases):
+    storage = databases()
+    search = open_search(storage, trials=5, points=POINTS)
+    asked = [search.ask() for _ in range(4)]
+    search.epoch(1, 1, 50.0)
+    succeed(search, 0, 91.0)
+    search.tell(2, TrialState.FAIL, {})
+
+    again = open_search(storage, trials=5, points=POINTS)
+    assert not again.over
+    assert [again.ask() for _ in range(2)] == [asked[1], asked[3]]
+    number, *_ = again.ask()
+    assert number == 4
+    assert again.ask() is None
+    for number in (1, 3, 4):
+        succeed(again, number, 80.0 + number)
+    assert again.over
+    assert again.states() == {"COMPLETE": 4, "FAIL": 1}
+    assert again.best().number == 0
+    assert again.study.trials[1].intermediate_values == {1: 50.0}
+
+    finished = open_search(storage, trials=5, points=POINTS)
+    assert finished.over
+    assert finished.ask() is None
+
+
+def test_a_restart_before_the_first_trial_still_begins_with_the_points(storage):
+    open_search(storage, points=POINTS)
+    again = open_search(storage, points=POINTS)
+    assert [again.ask()[2] for _ in POINTS] == [point.settings for point in POINTS]
+    assert again.ask()[0] == 2
+
+
+def test_a_start_that_was_cut_between_two_points_is_made_good(storage):
+    study = optuna.create_study(study_name="richkd", storage=storage, direction="maximize")
+    study.enqueue_trial(POINTS[0].params, user_attrs={"settings": POINTS[0].settings})
+    search = open_search(storage, points=POINTS)
+    assert [search.ask()[2] for _ in POINTS] == [point.settings for point in POINTS]
+
+
+def test_a_trial_that_was_cut_while_it_was_drawn_is_drawn_to_its_end(databases):
+    storage = databases()
+    study = optuna.create_study(study_name="richkd", storage=storage, direction="maximize")
+    cut = study.ask({"fusion.alpha": SPACE["fusion.alpha"]})
+    number, params, settings = open_search(storage).ask()
+    assert number == cut.number
+    assert set(params) == set(settings) == set(SPACE)
+    assert params["fusion.alpha"] == cut.params["fusion.alpha"]
+
+
+def test_a_restart_draws_anew_and_not_the_same_points_again(storage):
+    search = open_search(storage, trials=2)
+    first = [search.ask()[1] for _ in range(2)]
+    for number in range(2):
+        search.tell(number, TrialState.FAIL, {})
+    longer = open_search(storage, trials=4)
+    second = [longer.ask()[1] for _ in range(2)]
+    assert not any(params in first for params in second)
+
+
+def test_the_same_seed_draws_the_same_points():
+    drawn = [open_search(InMemoryStorage(), seed=seed).ask()[1] for seed in (3, 3, 4)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_two_searches_share_a_database_and_nothing_else(databases):
+    storage = databases()
+    richkd = open_search(storage, trials=2)
+    kd = open_search(
+        storage, trials=2, name="kd", space={"loss.temperature": SPACE["loss.temperature"]}
+    )
+    assert (richkd.ask()[0], kd.ask()[0], richkd.ask()[0]) == (0, 0, 1)
+    succeed(kd, 0, 99.0)
+    assert richkd.best() is None
+    assert kd.best().value == 99.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_makes_a_failed_trial(storage, value):
+    search = open_search(storage, trials=1)
+    succeed(search, search.ask()[0], value)
+    assert search.states() == {"FAIL": 1}
+    assert search.best() is None
+    assert search.over
+
+
+def test_a_trial_without_a_value_is_a_failed_one(storage):
+    search = open_search(storage, trials=1)
+    search.tell(search.ask()[0], TrialState.COMPLETE, {})
+    assert search.states() == {"FAIL": 1}
+
+
+def test_the_best_is_the_highest_and_a_tie_goes_to_the_lower_loss(storage):
+    search = open_search(storage, trials=5)
+    results = [(90.0, 0.1), (92.0, 0.5), (92.0, 0.3), (92.0, 0.3), (91.0, 0.01)]
+    for top1, loss in results:
+        succeed(search, search.ask()[0], top1, loss)
+    assert search.best().number == 2
+    assert search.best().value == 92.0
+
+
+def test_a_pruned_or_failed_trial_is_never_the_best(storage):
+    search = open_search(storage, trials=3)
+    for top1, state in ((99.0, TrialState.PRUNED), (98.0, TrialState.FAIL)):
+        number = search.ask()[0]
+        search.epoch(number, 1, top1)
+        search.tell(number, state, {"best_val_top1": top1, "best_val_loss": 0.0})
+    assert search.best() is None
+    succeed(search, search.ask()[0], 50.0)
+    assert search.best().value == 50.0
+    assert search.states() == {"COMPLETE": 1, "FAIL": 1, "PRUNED": 1}
+
+
+class Halving:
+    """Successive halving as its paper words it: at each rung, in the best 1 of `eta` so far, or out."""
+
+    def __init__(self, low: int, eta: int) -> None:
+        self.low, self.eta = low, eta
+        self.rungs: dict[int, list[float]] = {}
+
+    def stops(self, epoch: int, value: float) -> bool:
+        """Hear of an epoch; return whether the trial is out."""
+        rung, rest = 0, epoch / self.low
+        while rest > 1:
+            rung, rest = rung + 1, rest / self.eta
+        if rest != 1:
+            return False
+        came = self.rungs.setdefault(rung, [])
+        came.append(value)
+        better = sum(other > value for other in came)
+        return better >= max(1, len(came) // self.eta)
+
+
+def curve(number: int, epochs: int) -> list[float]:
+    rng = random.Random(number)
+    top, rate = rng.uniform(60, 95), rng.uniform(0.1, 1)
+    return [
+        round(top * (1 - math.exp(-rate * e)) + rng.gauss(0, 2), 1) for e in range(1, epochs + 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("low", "eta", "slots"), [(1, 2, 1), (1, 3, 4), (2, 3, 2), (3, 2, 5), (5, 3, 2)]
+)
+def test_asha_decides_as_the_papers_rule_does_in_any_order_of_arrival(storage, low, eta, slots):
+    trials, epochs = 30, 20
+    search = open_search(
+        storage,
+        trials=trials,
+        space={},
+        scheduler=Sweep(scheduler="asha", min_epochs=low, reduction=eta),
+    )
+    rule, order = Halving(low, eta), random.Random(low * 100 + eta)
+    running: dict[int, int] = {}
+    pruned = set()
+    while True:
+        while len(running) < slots and (asked := search.ask()) is not None:
+            running[asked[0]] = 0
+        if not running:
+            break
+        number = order.choice(sorted(running))
+        running[number] += 1
+        epoch = running[number]
+        value = curve(number, epochs)[epoch - 1]
+        stops = search.epoch(number, epoch, value)
+        assert stops == rule.stops(epoch, value), (number, epoch)
+        if stops:
+            pruned.add(number)
+            search.tell(number, TrialState.PRUNED, {})
+        elif epoch == epochs:
+            succeed(search, number, value)
+        if stops or epoch == epochs:
+            del running[number]
+    states = [trial.state for trial in search.study.trials]
+    assert {n for n, state in enumerate(states) if state == TrialState.PRUNED} == pruned
+    assert 0 < len(pruned) < trials
+    assert states.count(TrialState.COMPLETE) == trials - len(pruned)
+
+
+def test_asha_remembers_its_rungs_over_a_restart(databases):
+    storage, scheduler = databases(), Sweep(scheduler="asha", min_epochs=2, reduction=2)
+    search = open_search(storage, trials=4, scheduler=scheduler)
+    for value in (80.0, 90.0):
+        number = search.ask()[0]
+        assert not search.epoch(number, 1, value)
+        assert not search.epoch(number, 2, value)
+        succeed(search, number, value)
+    again = open_search(storage, trials=4, scheduler=scheduler)
+    number = again.ask()[0]
+    assert not again.epoch(number, 1, 1.0)
+    assert again.epoch(number, 2, 85.0)  # a study without a memory would let the first one pass
+
+
+def test_without_a_scheduler_nothing_is_stopped(storage):
+    search = open_search(storage, trials=3, scheduler=Sweep(scheduler="none"))
+    for value in (90.0, 10.0, math.nan):
+        number = search.ask()[0]
+        assert not any(search.epoch(number, epoch, value) for epoch in range(1, 20))
+
+
+def test_asha_stops_a_trial_whose_accuracy_is_not_a_number(storage):
+    search = open_search(storage, scheduler=Sweep(scheduler="asha", min_epochs=1))
+    assert search.epoch(search.ask()[0], 1, math.nan)

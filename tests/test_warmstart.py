@@ -1,0 +1,93 @@
+"""Where the first trials of a search lie, and what they run."""
+
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from richkd.config import build, flatten, read, to_dict
+from richkd.methods import METHODS
+from tune.warmstart import place, printed
+
+BASE = flatten(to_dict(build(read([]))))
+TEMPERATURE = {"loss.temperature": FloatDistribution(0.5, 8.0, log=True)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_printed_numbers_are_those_of_the_methods(method):
+    found = printed(method)
+    assert found.pop("loss.temperature_of") == "fused"
+    preset = METHODS[method]
+    assert found == {
+        key: value
+        for key, value in preset.settings.items()
+        if key != "fusion.alpha" or key not in preset.fixed
+    }
+    assert {"loss.ce", "loss.logit", "loss.temperature"} <= set(found)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_printed_numbers_make_a_config_of_their_method(method):
+    config = build(read([f"method.name={method}"]).over("trial", printed(method)))
+    shown = flatten(to_dict(config))
+    assert {key: shown[key] for key in printed(method)} == printed(method)
+    assert config.fusion.alpha == METHODS[method].settings["fusion.alpha"]
+
+
+def test_the_papers_setting_is_that_of_sec_3():
+    assert printed("richkd-l") == {
+        "loss.ce": 1.0,
+        "loss.logit": 3.0,
+        "loss.temperature": 3.0,
+        "fusion.alpha": 0.7,
+        "loss.temperature_of": "fused",
+    }
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.8, 1.0, 1.7])
+def test_the_place_of_a_temperature_is_relative_to_the_task_teacher(ratio):
+    paper = printed("richkd-l")
+    found = place(paper, TEMPERATURE, BASE, ratio)["loss.temperature"]
+    # the fused logits are `ratio` times as wide, so this makes them as sharp as T = 3 does
+    assert found * ratio == pytest.approx(paper["loss.temperature"])
+
+
+@pytest.mark.parametrize(("ratio", "found"), [(0.1, 8.0), (100.0, 0.5)])
+def test_a_place_beyond_the_bounds_is_the_nearest_bound(ratio, found):
+    assert place(printed("richkd-l"), TEMPERATURE, BASE, ratio) == {"loss.temperature": found}
+
+
+def test_only_the_temperature_is_divided():
+    space = {"fusion.alpha": FloatDistribution(0, 1), "loss.logit": FloatDistribution(0.5, 16)}
+    found = place(printed("richkd-l"), space, BASE, 2.0)
+    assert found == {"fusion.alpha": 0.7, "loss.logit": 3.0}
+
+
+def test_a_key_that_the_setting_leaves_alone_lies_where_the_base_config_is():
+    space = {
+        "clip.prompts": CategoricalDistribution(("digits-bad", "digits")),
+        "train.lr": FloatDistribution(0.001, 1.0),
+    }
+    found = place(printed("richkd-l"), space, BASE, 1.0)
+    assert found == {"clip.prompts": "digits", "train.lr": BASE["train.lr"]}
+
+
+def test_a_value_that_is_no_choice_lies_at_the_first_one():
+    space = {"clip.prompts": CategoricalDistribution(("digits-bad", "digits-photo"))}
+    assert place({}, space, BASE, 1.0) == {"clip.prompts": "digits-bad"}
+
+
+@pytest.mark.parametrize(
+    ("key", "distribution"),
+    [
+        ("loss.temperature", IntDistribution(1, 8)),
+        ("clip.scale", FloatDistribution(1.0, 100.0, log=True)),
+        ("clip.scale", CategoricalDistribution(("none", 50))),
+        ("data.labelled_per_class", IntDistribution(1, 50)),
+        ("loss.temperature", CategoricalDistribution((1, 2, 4))),
+    ],
+)
+def test_every_place_is_one_that_the_distribution_contains(key, distribution):
+    base = BASE | {"data.labelled_per_class": None}
+    found = place(printed("richkd-l"), {key: distribution}, base, 1.25)[key]
+    assert distribution._contains(distribution.to_internal_repr(found))
+    if isinstance(distribution, IntDistribution):
+        assert isinstance(found, int)

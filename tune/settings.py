@@ -1,0 +1,90 @@
+"""Frozen dataclasses of one sweep: space, budget, resources, tracking; the run itself is `richkd.config`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from richkd.config import in_range, one_of
+from richkd.errors import ConfigError
+
+MANY = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """What is searched, and for how long."""
+
+    name: str | None = None  # folder and parent run; None: <data>-<student>-<yymmdd-hhmmss>
+    trials: int = 16  # of the method, and as many again for its baseline kd
+    startup: int = 4  # trials drawn at random before the sampler learns; Optuna's 10 is most of 16
+    scheduler: str = "asha"  # asha | none
+    min_epochs: int = 4  # epochs before the first decision of asha
+    reduction: int = 3  # asha lets one in `reduction` trials pass a decision
+    settings: dict[str, Any] = field(default_factory=dict)  # dotted key: value, in every trial
+    space: dict[str, Any] = field(default_factory=dict)  # dotted key: {distribution: bounds}
+
+    def __post_init__(self) -> None:
+        in_range("sweep.trials", self.trials, 1, MANY)
+        in_range("sweep.startup", self.startup, 0, MANY)
+        in_range("sweep.min_epochs", self.min_epochs, 1, MANY)
+        in_range("sweep.reduction", self.reduction, 2, MANY)
+        one_of("sweep.scheduler", self.scheduler, ("asha", "none"))
+        if self.name is not None and (
+            not self.name.strip() or any(c in "/\\\n" for c in self.name) or self.name[0] == "."
+        ):
+            raise ConfigError(
+                f"sweep.name must be a plain folder name but got {self.name!r}; leave out slashes."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refit:
+    """The final fits of the methods that are compared."""
+
+    seeds: int = 8  # each varies labelled subset, teacher, initial weights and order
+
+    def __post_init__(self) -> None:
+        in_range("refit.seeds", self.seeds, 1, 10_000)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Warmstart:
+    """Where the first trials come from."""
+
+    sources: tuple[str, ...] = ("paper",)
+
+    def __post_init__(self) -> None:
+        for source in self.sources:
+            one_of("warmstart.sources", source, ("paper",))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What a trial takes of the cluster; changes no result."""
+
+    cpus_per_worker: int = 1
+    gpus_per_worker: float = 0.0
+    max_concurrent: int | None = None  # None: as many as fit
+
+    def __post_init__(self) -> None:
+        in_range("resources.cpus_per_worker", self.cpus_per_worker, 1, MANY)
+        in_range("resources.max_concurrent", self.max_concurrent, 1, MANY)
+        in_range("resources.gpus_per_worker", self.gpus_per_worker, 0, 64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tracking:
+    """Where MLflow is."""
+
+    uri: str | None = None  # None: MLFLOW_TRACKING_URI, else mlflow.db in the working folder
+    experiment: str = "richkd"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """One sweep, beside the `Config` of its runs."""
+
+    sweep: Sweep = field(default_factory=Sweep)
+    refit: Refit = field(default_factory=Refit)
+    warmstart: Warmstart = field(default_factory=Warmstart)
+    resources: Resources = field(default_factory=Resources)
+    tracking: Tracking = field(default_factory=Tracking)
