@@ -1,0 +1,624 @@
+"""What MLflow's own client reads back, and what a server that is dead, hangs or refuses does not do to us."""
+
+import http.server
+import json
+import math
+import os
+import random
+import socket
+import sqlite3
+import threading
+import time
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+from mlflow.tracking import MlflowClient
+
+from richkd.errors import ConfigError
+from tune import tracking
+from tune.tracking import ENVIRONMENT, Tracker
+
+AT_ONCE = 0.05  # seconds
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Leave no variable of ours behind, and wait for no server longer than a second."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    """The address of a database that two drivers have opened at once, when it was new."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'mlflow.db'}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        trackers = [Tracker(uri, f"first-{k}") for k in range(2)]
+        for tracker in trackers:
+            tracker.start()
+        for tracker in trackers:
+            assert tracker.close(100), tracker.problem
+    return uri
+
+
+@pytest.fixture(scope="module")
+def client(database):
+    return MlflowClient(tracking_uri=database)
+
+
+@pytest.fixture
+def start(database, request):
+    """Return what starts a tracker on an experiment of this test's own."""
+
+    def begin(known=None) -> Tracker:
+        tracker = Tracker(database, request.node.name, known=known)
+        tracker.start()
+        return tracker
+
+    return begin
+
+
+def sent(tracker: Tracker) -> Tracker:
+    """End a tracker that must have sent everything."""
+    assert tracker.close(60), tracker.problem
+    return tracker
+
+
+def runs(client: MlflowClient, tracker: Tracker) -> list:
+    return client.search_runs([tracker.experiment_id])
+
+
+def test_a_sweep_and_its_trials_are_a_parent_and_its_children(start, client, request):
+    tracker = start()
+    sweep = tracker.sweep(
+        "digits", {"train.epochs": 20, "clip.model": "miniature"}, {"richkd.kind": "sweep"}
+    )
+    trial = tracker.run(sweep, "trial-000", {"fusion.alpha": 0.7}, {"richkd.kind": "trial"})
+    refit = tracker.run(sweep, "refit-ce-seed3", {"seed": 3}, {"richkd.trial": 3})
+    sent(tracker)
+    assert client.get_experiment(tracker.experiment_id).name == request.node.name
+    parent, first, second = (client.get_run(tracker.run_id(key)) for key in (sweep, trial, refit))
+    assert [run.info.run_name for run in (parent, first, second)] == [
+        *("digits", "trial-000", "refit-ce-seed3")
+    ]
+    assert parent.data.params == {"train.epochs": "20", "clip.model": "miniature"}
+    assert first.data.params == {"fusion.alpha": "0.7"}
+    assert parent.data.tags["richkd.kind"] == "sweep"
+    assert second.data.tags["richkd.trial"] == "3"
+    assert "mlflow.parentRunId" not in parent.data.tags
+    children = client.search_runs(
+        [tracker.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
+    assert {run.info.run_id for run in children} == {first.info.run_id, second.info.run_id}
+
+
+def test_two_drivers_at_once_open_a_new_database(database, client):
+    names = {experiment.name for experiment in client.search_experiments()}
+    assert names >= {"first-0", "first-1"}
+    assert sqlite3.connect(database.removeprefix("sqlite:///")).execute("select 1").fetchone()
+
+
+def test_metrics_are_kept_by_epoch(start, client):
+    tracker = start()
+    sweep = tracker.sweep("digits", {}, {})
+    trial = tracker.run(sweep, "trial-000", {}, {})
+    curve = [
+        (epoch, 90 + math.sin(epoch)) for epoch in range(1, 1200)
+    ]  # more than MLflow takes a call
+    for epoch, value in curve:
+        tracker.log(trial, {"val/top1": value, "train/loss": 1 / epoch}, epoch)
+    tracker.finish(trial, "FINISHED")
+    sent(tracker)
+    found = client.get_metric_history(tracker.run_id(trial), "val/top1")
+    assert [(point.step, point.value) for point in found] == curve
+    losses = client.get_metric_history(tracker.run_id(trial), "train/loss")
+    assert [point.value for point in losses] == [1 / epoch for epoch, _ in curve]
+    assert abs(found[0].timestamp / 1000 - time.time()) < 100
+    assert client.get_run(tracker.run_id(sweep)).data.metrics == {}
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
+def test_the_status_is_that_of_the_end_and_metrics_before_it_are_there(start, client, status):
+    tracker = start()
+    sweep = tracker.sweep("digits", {}, {})
+    tracker.log(sweep, {"best_val_top1": 93.0}, 0)
+    tracker.tag(sweep, {"richkd.state": "ended"})
+    tracker.finish(sweep, status)
+    sent(tracker)
+    run = client.get_run(tracker.run_id(sweep))
+    assert run.info.status == status
+    assert run.info.end_time >= run.info.start_time
+    assert run.data.metrics == {"best_val_top1": 93.0}
+    assert run.data.tags["richkd.state"] == "ended"
+
+
+def test_artifacts_lie_beside_the_database_and_are_read_back(
+    start, client, database, tmp_path, monkeypatch
+):
+    (tmp_path / "best" / "deep").mkdir(parents=True)
+    (tmp_path / "best" / "deep" / "weights").write_bytes(bytes(range(256)))
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    tracker = start()
+    sweep = tracker.sweep("digits", {}, {})
+    tracker.artifacts(sweep, tmp_path / "best", "checkpoint")
+    tracker.text(sweep, "a: ä\n", "config.yaml")
+    sent(tracker)
+    copy = Path(client.download_artifacts(tracker.run_id(sweep), "", str(tmp_path)))
+    assert (copy / "checkpoint" / "deep" / "weights").read_bytes() == bytes(range(256))
+    assert (copy / "config.yaml").read_text(encoding="utf-8") == "a: ä\n"
+    place = Path(client.get_experiment(tracker.experiment_id).artifact_location)
+    assert place.is_relative_to(Path(database.removeprefix("sqlite:///")).parent)
+    assert list(work.iterdir()) == []
+
+
+def test_a_table_is_read_back_by_mlflow_and_a_second_one_replaces_it(
+    start, client, database, monkeypatch
+):
+    tracker = start()
+    sweep = tracker.sweep("digits", {}, {})
+    tracker.table(sweep, {"model": ["old", "rows", "gone"]}, "table.json")
+    columns = {"model": ["kd", "richkd"], "top1": [88.5, math.nan], "wins": ["", "2 of 2"]}
+    tracker.table(sweep, columns, "table.json")
+    sent(tracker)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)  # the client's own address is not asked
+    found = client.load_table(tracker.experiment_id, "table.json", [tracker.run_id(sweep)])
+    assert list(found.columns) == list(columns)
+    assert found["model"].tolist() == columns["model"]
+    assert found["wins"].tolist() == columns["wins"]
+    assert found["top1"].isna().tolist() == [False, True]
+    tag = json.loads(client.get_run(tracker.run_id(sweep)).data.tags["mlflow.loggedArtifacts"])
+    assert tag == [{"path": "table.json", "type": "table"}]
+
+
+def test_datasets_are_inputs_and_are_not_doubled(start, client):
+    tracker = start()
+    sweep = tracker.sweep("digits", {}, {})
+    for _ in range(2):
+        tracker.dataset(sweep, "digits", "a" * 64, "training")
+        tracker.dataset(sweep, "digits", "b" * 64, "test")
+    sent(tracker)
+    inputs = client.get_run(tracker.run_id(sweep)).inputs.dataset_inputs
+    found = {(i.dataset.name, i.dataset.digest, i.tags[0].value) for i in inputs}
+    assert found == {("digits", "a" * 36, "training"), ("digits", "b" * 36, "test")}
+    assert len(inputs) == 2
+
+
+def test_what_is_not_finite_is_counted_and_what_is_no_number_left_out(start, client):
+    tracker = start()
+    sweep = tracker.sweep("digits", {}, {})
+    tracker.log(sweep, {"a": math.nan, "b": math.inf, "c": 1, "d": "text", "e": None}, 1)
+    tracker.log(sweep, {"a": -math.inf, "b": np.float32(0.5), "c": np.int64(2), "f": [1.0]}, 2)
+    sent(tracker)
+    run = client.get_run(tracker.run_id(sweep))
+    assert run.data.metrics == {"b": 0.5, "c": 2.0}
+    assert run.data.tags["richkd.nonfinite"] == "3"
+    assert [p.value for p in client.get_metric_history(run.info.run_id, "c")] == [1.0, 2.0]
+
+
+def odd_keys() -> list[str]:
+    rng = random.Random(0)
+    letters = "ab/._- :@#%ß漢\n\t\\'\"${}[]()*?é\u202e\x00😀"
+    keys = {"".join(rng.choices(letters, k=rng.randint(0, 12))) for _ in range(230)}
+    keys |= {"a b", "a@b", "a#b", "a_b", "a//b", "a/b", "a/./b", "/a/b", "a/b/", "..", "../a", ""}
+    keys |= {"x" * 250, "x" * 251, "x" * 252, "loss(%)", "loss(#)", "a\nb", "Δloss"}
+    return sorted(keys)
+
+
+def test_odd_keys_are_taken_and_no_two_become_one(start, client):
+    keys = odd_keys()
+    assert len(keys) > 200
+    tracker = start()
+    sweep = tracker.sweep("digits", dict.fromkeys(keys, "x") | {"a_b": "as it is"}, {})
+    tracker.log(sweep, {key: number for number, key in enumerate(keys)}, 1)
+    sent(tracker)
+    run = client.get_run(tracker.run_id(sweep))
+    assert len(run.data.params) == len(keys)
+    assert sorted(run.data.metrics.values()) == list(range(len(keys)))
+    assert set(run.data.params) == set(run.data.metrics)
+    assert run.data.params["a_b"] == "as it is"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "val/top1",
+        "loss.temperature",
+        "space.clip.prompts",
+        "a b",
+        "x-y_z",
+        "m:0",
+        "x" * 250,
+        "größe",
+    ],
+)
+def test_usual_keys_stay_as_they_are(start, client, key):
+    tracker = start()
+    sweep = tracker.sweep("digits", {key: 1}, {key: "tag"})
+    tracker.log(sweep, {key: 2}, 1)
+    sent(tracker)
+    data = client.get_run(tracker.run_id(sweep)).data
+    assert (data.params, data.metrics, data.tags[key]) == ({key: "1"}, {key: 2.0}, "tag")
+
+
+@pytest.mark.parametrize(
+    "params", [{"a": ""}, {"a": "x" * 10_000}, {"a": None}, {f"k{i}": i for i in range(250)}]
+)
+def test_odd_values_of_parameters_are_taken(start, client, params):
+    tracker = start()
+    sweep = tracker.sweep("digits", params, {"long": "y" * 9000})
+    sent(tracker)
+    found = client.get_run(tracker.run_id(sweep)).data.params
+    assert found == {key: str(value)[:6000] for key, value in params.items()}
+
+
+def test_known_runs_are_gone_on_with(start, client):
+    first = start()
+    sweep = first.sweep("digits", {"a": 1, "odd@key": 1}, {"richkd.state": "running"})
+    trial = first.run(sweep, "trial-000", {"fusion.alpha": 0.7}, {})
+    first.log(trial, {"val/top1": 90.0, "bad": math.nan}, 1)
+    first.finish(trial, "KILLED")
+    first.finish(sweep, "KILLED")
+    sent(first)
+
+    second = start(json.loads(json.dumps(first.known())))
+    assert second.run_id(trial) == first.run_id(trial)
+    second.sweep("digits", {"a": 2, "odd@key": 2, "b": 3}, {"richkd.state": "running again"})
+    second.run(sweep, "trial-000", {"fusion.alpha": 0.9}, {})
+    new = second.run(sweep, "trial-001", {"fusion.alpha": 0.1}, {})
+    second.log(trial, {"val/top1": 91.0, "bad": math.inf}, 2)
+    second.finish(trial, "FINISHED")
+    sent(second)
+
+    assert len(runs(client, second)) == 3
+    parent, child = client.get_run(second.run_id(sweep)), client.get_run(second.run_id(trial))
+    assert parent.info.run_id == first.run_id(sweep)
+    assert parent.info.status == "RUNNING"
+    assert sorted(parent.data.params.values()) == ["1", "1", "3"]  # written once
+    assert parent.data.tags["richkd.state"] == "running again"
+    assert child.info.status == "FINISHED"
+    assert child.data.tags["richkd.nonfinite"] == "2"
+    history = client.get_metric_history(child.info.run_id, "val/top1")
+    assert [(point.step, point.value) for point in history] == [(1, 90.0), (2, 91.0)]
+    assert client.get_run(second.run_id(new)).data.tags["mlflow.parentRunId"] == parent.info.run_id
+
+
+def test_a_child_that_a_killed_driver_opened_and_did_not_write_down_is_gone_on_with(start, client):
+    first = start()
+    sweep = first.sweep("digits", {}, {})
+    trial = first.run(sweep, "trial-000", {"fusion.alpha": 0.7}, {})
+    first.log(trial, {"val/top1": 90.0}, 1)
+    sent(first)
+    second = start({sweep: first.run_id(sweep)})
+    second.sweep("digits", {}, {})
+    second.run(sweep, "trial-000", {"fusion.alpha": 0.7}, {})
+    sent(second)
+    assert second.known() == first.known()
+    assert len(runs(client, second)) == 2
+
+
+def test_ids_that_this_mlflow_does_not_know_are_replaced(start, client):
+    tracker = start({"digits": "0" * 32, "digits/trial-000": "1" * 32})
+    trial = tracker.run(tracker.sweep("digits", {}, {}), "trial-000", {"a": 1}, {})
+    sent(tracker)
+    assert {run.info.run_id for run in runs(client, tracker)} == set(tracker.known().values())
+    assert client.get_run(tracker.run_id(trial)).data.params == {"a": "1"}
+
+
+def lose_first_answer(monkeypatch, method: str) -> None:
+    """Let `method` of MLflow's client do its work once without its caller hearing of it."""
+    usual, calls = getattr(MlflowClient, method), []
+
+    def lossy(self, *args, **kwargs):
+        answer = usual(self, *args, **kwargs)
+        calls.append(method)
+        if len(calls) == 1:
+            raise ConnectionResetError("the answer is lost")
+        return answer
+
+    monkeypatch.setattr(MlflowClient, method, lossy)
+
+
+def test_a_run_whose_answer_was_lost_is_not_opened_twice(start, client, monkeypatch):
+    tracker = start()
+    lose_first_answer(monkeypatch, "create_run")
+    sweep = tracker.sweep("digits", {"a": 1}, {})
+    tracker.run(sweep, "trial-000", {}, {})
+    sent(tracker)
+    assert len(runs(client, tracker)) == 2
+    assert client.get_run(tracker.run_id(sweep)).data.params == {"a": "1"}
+
+
+def test_metrics_whose_answer_was_lost_are_not_stored_twice(start, client, monkeypatch):
+    tracker = start()
+    sweep = tracker.sweep("digits", {}, {})
+    lose_first_answer(monkeypatch, "log_batch")
+    for epoch in range(1, 4):
+        tracker.log(sweep, {"val/top1": 90.0, "bad": math.nan}, epoch)
+    sent(tracker)
+    history = client.get_metric_history(tracker.run_id(sweep), "val/top1")
+    assert [point.step for point in history] == [1, 2, 3]
+    assert client.get_run(tracker.run_id(sweep)).data.tags["richkd.nonfinite"] == "3"
+
+
+def break_calls(monkeypatch, times: int) -> None:
+    """Let the next `times` calls of MLflow's client find a dead server."""
+    left = iter(range(times))
+    for method in ("log_batch", "set_terminated", "get_experiment"):
+        usual = getattr(MlflowClient, method)
+
+        def call(self, *args, usual=usual, **kwargs):
+            if next(left, None) is not None:
+                raise ConnectionRefusedError(111, "Connection refused")
+            return usual(self, *args, **kwargs)
+
+        monkeypatch.setattr(MlflowClient, method, call)
+
+
+def wait_for(true) -> None:
+    deadline = time.monotonic() + 30
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert true()
+
+
+def test_a_server_that_comes_back_soon_has_missed_nothing(start, client, monkeypatch):
+    monkeypatch.setattr(tracking, "PAUSES", (0.1, 0.1, 0.0))
+    tracker = start()
+    sweep = tracker.sweep("digits", {}, {})
+    wait_for(lambda: tracker.run_id(sweep))
+    break_calls(monkeypatch, 4)  # two attempts, and the question after each
+    tracker.log(sweep, {"val/top1": 90.0}, 1)
+    tracker.finish(sweep, "FINISHED")
+    sent(tracker)
+    run = client.get_run(tracker.run_id(sweep))
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"val/top1": 90.0})
+    assert tracker.problem is None
+
+
+def test_a_server_that_dies_in_between_is_given_up_in_one_line(start, monkeypatch):
+    monkeypatch.setattr(tracking, "PAUSES", (0.1, 0.1, 0.0))
+    tracker = start()
+    sweep = tracker.sweep("digits", {}, {})
+    wait_for(lambda: tracker.run_id(sweep))
+    break_calls(monkeypatch, 10**9)
+    tracker.finish(sweep, "FINISHED")
+    wait_for(lambda: tracker.problem)
+    tracker.log(sweep, {"val/top1": 90.0}, 1)
+    began = time.monotonic()
+    assert not tracker.close(30)
+    assert time.monotonic() - began < 1
+    assert "Connection refused" in tracker.problem
+    assert tracker.problem.endswith("nothing was sent after that.")
+
+
+def test_one_call_that_mlflow_refuses_is_noted_and_the_others_go_on(start, client, tmp_path):
+    tracker = start()
+    sweep = tracker.sweep("digits", {}, {})
+    tracker.artifacts(sweep, tmp_path / "missing", "checkpoint")
+    tracker.table(sweep, {"a": [1], "b": []}, "table.json")
+    tracker.log(sweep, {"val/top1": 90.0}, 1)
+    tracker.finish(sweep, "FINISHED")
+    assert not tracker.close(60)
+    assert "artifacts" in tracker.problem  # the first
+    assert "\n" not in tracker.problem
+    run = client.get_run(tracker.run_id(sweep))
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"val/top1": 90.0})
+
+
+def test_a_deleted_experiment_is_told_with_what_to_do(start, client, request):
+    client.delete_experiment(client.create_experiment(request.node.name))
+    tracker = start()
+    sweep = tracker.sweep("digits", {}, {})
+    assert not tracker.close(60)
+    assert "mlflow experiments restore --experiment-id" in tracker.problem
+    assert tracker.run_id(sweep) is None
+
+
+class Broken(http.server.BaseHTTPRequestHandler):
+    """Answers everything by 500."""
+
+    def do_GET(self) -> None:
+        """Fail."""
+        self.send_error(500)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(params=["closed", "hanging", "500"])
+def dead(request):
+    """The port of a server that is no use."""
+    if request.param == "500":
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+            thread.start()
+            yield server.server_port
+            server.shutdown()
+            thread.join()
+        return
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if request.param == "hanging":
+            listener.listen(50)
+        yield listener.getsockname()[1]
+
+
+def test_a_dead_server_raises_nothing_delays_nobody_and_is_told_without_credentials(dead, tmp_path):
+    tracker = Tracker(f"http://bob:hunter2@127.0.0.1:{dead}")
+    slowest = 0.0
+
+    def call(method, *arguments):
+        nonlocal slowest
+        began = time.perf_counter()
+        answer = method(*arguments)
+        slowest = max(slowest, time.perf_counter() - began)
+        return answer
+
+    call(tracker.start)
+    sweep = call(tracker.sweep, "digits", {"a": 1}, {"b": 2})
+    for number in range(50):
+        trial = call(tracker.run, sweep, f"trial-{number:03d}", {"a": 1}, {"b": 2})
+        call(tracker.log, trial, {"val/top1": 90.0, "bad": math.nan}, 1)
+        call(tracker.tag, trial, {"c": 3})
+        call(tracker.text, trial, "text", "file.txt")
+        call(tracker.artifacts, trial, tmp_path, "best")
+        call(tracker.table, trial, {"a": [1]}, "table.json")
+        call(tracker.dataset, trial, "digits", "abc", "training")
+        call(tracker.finish, trial, "FINISHED")
+        assert call(tracker.run_id, trial) is None
+        assert call(tracker.known) == {}
+        assert call(tracker.links, sweep, [trial]) == {}
+    assert slowest < AT_ONCE
+    began = time.monotonic()
+    assert not tracker.close(1.5)
+    assert time.monotonic() - began < 2
+    assert f"127.0.0.1:{dead}" in tracker.problem
+    assert "\n" not in tracker.problem
+    for secret in ("bob", "hunter2"):
+        assert secret not in tracker.problem
+        assert secret not in tracker.public_uri
+    began = time.monotonic()
+    assert not tracker.close(5)  # and the second time it waits for nothing
+    assert time.monotonic() - began < 0.5
+
+
+def test_a_server_that_fails_is_not_waited_for_to_the_end(dead, monkeypatch):
+    monkeypatch.setattr(tracking, "PATIENCE", 1.0)
+    tracker = Tracker(f"http://127.0.0.1:{dead}")
+    tracker.start()
+    tracker.sweep("digits", {}, {})
+    began = time.monotonic()
+    assert not tracker.close(60)
+    assert time.monotonic() - began < 5
+    assert tracker.problem
+
+
+def test_known_ids_outlive_a_dead_server(dead):
+    known = {"digits": "0" * 32}
+    tracker = Tracker(f"http://127.0.0.1:{dead}", known=known)
+    tracker.start()
+    tracker.sweep("digits", {}, {})
+    tracker.close(0.1)
+    assert tracker.known() == known
+
+
+def test_a_tracker_that_was_not_started_closes_and_one_closed_takes_calls(start):
+    assert Tracker("http://127.0.0.1:1").close(1)
+    tracker = sent(start())
+    tracker.log(tracker.sweep("digits", {}, {}), {"a": 1.0}, 1)
+    assert tracker.close(1)
+
+
+@pytest.mark.parametrize(
+    "uri", ["mlruns", "./mlruns", "/tmp/mlruns", "file:./mlruns", "file:///m", "C:\\runs"]
+)
+def test_a_folder_is_refused_with_what_to_use(uri):
+    with pytest.raises(ConfigError, match="use sqlite:///mlflow.db or the address of a server"):
+        Tracker(uri)
+
+
+@pytest.mark.parametrize(
+    "uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:mlflow.db"]
+)
+def test_a_database_that_is_no_file_is_refused(uri):
+    with pytest.raises(ConfigError, match="must name a file"):
+        Tracker(uri)
+
+
+def test_the_address_is_what_was_given_or_the_variable_or_this_folders_database(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert Tracker.address(None) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert Tracker.address("sqlite:///a/b.db") == f"sqlite:///{tmp_path}/a/b.db"
+    assert Tracker.address(f"sqlite:///{tmp_path}/c.db") == f"sqlite:///{tmp_path}/c.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert Tracker.address(None) == "http://mlflow:5000"
+    assert Tracker.address("databricks") == "databricks"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mlruns")
+    with pytest.raises(ConfigError):
+        Tracker.address(None)
+
+
+@pytest.mark.parametrize(
+    ("uri", "public"),
+    [
+        ("http://mlflow:5000", "http://mlflow:5000"),
+        ("https://bob:hunter2@mlflow/x", "https://***@mlflow/x"),
+        ("http://hunter2@mlflow", "http://***@mlflow"),
+        ("postgresql://bob:hun@ter2@db/mlflow", "postgresql://***@db/mlflow"),
+        ("postgresql://bob:hun/ter2@db/mlflow", "postgresql://***@db/mlflow"),
+        ("sqlite:////home/bob@work/mlflow.db", "sqlite:////home/bob@work/mlflow.db"),
+    ],
+)
+def test_credentials_are_never_shown(uri, public):
+    assert Tracker(uri).public_uri == public
+
+
+def test_links_open_the_runs_the_sweep_and_the_comparison(start, client, database, monkeypatch):
+    tracker = start()
+    sweep = tracker.sweep("digits", {}, {})
+    trials = [tracker.run(sweep, f"trial-{k}", {}, {}) for k in range(2)]
+    sent(tracker)
+    links = tracker.links(sweep, [*trials, "digits/unknown"])
+    experiment, parent = tracker.experiment_id, tracker.run_id(sweep)
+    assert links["command"] == f"mlflow ui --backend-store-uri {database}"
+    assert links["runs"].startswith(f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?")
+    assert links["sweep"].startswith(
+        f"http://127.0.0.1:5000/#/experiments/{experiment}/runs/{parent}?"
+    )
+    path, _, query = links["compare"].partition("?")
+    assert path == "http://127.0.0.1:5000/#/compare-runs"
+    values = dict(part.split("=") for part in query.split("&"))
+    assert json.loads(unquote(values["runs"])) == [tracker.run_id(trial) for trial in trials]
+    assert json.loads(unquote(values["experiments"])) == [experiment]
+    assert "compare" not in tracker.links(sweep, [])
+    monkeypatch.chdir(Path(database.removeprefix("sqlite:///")).parent)
+    assert tracker.links(sweep, trials)["command"] == "mlflow ui"
+
+
+def test_links_to_a_server_need_no_command_and_hold_no_credentials():
+    tracker = Tracker("http://bob:hunter2@mlflow:5000/", known={"digits": "abc"})
+    assert tracker.links("digits", []) == {}
+    tracker._store.experiment_id = "7"
+    links = tracker.links("digits", ["digits"])
+    assert set(links) == {"runs", "sweep", "compare"}
+    assert links["sweep"].startswith("http://***@mlflow:5000/#/experiments/7/runs/abc")
+    assert not any("hunter2" in link for link in links.values())
+
+
+def test_the_command_can_be_pasted_into_a_shell(tmp_path):
+    command = Tracker(f"sqlite:///{tmp_path}/my runs/mlflow.db").links("digits", [])["command"]
+    assert command == f"mlflow ui --backend-store-uri 'sqlite:///{tmp_path}/my runs/mlflow.db'"
+
+
+def test_a_run_id_in_the_environment_is_not_written_to(start, client, monkeypatch):
+    monkeypatch.setenv("MLFLOW_RUN_ID", "f" * 32)
+    tracker = start()
+    tracker.sweep("digits", {}, {})
+    sent(tracker)
+    assert len(runs(client, tracker)) == 1
+    assert "MLFLOW_RUN_ID" not in os.environ
+
+
+def test_credentials_in_an_error_are_not_passed_on(start, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("x" * 275 + " http://bob:hunter2-and-more@mlflow:5000\nsecond line")
+
+    monkeypatch.setattr(MlflowClient, "set_terminated", refuse)
+    tracker = start()
+    tracker.finish(tracker.sweep("digits", {}, {}), "FINISHED")
+    assert not tracker.close(60)
+    assert "ValueError: xxx" in tracker.problem
+    assert "hunter2" not in tracker.problem
+    assert "second line" not in tracker.problem

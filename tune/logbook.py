@@ -1,0 +1,165 @@
+"""A sweep as MLflow shows it: one parent, a child for each trial and refit.
+
+Children carry only what was searched, since the UI's parallel coordinates open on the first parameters;
+the parent carries the constants.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from richkd.config import Config, digest, dump, flatten, to_dict
+from richkd.data import Dataset
+from richkd.files import read_json, write_json
+from tune.agenda import Job
+from tune.settings import Settings
+from tune.space import Space
+from tune.tracking import Tracker
+
+STATUS = {"finished": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+TESTED = ("test/", "teacher/", "clip/", "fused/")
+HIDDEN = ("sweep.space", "sweep.settings", "sweep.name", "storage", "cache", "device", "tracking")
+CLOSE_SECONDS = 60.0  # a healthy store needs about 5 for a hundred runs on two cores
+
+
+class Logbook:
+    """Listens to an agenda and writes it to MLflow; ids of runs are kept in the sweep folder.
+
+    Args:
+        folder: Sweep folder.
+        uri: Address of MLflow.
+        experiment: Name of the experiment.
+    """
+
+    def __init__(self, folder: Path, uri: str, experiment: str) -> None:
+        self.folder, self.name, self.experiment = folder, folder.name, experiment
+        self.ids = folder / "mlflow.json"
+        known = read_json(self.ids) if self.ids.exists() else {}
+        self.tracker = Tracker(uri, experiment, known=known)
+        self.closed = False
+
+    def open(
+        self,
+        settings: Settings,
+        base: Config,
+        space: Space,
+        environment: dict[str, Any],
+        dataset: Dataset,
+    ) -> None:
+        """Begin, or go on with, the parent run."""
+        constants = flatten(to_dict(base)) | flatten(to_dict(settings))
+        constants = {
+            key: value
+            for key, value in constants.items()
+            if not key.startswith(HIDDEN) and key not in space and value is not None
+        }
+        constants |= {f"space.{key}": _say(entry) for key, entry in settings.sweep.space.items()}
+        tags = {
+            "richkd.kind": "sweep",
+            "richkd.sweep": self.name,
+            "richkd.state": "running",
+            "richkd.digest": digest(base),
+            "richkd.commit": environment["commit"] or "",
+        }
+        self.tracker.start()
+        self.tracker.sweep(self.name, constants, tags)
+        self.tracker.text(self.name, dump(base), "config.yaml")
+        self.tracker.text(self.name, json.dumps(environment, indent=2), "environment.json")
+        for part, images in (("training", dataset.train), ("test", dataset.test)):
+            self.tracker.dataset(self.name, dataset.name, images.digest, part)
+
+    def started(self, job: Job) -> None:
+        """Begin, or go on with, a child run."""
+        tags = {
+            "richkd.kind": job.kind,
+            "richkd.sweep": self.name,
+            "richkd.trial": job.number,
+            "richkd.method": job.method,
+            "richkd.state": "running",
+            "richkd.digest": digest(job.config),
+        }
+        self.tracker.run(self.name, job.id, job.params, tags)
+
+    def epoch(self, job: Job, metrics: dict[str, Any]) -> None:
+        """Keep an epoch's metrics."""
+        values = {key: value for key, value in metrics.items() if key != "epoch"}
+        self.tracker.log(self._key(job), values, metrics["epoch"])
+
+    def ended(self, job: Job, state: str, metrics: dict[str, Any]) -> None:
+        """End a child run; a refit leaves its checkpoint and its test accuracy there."""
+        run = self._key(job)
+        tags = {"richkd.state": state}
+        if state == "failed":
+            tags["richkd.error"] = metrics.get("failed", "its process died")
+        if state == "finished" and job.kind == "refit":
+            tested = {key: value for key, value in metrics.items() if key.startswith(TESTED)}
+            self.tracker.log(run, tested, job.config.train.epochs)
+            self.tracker.text(run, dump(job.config), "config.yaml")
+            self.tracker.artifacts(run, job.folder / "best", "checkpoint")
+        self.tracker.tag(run, tags)
+        self.tracker.finish(run, STATUS[state])
+        write_json(
+            self.ids, self.tracker.known()
+        )  # a sweep whose driver is killed goes on with its runs
+
+    def conclude(self, result: dict[str, Any], columns: dict[str, list]) -> dict[str, Any]:
+        """Write the summary, end the parent run, and return where everything is to be seen.
+
+        Returns:
+            `tracking_uri`, `experiment`, `run_id`, `links`, and `lines` for the terminal.
+        """
+        best, summary = result["best"], result["summary"]
+        metrics = {
+            "best_val_top1": best["val_top1"],
+            "best/refit_val_top1": best["recorded"]["val_top1"],
+            "best/refit_test_top1": best["recorded"]["test_top1"],
+            "failed": result["failed"],
+        }
+        for name, entry in summary.items():
+            if entry and not name.startswith("difference"):
+                metrics[f"summary/{name}"] = entry.get("mean", entry.get("top1"))
+        for name in ("difference", "difference_tuned"):
+            if summary.get(name):
+                metrics[f"summary/{name}"] = summary[name]["mean"]
+        self.tracker.log(self.name, metrics, 0)
+        self.tracker.table(
+            self.name,
+            {key or "model": cells for key, cells in columns.items()},
+            "summary_table.json",
+        )
+        self.tracker.text(self.name, json.dumps(result, indent=2), "summary.json")
+        self.tracker.artifacts(self.name, self.folder / best["checkpoint"], "best")
+        found = {f"best.{key}": value for key, value in best["params"].items()}
+        self.tracker.tag(self.name, {"richkd.best_trial": best["trial"], **found})
+        self.close("FINISHED")
+        links = self.tracker.links(self.name, [f"{self.name}/{job}" for job in result["compared"]])
+        names = {"command": "MLflow UI", "sweep": "this sweep"}
+        lines = {names[key]: line for key, line in links.items() if key in names}
+        if self.tracker.problem:
+            lines["MLflow"] = f"is incomplete: {self.tracker.problem}"
+        return {
+            "tracking_uri": self.tracker.public_uri,
+            "experiment": self.experiment,
+            "run_id": self.tracker.run_id(self.name),
+            "links": links,
+            "lines": lines,
+        }
+
+    def close(self, status: str) -> None:
+        """End the parent run and wait until MLflow has everything; a second call does nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        state = {"FINISHED": "finished", "KILLED": "stopped"}.get(status, "failed")
+        self.tracker.tag(self.name, {"richkd.state": state})
+        self.tracker.finish(self.name, status)
+        self.tracker.close(CLOSE_SECONDS)
+        write_json(self.ids, self.tracker.known())
+
+    def _key(self, job: Job) -> str:
+        return f"{self.name}/{job.id}"
+
+
+def _say(entry: dict[str, Any]) -> str:
+    ((kind, bounds),) = entry.items()
+    return f"{kind} {bounds}"
