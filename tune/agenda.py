@@ -1,0 +1,190 @@
+"""What a sweep has to do, in order: the trials of both searches, then the refits that they decide.
+
+Plain Python, so that its rules can be tested on scripted metrics; `sweep` connects it to Ray.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from optuna.trial import TrialState
+
+from richkd.config import Config
+from richkd.errors import ConfigError
+from tune.study import Search
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Job:
+    """One run of the sweep.
+
+    Attributes:
+        id: Unique in the sweep, such as `trial-007` or `refit-kd-seed3`; the name of its MLflow run.
+        kind: `trial` or `refit`.
+        method: Label of the search or of the refitted setting.
+        number: Number in the study, or the seed of a refit.
+        folder: Run folder.
+        config: What is run.
+        params: What distinguishes it: the searched parameters, or those found.
+    """
+
+    id: str
+    kind: str
+    method: str
+    number: int
+    folder: Path
+    config: Config
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Refits:
+    """The refits of one setting: of `search`'s best if there is one, else of fixed `settings`."""
+
+    method: str
+    settings: dict[str, Any]
+    search: Search | None = None
+
+
+class Listener(Protocol):
+    """Somebody who wants to know: the live table, the tracker."""
+
+    def started(self, job: Job) -> None:
+        """Hear of a start."""
+
+    def epoch(self, job: Job, metrics: dict[str, Any]) -> None:
+        """Hear of an epoch."""
+
+    def ended(self, job: Job, state: str, metrics: dict[str, Any]) -> None:
+        """Hear of an end: `finished`, `pruned`, `failed` or `stopped`."""
+
+
+class Agenda:
+    """Gives out jobs and hears of them.
+
+    Args:
+        searches: In order of their trials.
+        refits: In order; one that waits for a search lets later ones pass.
+        seeds: Seeds of each refit.
+        trial_of: Makes the job of a trial from label, number, params and settings.
+        refit_of: Makes the job of a refit from label, seed and settings.
+        finished: Whether a refit's folder holds a finished run already.
+        listeners: Told of every start, epoch and end.
+    """
+
+    def __init__(
+        self,
+        searches: list[Search],
+        refits: list[Refits],
+        seeds: int,
+        *,
+        trial_of: Callable[[Search, int, dict[str, Any], dict[str, Any]], Job],
+        refit_of: Callable[[Refits, int, dict[str, Any]], Job],
+        finished: Callable[[Job], bool],
+        listeners: Iterable[Listener] = (),
+    ) -> None:
+        self.searches, self.seeds = searches, seeds
+        self.trial_of, self.refit_of, self.finished = trial_of, refit_of, finished
+        self.listeners = list(listeners)
+        self.waiting = list(refits)
+        self.ready: list[Job] = []
+        self.running: dict[str, Job] = {}
+        self.pruned: set[str] = set()
+        self.failed: dict[str, str] = {}  # job id -> why
+        self.stopping = False
+        self.total = sum(search.trials for search in searches) + len(refits) * seeds
+        self._collect()
+
+    def next(self) -> Job | None:
+        """Return the next job, None if there is none now."""
+        if self.stopping:
+            return None
+        job = self._next_trial() or self._next_refit()
+        if job is not None:
+            self.running[job.id] = job
+            for listener in self.listeners:
+                listener.started(job)
+        return job
+
+    def _next_trial(self) -> Job | None:
+        for search in self.searches:
+            while (asked := search.ask()) is not None:
+                try:
+                    return self.trial_of(search, *asked)
+                except ConfigError as error:  # takes each value, but not all together
+                    search.tell(asked[0], TrialState.FAIL, {})
+                    self.failed[f"trial {asked[0]} of {search.name}"] = str(error)
+        return None
+
+    def _next_refit(self) -> Job | None:
+        self._collect()
+        return self.ready.pop(0) if self.ready else None
+
+    def _collect(self) -> None:
+        """Make ready the refits whose search is over, but for those that are finished already."""
+        for refits in [r for r in self.waiting if r.search is None or r.search.over]:
+            self.waiting.remove(refits)
+            settings = self.settings_of(refits)
+            if settings is None:  # no trial of its search succeeded
+                self.failed[f"refit-{refits.method}"] = "its search has no finished trial"
+                continue
+            jobs = (self.refit_of(refits, seed, settings) for seed in range(self.seeds))
+            self.ready += [job for job in jobs if not self.finished(job)]
+
+    @staticmethod
+    def settings_of(refits: Refits) -> dict[str, Any] | None:
+        """Return what a refit runs, None if its search found nothing."""
+        if refits.search is None:
+            return refits.settings
+        best = refits.search.best()
+        if best is None:
+            return None
+        return refits.settings | best.user_attrs.get("settings", best.params)
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to give out, now or later."""
+        if self.stopping:
+            return True
+        return not (self.running or self.ready or self.waiting) and all(
+            s.over for s in self.searches
+        )
+
+    def epoch(self, job: Job, metrics: dict[str, Any]) -> bool:
+        """Hear of an epoch; return whether the job goes on."""
+        for listener in self.listeners:
+            listener.epoch(job, metrics)
+        if job.kind == "trial" and "val/top1" in metrics:
+            search = self._search(job)
+            last = metrics["epoch"] >= job.config.train.epochs
+            if search.epoch(job.number, metrics["epoch"], metrics["val/top1"]) and not last:
+                self.pruned.add(job.id)
+                return False
+        return not self.stopping
+
+    def ended(self, job: Job, metrics: dict[str, Any], error: str | None) -> None:
+        """Hear of the end of a job: pruned, failed, stopped with the sweep, or finished."""
+        self.running.pop(job.id, None)
+        finished = metrics.get("finished", False)
+        if error is not None:
+            state = "failed"
+            self.failed[job.id] = error
+        elif job.id in self.pruned:
+            state = "pruned"
+        elif not finished:
+            state = "stopped"
+        else:
+            state = "finished"
+        if job.kind == "trial" and state != "stopped":  # a stopped one is given out again on resume
+            states = {
+                "failed": TrialState.FAIL,
+                "pruned": TrialState.PRUNED,
+                "finished": TrialState.COMPLETE,
+            }
+            self._search(job).tell(job.number, states[state], metrics)
+        for listener in self.listeners:
+            listener.ended(job, state, metrics)
+
+    def _search(self, job: Job) -> Search:
+        return next(search for search in self.searches if search.name == job.method)

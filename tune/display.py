@@ -1,0 +1,150 @@
+"""What the terminal shows while a sweep runs: a live table of 80 columns or fewer, or plain lines."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from tune.agenda import Agenda, Job
+
+SHOWN = 12  # rows of the live table
+SHORT = {
+    "fusion.alpha": "alpha",
+    "loss.temperature": "T",
+    "loss.logit": "w",
+    "clip.prompts": "prompts",
+}
+STYLES = {
+    "finished": "green",
+    "running": "cyan",
+    "pruned": "dim",
+    "failed": "red",
+    "stopped": "yellow",
+}
+
+
+def say(value: Any) -> str:
+    """Return a searched value in few characters."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def describe(params: dict[str, Any]) -> str:
+    """Return searched parameters in one short line."""
+    named = ((SHORT.get(key, key.rpartition(".")[2]), value) for key, value in params.items())
+    return " ".join(f"{name} {say(value)}" for name, value in named if name != "seed")
+
+
+class Display:
+    """Listens to an agenda and draws it; also shows the progress of preparations."""
+
+    def __init__(self, title: str, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.title, self.started_at = title, time.monotonic()
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.best: tuple[float, str] | None = None
+        self.agenda: Agenda | None = None
+        self.live: Live | None = None
+        self.step: tuple[str, int] = ("", -1)
+
+    def __enter__(self) -> "Display":
+        if self.console.is_terminal:
+            self.live = Live(
+                console=self.console, get_renderable=self.draw, refresh_per_second=4, transient=True
+            )
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def line(self, text: str, style: str = "") -> None:
+        """Print one line that stays."""
+        self.console.print(Text(text, style=style))
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Show how far a preparation is; on a plain stream a line at the start, the half and the end."""
+        percent = 100 * done // max(total, 1)
+        self.preparing = f"{what}: {percent:3d} % " + "━" * (percent * 40 // 100)
+        if self.live is None:
+            half = 2 * done // max(total, 1)
+            if self.step != (what, half):
+                self.step = (what, half)
+                self.line(f"{what}: {percent} %")
+
+    preparing = ""
+
+    def started(self, job: Job) -> None:
+        """Add a row."""
+        self.preparing = ""
+        self.rows[job.id] = {
+            "state": "running",
+            "epoch": 0,
+            "top1": None,
+            "job": job,
+            "at": time.monotonic(),
+        }
+
+    def epoch(self, job: Job, metrics: dict[str, Any]) -> None:
+        """Update a row."""
+        if "val/top1" in metrics:
+            self.rows[job.id] |= {"epoch": metrics["epoch"], "top1": metrics["val/top1"]}
+
+    def ended(self, job: Job, state: str, metrics: dict[str, Any]) -> None:
+        """Finish a row; a plain stream gets its one line."""
+        row = self.rows[job.id]
+        row["state"] = state
+        if state == "finished":
+            row["top1"] = metrics["best_val_top1"]
+            if job.kind == "trial" and (self.best is None or row["top1"] > self.best[0]):
+                self.best = (row["top1"], job.id)
+        if self.live is None:
+            top1 = "-" if row["top1"] is None else f"{row['top1']:.2f}"
+            seconds = time.monotonic() - row["at"]
+            self.line(
+                f"{job.id:<28} {state:<9} val {top1:>6}  {describe(job.params)}  ({seconds:.1f} s)"
+            )
+
+    def header(self) -> str:
+        """Return the line of counts."""
+        states = [row["state"] for row in list(self.rows.values())]  # drawn by a thread of its own
+        elapsed = int(time.monotonic() - self.started_at)
+        done = sum(state not in ("running", "stopped") for state in states)
+        total = self.agenda.total if self.agenda else 0
+        parts = [f"{done} of {total} runs"]
+        parts += [f"{states.count(s)} {s}" for s in ("pruned", "failed") if states.count(s)]
+        if self.best:
+            parts.append(f"best {self.best[0]:.2f} % ({self.best[1]})")
+        if self.agenda and self.agenda.stopping:
+            parts.append("stopping")
+        return f"{', '.join(parts)}, {elapsed // 60}:{elapsed % 60:02d}"
+
+    def draw(self) -> Table | Text:
+        """Return what the live display shows now."""
+        if not self.rows:
+            return Text(self.preparing)
+        width = min(80, self.console.width)
+        title = Text(f"{self.title[:width]}\n{self.header()}")  # a name in brackets is no markup
+        table = Table(title=title, width=width, box=None, pad_edge=False)
+        for name, justify in (
+            ("run", "left"),
+            ("state", "left"),
+            ("epoch", "right"),
+            ("val top1", "right"),
+        ):
+            table.add_column(name, justify=justify, no_wrap=True)
+        table.add_column("settings", ratio=1, no_wrap=True)  # what the others leave over
+        for name, row in list(self.rows.items())[-SHOWN:]:
+            job = row["job"]
+            table.add_row(
+                name,
+                Text(row["state"], style=STYLES[row["state"]]),
+                f"{row['epoch']}/{job.config.train.epochs}",
+                "" if row["top1"] is None else f"{row['top1']:.2f}",
+                Text(describe(job.params)),
+            )
+        return table

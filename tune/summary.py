@@ -1,0 +1,124 @@
+"""What a sweep found: each method over the seeds, its paired difference to kd, and one setting.
+
+A seed varies the labelled subset, the teacher, the initial weights and the order; test rows are the same
+for all. Differences are paired by seed, their standard error is that of the mean difference.
+"""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from richkd.files import read_json
+
+TEACHERS = {"teacher": "task teacher", "clip": "zero-shot CLIP", "fused": "fused teacher"}
+STUDENTS = {
+    "ce": "student, labels only",
+    "kd": "kd, RichKD's weights",
+    "kd_tuned": "kd, tuned",
+    "richkd_paper": "richkd-l, the paper's",
+    "richkd": "richkd-l, as found",
+}
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Return mean, standard deviation (None for one value) and n."""
+    sd = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "sd": sd, "n": len(values)}
+
+
+def difference(values: dict[int, float], others: dict[int, float]) -> dict[str, Any] | None:
+    """Return the paired difference over the seeds that both have: mean, standard error, wins, n."""
+    seeds = sorted(values.keys() & others.keys())
+    if not seeds:
+        return None
+    gaps = [values[seed] - others[seed] for seed in seeds]
+    se = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
+    return {
+        "mean": statistics.fmean(gaps),
+        "se": se,
+        "wins": sum(g > 0 for g in gaps),
+        "n": len(gaps),
+    }
+
+
+def read_refits(folder: Path, labels: dict[str, str]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Return the metrics of each finished refit under `folder`, by method and seed.
+
+    Args:
+        folder: `refits/` of a sweep.
+        labels: Method to the name that its folders begin with.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for method, label in labels.items():
+        for path in folder.glob(f"{label}-seed*/run.json"):
+            state = read_json(path)
+            if state["state"] == "finished" and "test/top1" in state["metrics"]:
+                seed = int(path.parent.name.removeprefix(f"{label}-seed"))
+                found.setdefault(method, {})[seed] = state["metrics"]
+    return {method: dict(sorted(runs.items())) for method, runs in found.items()}
+
+
+def teachers(refits: dict[str, dict[int, dict[str, Any]]]) -> dict[str, list[float]]:
+    """Return the test accuracy of each teacher over the seeds, at the setting found.
+
+    Where that setting gives one teacher no weight, the fused teacher is the other one alone, and the one
+    left out is taken from the refits of the paper's setting, which has both.
+    """
+    found: dict[str, list[float]] = {}
+    for seed, metrics in refits.get("richkd", {}).items():
+        own = {n: metrics[f"{n}/top1"] for n in TEACHERS if f"{n}/top1" in metrics}
+        if len(own) == 1:
+            own["fused"] = next(iter(own.values()))
+        both = refits.get("richkd_paper", {}).get(seed, {})
+        for name in TEACHERS:
+            if (top1 := own.get(name, both.get(f"{name}/top1"))) is not None:
+                found.setdefault(name, []).append(top1)
+    return found
+
+
+def summarise(refits: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
+    """Return the summary: `teacher`, `clip`, `fused` and each student in percent of the test rows."""
+    summary: dict[str, Any] = {}
+    for name, values in teachers(refits).items():
+        found = spread(values)
+        summary[name] = {"top1": found["mean"], "sd": found["sd"], "n": found["n"]}
+    top1 = {m: {seed: v["test/top1"] for seed, v in runs.items()} for m, runs in refits.items()}
+    for name in STUDENTS:
+        if name in top1:
+            summary[name] = spread(list(top1[name].values()))
+            if name != "kd":
+                summary[name]["difference"] = difference(top1[name], top1.get("kd", {}))
+    summary["difference"] = difference(top1.get("richkd", {}), top1.get("kd", {}))
+    summary["difference_tuned"] = difference(top1.get("richkd", {}), top1.get("kd_tuned", {}))
+    return summary
+
+
+def winner(refits: dict[str, dict[int, dict[str, Any]]]) -> int | None:
+    """Return the seed of the best refit of the setting found: highest validation accuracy, never test."""
+    runs = refits.get("richkd", {})
+    return max(
+        runs,
+        key=lambda seed: (runs[seed]["best_val_top1"], -runs[seed]["best_val_loss"], -seed),
+        default=None,
+    )
+
+
+def columns(summary: dict[str, Any]) -> dict[str, list]:
+    """Return the summary as columns of text, for the terminal and for MLflow."""
+    rows: list[tuple[str, str, str, str]] = []
+    for name, label in (TEACHERS | STUDENTS).items():
+        if name not in summary:
+            continue
+        entry = summary[name]
+        mean = entry.get("mean", entry.get("top1"))
+        gap = entry.get("difference")
+        accuracy = f"{mean:.2f}" + ("" if entry["sd"] is None else f" ± {entry['sd']:.2f}")
+        against = wins = ""
+        if gap:
+            against = f"{gap['mean']:+.2f}" + (
+                "" if gap["se"] is None else f" (s.e. {gap['se']:.2f})"
+            )
+            wins = f"{gap['wins']} of {gap['n']}"
+        rows.append((label, accuracy, against, wins))
+    names = ("", "test top-1, %", "against kd", "wins")
+    return {name: [row[k] for row in rows] for k, name in enumerate(names)}

@@ -1,0 +1,37 @@
+"""One trial in a process that goes on to the next: the reporter between `richkd.distill` and Ray Tune."""
+
+from pathlib import Path
+from typing import Any
+
+import ray.tune
+
+from richkd.config import from_dict
+from richkd.errors import RichkdError
+
+
+def trial(job: dict[str, Any]) -> None:
+    """Run one job of a sweep, reporting once an epoch and once at its end.
+
+    A run that fails for a reason that richkd knows ends by a report that says so, since raising would
+    end the process, and with it the caches that the next trial would find.
+
+    Args:
+        job: `config` (resolved, as a dict), `folder`, and `test`: whether the test rows are read at the end.
+    """
+    import torch
+
+    from richkd import distill
+
+    torch.set_num_threads(1)  # parallelism is at the level of trials
+    try:
+        outcome = distill.run(
+            from_dict(job["config"]),
+            Path(job["folder"]),
+            report=lambda metrics, _: ray.tune.report({"run": metrics}),
+            resume=True,
+        )
+        tested = distill.test(outcome) if job["test"] else {}
+    except RichkdError as error:
+        ray.tune.report({"run": {"failed": f"{type(error).__name__}: {error}"}})
+        return
+    ray.tune.report({"run": outcome.metrics | tested | {"finished": True}})
