@@ -1,0 +1,314 @@
+"""Real sweeps on a real local Ray, small: what they leave behind, and how they go on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+
+from richkd import load_student
+from richkd.config import Layers, digest, from_dict, read, read_layer
+from richkd.data import load
+from richkd.errors import ConfigError, CorruptError
+from richkd.evaluate import accuracy
+from richkd.files import read_json
+from tune import sweep as sweeps
+from tune.best import best, find_sweep
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    *("sweep.trials=4", "sweep.startup=1", "sweep.min_epochs=1", "refit.seeds=2"),
+    *("train.epochs=3", "teacher.epochs=10"),
+]
+METHODS = ("ce", "kd", "kd-tuned", "richkd-l-paper", "richkd-l")
+
+
+def command(*words: str, cwd: Path, **more: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""} | more
+    return subprocess.Popen(
+        [sys.executable, "-m", "tune", *words],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def swept(cluster, miniature, cache_root, tmp_path_factory):
+    """The answer of one small sweep, and the client of the MLflow that it wrote to."""
+    folder = tmp_path_factory.mktemp("sweep")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    layers = read([*SMALL, f"cache={cache_root}", f"storage={folder / 'runs'}", "sweep.name=small"])
+    answer = sweeps.start(layers.over("", {"tracking.uri": uri}))
+    return answer, MlflowClient(tracking_uri=uri)
+
+
+def children(client: MlflowClient, answer: dict) -> dict:
+    parent = client.get_run(answer["mlflow"]["run_id"])
+    runs = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
+    return {run.info.run_name: run for run in runs}
+
+
+def test_the_answer_has_what_it_promises(swept):
+    answer, _ = swept
+    assert set(answer) >= {"sweep", "trials", "failed", "best", "summary", "mlflow", "seconds"}
+    assert (answer["trials"], answer["failed"]) == (8, 0)
+    assert set(answer["best"]) >= {"trial", "val_top1", "params", "checkpoint"}
+    for name in ("teacher", "clip", "fused"):
+        assert 0 < answer["summary"][name]["top1"] <= 100
+    for name in ("ce", "kd", "kd_tuned", "richkd_paper", "richkd"):
+        assert answer["summary"][name]["n"] == 2
+    assert set(answer["summary"]["difference"]) >= {"mean", "se", "wins"}
+    json.dumps(answer, allow_nan=False)
+
+
+def test_mlflow_holds_the_whole_tree(swept):
+    answer, client = swept
+    parent = client.get_run(answer["mlflow"]["run_id"])
+    assert parent.info.run_name == "small"
+    assert parent.info.status == "FINISHED"
+    assert client.get_experiment(parent.info.experiment_id).name == "richkd"
+    found = children(client, answer)
+    trials = [f"trial-{k:03d}" for k in range(4)] + [f"trial-kd-{k:03d}" for k in range(4)]
+    refits = [f"refit-{method}-seed{seed}" for method in METHODS for seed in range(2)]
+    assert sorted(found) == sorted(trials + refits)
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+
+
+def test_children_carry_only_what_was_searched(swept):
+    answer, client = swept
+    found = children(client, answer)
+    searched = {"fusion.alpha", "loss.temperature", "loss.logit", "clip.prompts"}
+    assert set(found["trial-000"].data.params) == searched
+    assert set(found["trial-kd-000"].data.params) == searched - {"fusion.alpha", "clip.prompts"}
+    constants = client.get_run(answer["mlflow"]["run_id"]).data.params
+    assert constants["student.name"] == "cnn8"
+    assert not searched & set(constants)
+
+
+def test_the_papers_setting_is_the_first_trial_and_plain_distillation_the_second(swept):
+    answer, client = swept
+    found = children(client, answer)
+    first, second = (found[f"trial-00{k}"].data.params for k in (0, 1))
+    assert (first["fusion.alpha"], first["loss.temperature"], first["loss.logit"]) == (
+        "0.7",
+        "3.0",
+        "3.0",
+    )
+    assert (second["fusion.alpha"], second["loss.temperature"], second["loss.logit"]) == (
+        "1.0",
+        "3.0",
+        "3.0",
+    )
+
+
+def test_every_epoch_is_in_mlflow_once_and_equals_the_runs_own_record(swept):
+    answer, client = swept
+    for name, run in children(client, answer).items():
+        kind, _, rest = name.partition("-")
+        folder = Path(answer["sweep"]) / {"trial": "trials", "refit": "refits"}[kind] / rest
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        history = client.get_metric_history(run.info.run_id, "val/top1")
+        assert [(m.step, m.value) for m in history] == [(r["epoch"], r["val/top1"]) for r in rows]
+        assert run.data.tags["richkd.digest"] == digest(from_config(folder))
+
+
+def from_config(folder: Path):
+    from richkd.config import build
+
+    return build(read_layer(folder / "config.yaml"))
+
+
+def test_only_refits_read_the_test_rows(swept):
+    answer, client = swept
+    for name, run in children(client, answer).items():
+        tested = [key for key in run.data.metrics if key.startswith("test/")]
+        assert bool(tested) == name.startswith("refit-"), name
+        for key in tested:
+            assert len(client.get_metric_history(run.info.run_id, key)) == 1
+
+
+def test_pruned_trials_are_pruned_in_the_study_and_never_the_best(swept):
+    answer, _ = swept
+    studies = f"sqlite:///{Path(answer['sweep']) / 'study.db'}"
+    for name in ("richkd", "kd"):
+        trials = optuna.load_study(study_name=name, storage=studies).trials
+        assert len(trials) == 4
+        for trial in trials:
+            folder = (
+                Path(answer["sweep"])
+                / "trials"
+                / (f"{'' if name == 'richkd' else 'kd-'}{trial.number:03d}")
+            )
+            epochs = len((folder / "metrics.jsonl").read_text().splitlines())
+            assert (trial.state.name == "COMPLETE") == (epochs == 3)
+            assert list(trial.intermediate_values) == list(range(1, epochs + 1))
+    best_trial = optuna.load_study(study_name="richkd", storage=studies).best_value
+    assert answer["best"]["val_top1"] == best_trial
+
+
+def test_the_summary_and_the_best_checkpoint_are_artifacts(swept, tmp_path, monkeypatch):
+    answer, client = swept
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)  # `load_table` asks nobody else
+    run_id = answer["mlflow"]["run_id"]
+    names = {item.path for item in client.list_artifacts(run_id)}
+    assert names >= {
+        "config.yaml",
+        "environment.json",
+        "summary.json",
+        "summary_table.json",
+        "best",
+    }
+    experiment = client.get_run(run_id).info.experiment_id
+    table = client.load_table(experiment, "summary_table.json", [run_id])
+    assert len(table) == 8
+    copy = Path(client.download_artifacts(run_id, "best", str(tmp_path)))
+    ours = load_student(answer["sweep"]).state_dict()
+    theirs = load_student(copy).state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_code_data_and_packages_are_recorded(swept, tmp_path):
+    answer, client = swept
+    run = client.get_run(answer["mlflow"]["run_id"])
+    environment = json.loads(
+        Path(
+            client.download_artifacts(run.info.run_id, "environment.json", str(tmp_path))
+        ).read_text()
+    )
+    assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    inputs = {entry.dataset.name for entry in run.inputs.dataset_inputs}
+    assert inputs == {"digits"}
+
+
+def test_the_best_is_restored_and_equal(swept, tmp_path):
+    answer, _ = swept
+    found = best(Path(answer["sweep"]), tmp_path / "copy")
+    assert found["verified"] is True
+    assert found["found"] == found["recorded"]
+    student = load_student(tmp_path / "copy")
+    config = from_dict(read_json(tmp_path / "copy" / "manifest.json")["meta"]["config"])
+    test = load(config.data).test
+    with torch.inference_mode():
+        logits = student(torch.from_numpy(test.pixels).permute(0, 3, 1, 2))
+    assert accuracy(logits, torch.from_numpy(test.labels))["top1"] == found["recorded"]["test_top1"]
+
+
+def test_a_damaged_best_is_not_handed_over(swept, tmp_path):
+    answer, _ = swept
+    copy = tmp_path / "small"
+    shutil.copytree(answer["sweep"], copy)
+    path = (
+        copy
+        / "refits"
+        / Path(answer["best"]["checkpoint"]).parent.name
+        / "best"
+        / "weights.safetensors"
+    )
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorruptError, match="weights.safetensors"):
+        best(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_is_found_by_name_folder_run_id_and_as_the_latest(swept):
+    answer, _ = swept
+    folder = Path(answer["sweep"])
+    for wanted in ("small", str(folder), answer["mlflow"]["run_id"], None):
+        assert find_sweep(wanted, folder.parent) == folder
+    with pytest.raises(ConfigError, match="small"):
+        find_sweep("smal", folder.parent)
+
+
+def test_a_finished_sweep_resumed_runs_nothing_and_answers_the_same(swept):
+    answer, client = swept
+    folder = Path(answer["sweep"])
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl")}
+    again = sweeps.resume(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl")} == before
+    assert again["summary"] == answer["summary"]
+    assert again["best"] == answer["best"]
+    assert len(children(client, again)) == 18
+
+
+def test_a_name_is_not_used_twice(swept):
+    answer, _ = swept
+    folder = Path(answer["sweep"])
+    layers = Layers.from_list(read_json(folder / "sweep.json")["layers"])
+    with pytest.raises(ConfigError, match="small exists already"):
+        sweeps.start(layers)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_sweep_which_a_resume_finishes(miniature, cache_root, tmp_path, signum):
+    words = [*SMALL, "train.epochs=8", "sweep.trials=3", "refit.seeds=1", "sweep.name=cut"]
+    words.append(f"cache={cache_root}")
+    process = command("sweep", *words, cwd=tmp_path)
+    folder = tmp_path / "runs" / "cut"
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("trials/*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signum)
+    _, told = process.communicate(timeout=90)
+    assert process.returncode == 128 + signum, told
+    assert "python -m tune resume cut" in told
+    assert "Traceback" not in told
+    assert not (folder / "summary.json").exists()
+    process = command("resume", "--json", cwd=tmp_path)
+    out, told = process.communicate(timeout=180)
+    assert process.returncode == 0, told
+    answer = json.loads(out.splitlines()[-1])
+    assert answer["trials"] == 6
+    assert answer["summary"]["richkd"]["n"] == 1
+    for path in folder.rglob("metrics.jsonl"):  # no epoch twice
+        epochs = [json.loads(line)["epoch"] for line in path.read_text().splitlines()]
+        assert epochs == list(range(1, len(epochs) + 1))
+
+
+BAD = {
+    "sweep.space.loss.temprature={uniform: [1, 2]}": ["loss.temprature", "loss.temperature"],
+    "sweep.space.fusion.alpha={uniform: [0, 2]}": ["fusion.alpha", "2"],
+    "sweep.space.fusion.alpha={unifrom: [0, 1]}": ["fusion.alpha", "uniform"],
+    "sweep.space.clip.prompts={choice: [digits, digit]}": ["clip.prompts", "digit"],
+    "sweep.trials=0": ["sweep.trials", "0"],
+    "sweep.name=a/b": ["sweep.name", "a/b"],
+    "student.name=cnn9": ["student.name", "cnn9", "cnn8"],
+    "method.name=kd": ["method.name", "richkd-l"],
+    "tracking.uri=mlruns": ["tracking.uri", "sqlite"],
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_a_bad_sweep_is_refused_in_one_line_before_anything_runs(
+    override, miniature, cache_root, tmp_path
+):
+    words = [*SMALL, f"cache={cache_root}", f"storage={tmp_path}", override]
+    with pytest.raises(ConfigError) as caught:
+        sweeps.start(read(words))
+    for word in BAD[override]:
+        assert word in str(caught.value)
+    assert not list(tmp_path.glob("*/trials"))

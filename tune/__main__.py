@@ -1,0 +1,93 @@
+"""The verbs of a cluster.
+
+    python -m tune sweep                              # the embedded default, some minutes on two cores
+    python -m tune sweep my.yaml sweep.trials=50
+    python -m tune resume                             # go on with an interrupted sweep
+    python -m tune best --copy-to student             # the best checkpoint, verified
+
+SWEEP is a name, a folder or an MLflow run id; the default is the sweep started last.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from richkd import config
+from richkd.command import Done, Verb, main
+from richkd.errors import ConfigError
+
+
+def _storage(overrides: list[str]) -> Path:
+    return Path(config.build(config.read(overrides)).storage)
+
+
+def _one_sweep(words: list[str]) -> Path:
+    from tune.best import find_sweep
+
+    names = [word for word in words if "=" not in word]
+    if len(names) > 1:
+        raise ConfigError(f"one SWEEP at a time but got {', '.join(names)}.")
+    storage = _storage([word for word in words if "=" in word])
+    return find_sweep(names[0] if names else None, storage)
+
+
+def sweep(arguments: argparse.Namespace) -> Done:
+    """Search, refit, compare."""
+    layers = config.read(arguments.words)
+    config.build(layers)  # most mistakes are refused here, before the slow imports
+    from tune.sweep import start
+
+    answer = start(layers, address=arguments.address)
+    return Done(answer, 3 if answer["failed"] else 0)
+
+
+def resume(arguments: argparse.Namespace) -> Done:
+    """Go on with a sweep."""
+    folder = _one_sweep(arguments.words)
+    from tune.sweep import resume as go_on
+
+    answer = go_on(folder, address=arguments.address)
+    return Done(answer, 3 if answer["failed"] else 0)
+
+
+def best(arguments: argparse.Namespace) -> Done:
+    """Verify the best checkpoint, and hand over a copy."""
+    folder = _one_sweep(arguments.words)
+    from tune.best import best as verify
+
+    answer = verify(folder, Path(arguments.copy_to) if arguments.copy_to else None)
+    recorded, found = answer["recorded"], answer["found"]
+    print(f"checkpoint {answer['checkpoint']}")
+    print("checksums  as recorded")
+    for part in ("val", "test"):
+        key = f"{part}_top1"
+        print(f"{part:<5}top1  recorded {recorded[key]:.2f} %, found {found[key]:.2f} %")
+    print(
+        "verified   " + ("yes" if answer["verified"] else "NO: it does not reproduce its accuracy")
+    )
+    if "copy" in answer:
+        print(f"copy       {answer['copy']}")
+    place = answer.get("copy", answer["checkpoint"])
+    print(f'use it     from richkd import load_student; student = load_student("{place}")')
+    return Done(answer, 0 if answer["verified"] else 1)
+
+
+ADDRESS = {"address=HOST:PORT": "a running Ray cluster; without it a local one is started"}
+
+VERBS = {
+    "sweep": Verb(run=sweep, help="search, refit over seeds, compare", flags=ADDRESS),
+    "resume": Verb(
+        run=resume, help="go on with a sweep", words="[SWEEP] [key=value ...]", flags=ADDRESS
+    ),
+    "best": Verb(
+        run=best,
+        help="verify the best checkpoint",
+        words="[SWEEP] [key=value ...]",
+        flags={"copy-to=DIR": "copy the checkpoint into a new folder"},
+    ),
+}
+
+ABOUT = "Search, refit and compare distillations on this machine or on a Ray cluster."
+
+if __name__ == "__main__":
+    sys.exit(main("python -m tune", ABOUT, VERBS, sys.argv[1:]))

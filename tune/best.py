@@ -1,0 +1,87 @@
+"""The best checkpoint of a sweep: find it, verify it, hand it over."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from richkd import checkpoint, distill
+from richkd.errors import ConfigError
+from richkd.files import read_json
+
+
+def find_sweep(wanted: str | None, storage: Path) -> Path:
+    """Return the folder of a sweep.
+
+    Args:
+        wanted: Its name, its folder, or the id of its MLflow run; None: the one started last.
+        storage: Folder in which sweeps lie.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    folders = [path.parent for path in storage.glob("*/sweep.json")]
+    if wanted is None:
+        if not folders:
+            raise ConfigError(f"there is no sweep in {storage}; start one: python -m tune sweep.")
+        return max(folders, key=lambda folder: read_json(folder / "sweep.json")["started"])
+    for folder in (storage / wanted, Path(wanted)):
+        if (folder / "sweep.json").exists():
+            return folder
+    for folder in folders:
+        ids = folder / "mlflow.json"
+        if ids.exists() and read_json(ids).get(folder.name) == wanted:
+            return folder
+    names = ", ".join(sorted(folder.name for folder in folders)) or "none"
+    raise ConfigError(
+        f"SWEEP must be a name, a folder or an MLflow run id but got {wanted!r}; {storage} has {names}."
+    )
+
+
+def best(folder: Path, copy_to: Path | None = None) -> dict[str, Any]:
+    """Verify the best checkpoint of a finished sweep: checksums, then accuracy, evaluated again.
+
+    Args:
+        folder: Sweep folder.
+        copy_to: New folder for a copy of the checkpoint; it appears only when it is whole.
+
+    Returns:
+        `checkpoint`, `recorded` and `found` (each `val_top1`, `test_top1`), `verified`, `copy`.
+
+    Raises:
+        ConfigError: If the sweep has not finished, or `copy_to` exists.
+        CorruptError: If a checksum is not the recorded one.
+    """
+    if not (folder / "summary.json").exists():
+        raise ConfigError(
+            f"{folder.name} has not finished; go on with it: python -m tune resume {folder.name}"
+        )
+    if copy_to is not None and copy_to.exists():
+        raise ConfigError(f"--copy-to {copy_to} exists already; name a new folder.")
+    chosen = read_json(folder / "summary.json")["best"]
+    source = folder / chosen["checkpoint"]
+    found, _, _ = distill.retest(source)
+    answer = {
+        "sweep": folder.name,
+        "checkpoint": str(source),
+        "recorded": chosen["recorded"],
+        "found": {f"{part}_top1": values["top1"] for part, values in found.items()},
+    }
+    gaps = [abs(answer["found"][key] - value) for key, value in answer["recorded"].items()]
+    answer["verified"] = max(gaps) < 1e-6  # percent; a single row is at least 1e-5
+    if copy_to is not None:
+        hand_over(source, copy_to)
+        answer["copy"] = str(copy_to)
+    return answer
+
+
+def hand_over(source: Path, target: Path) -> None:
+    """Copy a checkpoint; the copy is verified before it appears under its name."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.copytree(source, partial)
+        checkpoint.load(partial)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
