@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
 import optuna
 import pytest
@@ -187,6 +189,25 @@ def test_the_summary_and_the_best_checkpoint_are_artifacts(swept, tmp_path, monk
     ours = load_student(answer["sweep"]).state_dict()
     theirs = load_student(copy).state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_ui_shows_the_summary_and_links_the_best_trials(swept):
+    answer, client = swept
+    note = client.get_run(answer["mlflow"]["run_id"]).data.tags["mlflow.note.content"]
+    found = answer["summary"]["richkd"]
+    assert f"| richkd-l, as found | {found['mean']:.2f} ± {found['sd']:.2f} |" in note
+    study = optuna.load_study(
+        study_name="richkd", storage=f"sqlite:///{Path(answer['sweep']) / 'study.db'}"
+    )
+    complete = [t.number for t in study.trials if t.state.name == "COMPLETE"]
+    ids = [
+        run.info.run_id
+        for name, run in children(client, answer).items()
+        if name in {f"trial-{k:03d}" for k in complete}
+    ]
+    assert sorted(ids) == sorted(
+        re.findall("[0-9a-f]{32}", unquote(answer["mlflow"]["links"]["compare"]))
+    )
 
 
 def test_code_data_and_packages_are_recorded(swept, tmp_path):

@@ -130,10 +130,11 @@ class Logbook:
         self.tracker.text(self.name, json.dumps(result, indent=2), "summary.json")
         self.tracker.artifacts(self.name, self.folder / best["checkpoint"], "best")
         found = {f"best.{key}": value for key, value in best["params"].items()}
-        self.tracker.tag(self.name, {"richkd.best_trial": best["trial"], **found})
+        note = {"mlflow.note.content": _note(result, columns)}  # the run's description in the UI
+        self.tracker.tag(self.name, {"richkd.best_trial": best["trial"], **found, **note})
         self.close("FINISHED")
-        links = self.tracker.links(self.name, [f"{self.name}/{job}" for job in result["compared"]])
-        names = {"command": "MLflow UI", "sweep": "this sweep"}
+        links = self.tracker.links(self.name, [f"{self.name}/{job}" for job in result["leading"]])
+        names = {"command": "MLflow UI", "sweep": "this sweep", "compare": "best trials"}
         lines = {names[key]: line for key, line in links.items() if key in names}
         if self.tracker.problem:
             lines["MLflow"] = f"is incomplete: {self.tracker.problem}"
@@ -158,6 +159,22 @@ class Logbook:
 
     def _key(self, job: Job) -> str:
         return f"{self.name}/{job.id}"
+
+
+def _note(result: dict[str, Any], columns: dict[str, list]) -> str:
+    """Return the summary as Markdown."""
+    rows = [
+        list(columns),
+        ["---", *["---:"] * (len(columns) - 1)],
+        *zip(*columns.values(), strict=True),
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    best = result["best"]
+    settings = ", ".join(f"`{key}` {value}" for key, value in best["params"].items())
+    return (
+        f"{table}\n\nBest setting (trial {best['trial']}): {settings}, at `clip.scale` {best['scale']}.\n\n"
+        f"Restore the best checkpoint: `python -m tune best {Path(result['sweep']).name}`"
+    )
 
 
 def _say(entry: dict[str, Any]) -> str:

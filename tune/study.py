@@ -105,14 +105,14 @@ class Search:
         ended = sum(t.state in ENDED for t in self.study.get_trials(deepcopy=False))
         return ended >= self.trials and not self.running
 
-    def best(self) -> FrozenTrial | None:
-        """Return the complete trial with the highest validation accuracy, ties by lower loss."""
+    def ranked(self) -> list[FrozenTrial]:
+        """Return the complete trials, highest validation accuracy first, ties by lower loss."""
         complete = self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-        return max(
-            complete,
-            key=lambda trial: (trial.value, -trial.user_attrs["val_loss"], -trial.number),
-            default=None,
-        )
+        return sorted(complete, key=lambda t: (-t.value, t.user_attrs["val_loss"], t.number))
+
+    def best(self) -> FrozenTrial | None:
+        """Return the first of `ranked`, None if no trial is complete."""
+        return next(iter(self.ranked()), None)
 
     def states(self) -> dict[str, int]:
         """Return how many trials ended in which state."""

@@ -40,6 +40,7 @@ from tune.tracking import Tracker
 from tune.warmstart import Point, place, printed
 
 PROJECT = Path(__file__).resolve().parent.parent
+LEADING = 5  # trials that the link to MLflow's comparison shows; more would make it very long
 
 # Ray's own result files, progress output, handlers and snapshots: ours do without, or have their own.
 ENVIRONMENT = {
@@ -371,7 +372,7 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, seconds: float) -> 
             "checkpoint": f"refits/{sweep.labels['richkd']}-seed{seed}/best",
             "recorded": {"val_top1": metrics["best_val_top1"], "test_top1": metrics["test/top1"]},
         },
-        "compared": [f"refit-{label}-seed{seed}" for label in sweep.labels.values()],
+        "leading": [f"trial-{ranked.number:03d}" for ranked in search.ranked()[:LEADING]],
         "summary": summary,
         "seconds": seconds,
         "machine": {"cores": os.cpu_count(), "platform": platform.platform()},
