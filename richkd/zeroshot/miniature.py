@@ -110,7 +110,7 @@ def network(tokenizer: Tokenizer) -> torch.nn.Module:
     torch.nn.init.normal_(made.positional_embedding, std=0.1)
     with torch.no_grad():
         made.logit_scale.fill_(math.log(10))
-    made.visual.to(memory_format=torch.channels_last)  # a third faster on a CPU
+    made.visual.to(memory_format=torch.channels_last)  # an eighth faster on two cores
     return made
 
 
