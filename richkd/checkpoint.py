@@ -34,6 +34,7 @@ class Checkpoint:
     """A verified checkpoint, on the CPU."""
 
     folder: Path
+    sha256: str  # of the weights
     weights: dict[str, Tensor]
     state: dict[str, Tensor]
     meta: dict[str, Any]
@@ -98,7 +99,13 @@ def load(folder: Path) -> Checkpoint:
         weights, state = (decode(contents[name]) for name in (WEIGHTS, STATE))
     except SafetensorError as error:
         raise CorruptError(f"{folder} cannot be decoded: {error}; {ADVICE}") from error
-    return Checkpoint(folder=folder, weights=weights, state=state, meta=manifest["meta"])
+    return Checkpoint(
+        folder=folder,
+        sha256=manifest["files"][WEIGHTS]["sha256"],
+        weights=weights,
+        state=state,
+        meta=manifest["meta"],
+    )
 
 
 def verify(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -117,7 +118,8 @@ def main(program: str, about: str, verbs: dict[str, Verb], argv: list[str]) -> i
         verb = verbs[argv[0]]
         arguments = _parse(program, argv[0], verb, argv[1:])
         # the last line of standard output is the JSON object's alone
-        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        stdout = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+        with stdout, _plain_warnings(program):
             answer, code = verb.run(arguments)
     except BrokenPipeError:  # the reader has gone; say nothing to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -129,6 +131,18 @@ def main(program: str, about: str, verbs: dict[str, Verb], argv: list[str]) -> i
     if as_json:
         print(json.dumps(answer), flush=True)
     return code
+
+
+@contextlib.contextmanager
+def _plain_warnings(program: str) -> Iterator[None]:
+    """Print each warning once, as one line: where in our code it was raised is of no use to a user."""
+
+    def show(message: Warning | str, *_: Any) -> None:
+        print(f"{program}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _foreseen(problem: RichkdError | OSError) -> RichkdError:

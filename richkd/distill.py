@@ -101,6 +101,12 @@ def open_teacher(
         if config.teacher.checkpoint is None and config.teacher.logits is None:
             trained = trained_teacher(config, task, progress)
         own = teachers.open_task(config.teacher, trained, task.dataset, task.train, task.test)
+    rows = torch.from_numpy(task.split.validation)
+    if own is not None and own.table is not None:
+        teachers.warn_near_chance("teacher.logits", own.table[rows], task.labels[rows])
+    if clip is not None:
+        source = "clip.prompts" if config.clip.logits is None else "clip.logits"
+        teachers.warn_near_chance(source, clip.train[rows], task.labels[rows])
     return teachers.FusedTeacher(config, task.split, task.labels, own, clip)
 
 
@@ -274,6 +280,7 @@ def run(
     rows = keep_lines(folder / "metrics.jsonl", first)
     if teacher is not None:
         state |= {"temperature": teacher.temperature, "clip_factor": teacher.factor}
+        state |= {"teachers": teacher.identities}
     write_json(folder / "run.json", state)
 
     def save(epoch: int, metrics: dict[str, float]) -> None:

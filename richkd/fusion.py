@@ -10,6 +10,7 @@ no prediction and no loss; CLIP's is large, hence rows are centred before any st
 
 import functools
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +138,7 @@ def scale_factor(
         scale: `model`: exp(logit_scale), the default. `match_std`: the spread of the task teacher.
             `calibrated`: times T_task / T_clip, each fitted by likelihood on held-out rows, so that
             alpha 1 stays plain distillation. A number: that logit scale. `none`: raw cosines, as in
-            the released code, whose spread is about 0.03: CLIP then hardly takes part.
+            the released code, whose spread is about 0.03: CLIP then hardly takes part; warns.
         logit_scale: The model's exp(logit_scale); None where only logits are known.
         transfer: Task and zero-shot logits `(N, K)` of the transfer rows, for `match_std`.
         held_out: Task and zero-shot logits `(M, K)` and labels `(M,)` of held-out rows, for `calibrated`.
@@ -164,5 +165,11 @@ def scale_factor(
         raise ConfigError(
             f"clip.scale={scale} needs cosines, but clip.logits gives logits at a scale of their own; "
             "use clip.scale=model, match_std or calibrated."
+        )
+    if scale == "none":
+        warnings.warn(
+            "clip.scale=none fuses raw cosines, as the released code does; they spread by about 0.03, so CLIP "
+            "hardly takes part and alpha does little but soften the teacher; use clip.scale=model.",
+            stacklevel=2,
         )
     return (1.0 if scale == "none" else float(scale)) / logit_scale

@@ -6,7 +6,10 @@ nowhere else.
 Shapes: N training rows, M test rows, B rows of a batch, K classes.
 """
 
+import hashlib
+import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +23,8 @@ from richkd import checkpoint, fusion, models, zeroshot
 from richkd.config import Clip, Config, Teacher
 from richkd.data import Dataset, Split, Views
 from richkd.errors import ConfigError, CorruptError, DataError
-from richkd.evaluate.accuracy import network_logits
+from richkd.evaluate.accuracy import accuracy, network_logits
+from richkd.files import sha256_of
 from richkd.student import find_checkpoint
 from richkd.zeroshot import prompts
 
@@ -41,8 +45,7 @@ def read_logits(spec: str, rows: int, classes: int, *, field: str) -> Tensor:
         DataError: If the shape is another, or a value is not finite.
         CorruptError: If the file cannot be decoded.
     """
-    name, _, key = spec.rpartition(":") if not Path(spec).exists() else (spec, "", "")
-    path = Path(name or spec)
+    path, key = _file_of(spec)
     if not path.is_file():
         raise ConfigError(
             f"{field} must name a file (.npy, .npz:KEY or .safetensors:KEY) but {spec} is missing."
@@ -79,6 +82,12 @@ def read_logits(spec: str, rows: int, classes: int, *, field: str) -> Tensor:
     return values
 
 
+def _file_of(spec: str) -> tuple[Path, str]:
+    """Split `FILE:KEY`; a path may hold colons itself."""
+    name, _, key = spec.rpartition(":") if not Path(spec).exists() else (spec, "", "")
+    return Path(name or spec), key
+
+
 def _entry(path: Path, key: str) -> Tensor:
     """Read one array; a KeyError says which entries there are."""
     if path.suffix == ".safetensors":
@@ -103,6 +112,7 @@ def _entry(path: Path, key: str) -> Tensor:
 class TaskTeacher:
     """The user's own teacher: a network run on what the student sees, or given logits."""
 
+    identity: str  # changes with its outputs; a record for the reader
     train_views: Views
     test_views: Views
     network: nn.Module | None = None
@@ -150,7 +160,9 @@ def open_task(
     if config.logits is not None:
         shape = (len(dataset.train), len(dataset.names))
         table = read_logits(config.logits, *shape, field="teacher.logits")
-        return TaskTeacher(table=table.to(train_views.mean.device), **views)
+        return TaskTeacher(
+            identity=_identity(config.logits), table=table.to(train_views.mean.device), **views
+        )
     saved = checkpoint.load(trained or find_checkpoint(Path(config.checkpoint)))
     if saved.meta["channels"] != dataset.channels:
         raise DataError(
@@ -174,7 +186,9 @@ def open_task(
     )
     network.load_state_dict(saved.weights)
     return TaskTeacher(
-        network=network.eval().requires_grad_(False).to(train_views.mean.device), **views
+        identity=_short(saved.sha256),
+        network=network.eval().requires_grad_(False).to(train_views.mean.device),
+        **views,
     )
 
 
@@ -182,6 +196,7 @@ def open_task(
 class ClipTeacher:
     """Zero-shot logits of every row at the model's own scale."""
 
+    identity: str  # changes with its outputs; a record for the reader
     train: Tensor  # (N, K)
     test: Tensor | None  # (M, K); None if only given logits are known
     logit_scale: float | None  # None if only given logits are known
@@ -198,7 +213,9 @@ def open_clip_teacher(
     if config.logits is not None:
         shape = (len(dataset.train), len(dataset.names))
         table = read_logits(config.logits, *shape, field="clip.logits")
-        return ClipTeacher(train=table.to(device), test=None, logit_scale=None)
+        return ClipTeacher(
+            identity=_identity(config.logits), train=table.to(device), test=None, logit_scale=None
+        )
     templates = prompts.templates(config.prompts)
     clip = zeroshot.load(
         config.model, config.pretrained, device=device, root=cache_root, progress=progress
@@ -215,7 +232,40 @@ def open_clip_teacher(
         )
         for part in (dataset.train, dataset.test)
     )
-    return ClipTeacher(train=train, test=test, logit_scale=clip.logit_scale)
+    parts = [clip.identity, templates, dataset.names, dataset.digest, config.reduce]
+    return ClipTeacher(
+        identity=_short(hashlib.sha256(json.dumps(parts).encode()).hexdigest()),
+        train=train,
+        test=test,
+        logit_scale=clip.logit_scale,
+    )
+
+
+def _identity(spec: str) -> str:
+    """Return the identity of logits in a file."""
+    path, key = _file_of(spec)
+    return _short(sha256_of(path)) + (f":{key}" if key else "")
+
+
+def _short(sha256: str) -> str:
+    return sha256[:12]
+
+
+def warn_near_chance(source: str, logits: Tensor, labels: Tensor) -> None:
+    """Warn if a teacher is little better than a guess on rows whose labels are known.
+
+    Args:
+        source: Config key that the logits come from.
+        logits: `(N, K)`.
+        labels: `(N,)`.
+    """
+    top1, chance = accuracy(logits.cpu(), labels)["top1"], 100 / logits.shape[1]
+    if top1 < 1.5 * chance:
+        warnings.warn(
+            f"{source} is right on {top1:.1f} % of the held-out rows, where a guess is on {chance:.1f} %; check "
+            "the order of its rows and of its classes, its normalisation, or the prompts.",
+            stacklevel=2,
+        )
 
 
 class FusedTeacher:
@@ -227,6 +277,7 @@ class FusedTeacher:
         factor: Constant from the model's scale to the scale in use.
         temperature: T of the loss, after `loss.temperature_of` was applied.
         alpha: Weight of the task teacher.
+        identities: By name of the teachers that take part, what changes with their outputs.
     """
 
     def __init__(
@@ -238,6 +289,8 @@ class FusedTeacher:
         clip: ClipTeacher | None,
     ) -> None:
         self.task, self.clip = task, clip
+        given = {"teacher": task, "clip": clip}
+        self.identities = {name: each.identity for name, each in given.items() if each is not None}
         self.alpha, self.space = config.fusion.alpha, config.fusion.space
         self.factor = 1.0
         rows = torch.from_numpy(split.transfer)

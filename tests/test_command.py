@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import signal
+import warnings
 
 import pytest
 
@@ -47,6 +48,19 @@ def test_the_exit_code_says_what_happened(outcome, code, capsys):
 def test_an_error_is_one_line_on_standard_error(capsys):
     main("program", "", verb(ConfigError("a\nb")), ["go"])
     assert capsys.readouterr().err == "program: a b\n"
+
+
+def test_a_warning_is_one_line_and_does_not_disturb_the_answer(capsys):
+    def run(_: argparse.Namespace) -> Done:
+        warnings.warn("a\nb", stacklevel=1)
+        return Done({})
+
+    verbs = {"go": Verb(run=run, help="goes", flags={})}
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main("program", "", verbs, ["go", "--json"]) == 0
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("{}\n", "program: warning: a b\n")
 
 
 def test_an_unforeseen_error_keeps_its_traceback():

@@ -235,3 +235,12 @@ def test_fusing_repairs_more_of_the_teachers_errors_than_it_harms(miniature, cac
         assert top1["fused"] > max(top1["teacher"], top1["clip"]), seed
         gains.append(top1["fused"] - top1["teacher"])
     assert np.mean(gains) > 2
+
+
+@pytest.mark.parametrize("field", ["teacher.logits", "clip.logits"])
+def test_logits_in_another_order_are_told_by_how_often_they_are_right(make, clip, tmp_path, field):
+    path = tmp_path / "shifted.npy"
+    np.save(path, np.roll(np.load(clip), 1, axis=1))  # each class in the place of the next
+    config = make(f"{field}={path}")
+    with pytest.warns(UserWarning, match=rf"^{field} is right on .* check the order"):
+        distill.open_teacher(config, distill.open_task(config))

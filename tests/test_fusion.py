@@ -145,10 +145,15 @@ def test_one_prompt_needs_no_reduction():
 
 
 @pytest.mark.parametrize(
-    ("scale", "factor"), [("model", 1.0), ("none", 0.01), (25, 0.25), (25.0, 0.25), (100, 1.0)]
+    ("scale", "factor"), [("model", 1.0), (25, 0.25), (25.0, 0.25), (100, 1.0)]
 )
 def test_a_scale_is_relative_to_the_model_s_own(scale, factor):
     assert fusion.scale_factor(scale, logit_scale=100.0) == pytest.approx(factor)
+
+
+def test_raw_cosines_are_taken_with_a_warning():
+    with pytest.warns(UserWarning, match=r"clip\.scale=none.*use clip\.scale=model"):
+        assert fusion.scale_factor("none", logit_scale=100.0) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("scale", ["none", 25, 25.0])

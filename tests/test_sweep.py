@@ -210,7 +210,7 @@ def test_the_ui_shows_the_summary_and_links_the_best_trials(swept):
     )
 
 
-def test_code_data_and_packages_are_recorded(swept, tmp_path):
+def test_code_packages_data_and_teachers_are_recorded(swept, tmp_path):
     answer, client = swept
     run = client.get_run(answer["mlflow"]["run_id"])
     environment = json.loads(
@@ -219,6 +219,11 @@ def test_code_data_and_packages_are_recorded(swept, tmp_path):
         ).read_text()
     )
     assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    refit = children(client, answer)["refit-richkd-l-paper-seed1"]
+    record = read_json(Path(answer["sweep"]) / "refits" / "richkd-l-paper-seed1" / "run.json")
+    assert record["teachers"] == {
+        name: refit.data.tags[f"richkd.{name}"] for name in ("teacher", "clip")
+    }
     inputs = {entry.dataset.name for entry in run.inputs.dataset_inputs}
     assert inputs == {"digits"}
 

@@ -188,12 +188,14 @@ BOTH = {"train_views": VIEWS["train"], "test_views": VIEWS["test"]}
 
 def task_table(std=8.0):
     values = np.random.default_rng(1).normal(0, std, (ROWS, CLASSES))
-    return TaskTeacher(table=torch.from_numpy(values.astype(np.float32)), **BOTH)
+    return TaskTeacher(identity="t", table=torch.from_numpy(values.astype(np.float32)), **BOTH)
 
 
 def task_network(seed=0):
     torch.manual_seed(seed)
-    return TaskTeacher(network=models.build("cnn8", CLASSES, channels=1).eval(), **BOTH)
+    return TaskTeacher(
+        identity="t", network=models.build("cnn8", CLASSES, channels=1).eval(), **BOTH
+    )
 
 
 def clip_teacher(logit_scale=100.0, offset=22.0):
@@ -202,7 +204,7 @@ def clip_teacher(logit_scale=100.0, offset=22.0):
         torch.from_numpy(rng.normal(offset, 2, (rows, CLASSES)).astype(np.float32))
         for rows in (ROWS, ROWS // 2)
     )
-    return ClipTeacher(train=train, test=test, logit_scale=logit_scale)
+    return ClipTeacher(identity="c", train=train, test=test, logit_scale=logit_scale)
 
 
 def fused(task, clip, *, scale="model", **changes):
@@ -212,6 +214,7 @@ def fused(task, clip, *, scale="model", **changes):
     return FusedTeacher(config, SPLIT, LABELS, task, clip)
 
 
+@pytest.mark.filterwarnings("ignore:clip.scale=none")
 @pytest.mark.parametrize("space", ["logits", "probs"])
 @pytest.mark.parametrize("scale", ["model", "match_std", "calibrated", "none", 25.0])
 def test_the_target_is_that_of_the_fused_parts(space, scale):
@@ -305,7 +308,9 @@ def test_given_zero_shot_logits_have_no_cosines_to_scale(scale):
 def test_zero_shot_logits_of_zero_only_soften_the_target():
     # the control "teacher at T / alpha"
     task = task_table()
-    silent = ClipTeacher(train=torch.zeros(ROWS, CLASSES), test=None, logit_scale=None)
+    silent = ClipTeacher(
+        identity="c", train=torch.zeros(ROWS, CLASSES), test=None, logit_scale=None
+    )
     found = fused(task, silent, alpha=0.5, temperature=3.0).target(*BATCH)
     torch.testing.assert_close(found, torch.log_softmax(task.table[BATCH[0]] / 6.0, 1))
 
@@ -387,6 +392,8 @@ def test_a_teacher_s_checkpoint_gives_its_logits_bit_for_bit(tmp_path):
         assert torch.equal(task.logits(rows, views), network(VIEWS["train"].images(rows, views)))
     assert not task.network.training
     assert not any(parameter.requires_grad for parameter in task.network.parameters())
+    saved_teacher(tmp_path / "other", seed=1)
+    assert open_saved(tmp_path / "other").identity != task.identity
 
 
 def test_a_teacher_is_shown_images_under_its_own_normalisation(tmp_path):
@@ -432,6 +439,18 @@ def test_given_logits_are_teachers_of_either_kind(tmp_path):
     assert (clip.test, clip.logit_scale) == (None, None)
 
 
+def test_given_logits_are_known_by_their_content(tmp_path):
+    found = []
+    for name, values in (("a", LOGITS), ("b", LOGITS), ("c", LOGITS + 1)):
+        (tmp_path / name).mkdir()
+        spec = write(tmp_path / name, ".npy", values)
+        clip = teachers.open_clip_teacher(Clip(logits=spec), TOY, CPU, tmp_path, None)
+        task = teachers.open_task(Teacher(logits=spec), None, TOY, *VIEWS.values())
+        assert clip.identity == task.identity
+        found.append(clip.identity)
+    assert found[0] == found[1] != found[2]
+
+
 @pytest.mark.parametrize("field", ["teacher.logits", "clip.logits"])
 def test_logits_of_another_data_set_name_the_key_that_gave_them(tmp_path, field):
     spec = write(tmp_path, ".npy", LOGITS[:, :3])
@@ -445,7 +464,7 @@ def test_logits_of_another_data_set_name_the_key_that_gave_them(tmp_path, field)
 @pytest.mark.parametrize("reduce", ["embedding", "logits", "probs"])
 def test_a_zero_shot_teacher_is_the_product_of_its_features(monkeypatch, tmp_path, reduce):
     class Model:
-        logit_scale = 50.0
+        identity, logit_scale = "model", 50.0
 
     def unit(*shape):
         return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)

@@ -89,6 +89,8 @@ class Logbook:
         """End a child run; a refit leaves its checkpoint and its test accuracy there."""
         run = self._key(job)
         tags = {"richkd.state": state}
+        for key in (key for key in metrics if key.startswith("identity/")):
+            tags[key.replace("identity/", "richkd.")] = metrics[key]
         if state == "failed":
             tags["richkd.error"] = metrics.get("failed", "its process died")
         if state == "finished" and job.kind == "refit":

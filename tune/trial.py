@@ -34,4 +34,6 @@ def trial(job: dict[str, Any]) -> None:
     except RichkdError as error:
         ray.tune.report({"run": {"failed": f"{type(error).__name__}: {error}"}})
         return
-    ray.tune.report({"run": outcome.metrics | tested | {"finished": True}})
+    teacher = outcome.teacher
+    known = {f"identity/{k}": v for k, v in teacher.identities.items()} if teacher else {}
+    ray.tune.report({"run": outcome.metrics | tested | known | {"finished": True}})
