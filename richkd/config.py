@@ -86,7 +86,9 @@ class Teacher:
     name: str = "resnet32x4"  # of the network that is trained
     shortcut: str = "B"
     epochs: int = 240
+    batch_size: int = 64
     lr: float = 0.05
+    weight_decay: float = 5e-4
     checkpoint: str | None = None  # a run or a checkpoint of richkd
     logits: str | None = (
         None  # FILE.npy, FILE.npz:KEY or FILE.safetensors:KEY; a row a training image
@@ -95,7 +97,9 @@ class Teacher:
     def __post_init__(self) -> None:
         one_of("teacher.shortcut", self.shortcut, ("A", "B"))
         in_range("teacher.epochs", self.epochs, 1, 100_000)
+        in_range("teacher.batch_size", self.batch_size, 2, 1_000_000)
         in_range("teacher.lr", self.lr, 1e-8, 100)
+        in_range("teacher.weight_decay", self.weight_decay, 0, 10)
         if self.checkpoint is not None and self.logits is not None:
             raise ConfigError(
                 f"teacher.checkpoint and teacher.logits exclude each other but both are given "
@@ -108,7 +112,8 @@ class Clip:
     """The zero-shot teacher."""
 
     model: str = "ViT-B-32"  # a name of open_clip's, or `miniature`
-    pretrained: str | None = "laion2b_s34b_b79k"  # open_clip's tag or a file; None: random weights
+    pretrained: str | None = "laion2b_s34b_b79k"  # open_clip's tag; None: random weights
+    file: str | None = None  # where its weights lie on this machine; None: open_clip downloads them
     prompts: str = "rich12"  # a named set or a text file
     scale: int | float | str = "model"  # model | match_std | calibrated | none | a logit scale
     reduce: str = "embedding"  # how several prompts become one classifier
@@ -121,6 +126,11 @@ class Clip:
         else:
             in_range("clip.scale", self.scale, 1e-3, 1e5)
             object.__setattr__(self, "scale", float(self.scale))
+        if self.reduce == "probs" and self.scale not in ("model", "match_std", "calibrated"):
+            raise ConfigError(
+                f"clip.reduce=probs mixes probabilities at the model's own scale but got clip.scale={self.scale}; "
+                "use clip.scale=model, match_std or calibrated, or clip.reduce=embedding or logits."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,6 +215,11 @@ class Config:
     def __post_init__(self) -> None:
         in_range("seed", self.seed, 0, 2**31 - 1)
         one_of("device", self.device, ("auto", "cpu", "cuda"))
+        if self.fusion.space == "probs" and self.loss.temperature_of == "task":
+            raise ConfigError(
+                "loss.temperature_of=task compares spreads of logits but fusion.space=probs mixes probabilities; "
+                "use loss.temperature_of=fused."
+            )
 
 
 class Entry(NamedTuple):

@@ -8,11 +8,12 @@ epoch), `last/` (the newest checkpoint, from which a run goes on) and `best/` (t
 validation accuracy). Test rows are not read here but once, by `test`, after the run.
 """
 
+import contextlib
 import json
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,9 +125,24 @@ def trained_teacher(config: Config, task: Task, progress: Progress | None = None
             if progress is not None:
                 progress("teacher", metrics["epoch"], recipe.train.epochs)
 
-        run(recipe, folder / "run", report=report)
+        with one_thread():
+            run(recipe, folder / "run", report=report)
 
     return cache.folder(task.cache, "teachers", key, build, progress=progress) / "run" / "last"
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread of the CPU: the last bits of a sum depend on how it is shared out.
+
+    So whoever fills a cache, a command or a trial, fills it with the same values.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def step(
@@ -230,8 +246,8 @@ def run(
         folder: Run folder; must not hold another run.
         report: Called once an epoch with the metrics and the folder of the newest checkpoint. It may
             raise to end the run there.
-        resume: Go on from `last/` if there is one. On one CPU the result equals the straight run's, bit
-            for bit.
+        resume: Go on from `last/` if there is one. On a CPU with as many threads the result equals the
+            straight run's, bit for bit.
         stop: Asked before each step; a signal number ends the run.
         progress: Called with what is being prepared, done and total.
 
@@ -248,13 +264,8 @@ def run(
         raise ConfigError(
             f"{folder} holds a run already; go on with it (--resume), or give another --name."
         )
-    if resume and (folder / "run.json").exists():
-        before = read_json(folder / "run.json")["digest"]
-        if before != digest(config):
-            raise ConfigError(
-                f"{folder} was made with other settings (digest {before}, now {digest(config)}); "
-                f"compare its config.yaml, or start anew with another --name."
-            )
+    state = {"state": "running", "digest": digest(config)}
+    check_same(folder, state)
     task = open_task(config)
     student = initial_student(config, task.dataset).to(task.device)
     student = student.to(memory_format=torch.channels_last)
@@ -270,17 +281,18 @@ def run(
         weight_decay=config.train.weight_decay,
         fused=True,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "config.yaml", dump(config).encode())
-    state = {"state": "running", "digest": digest(config), "data": task.dataset.digest}
+    state |= {"data": task.dataset.digest, "teachers": teacher.identities if teacher else {}}
+    check_same(folder, state)
     state |= {"torch": torch.__version__, "python": platform.python_version()}
-    first, best = 0, None
-    if resume and checkpoint.exists(folder / "last"):
-        first, best = restore(folder / "last", student, optimizer)
-    rows = keep_lines(folder / "metrics.jsonl", first)
     if teacher is not None:
         state |= {"temperature": teacher.temperature, "clip_factor": teacher.factor}
-        state |= {"teachers": teacher.identities}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "config.yaml", dump(config).encode())
+    first, best, rows = 0, None, []
+    if resume and checkpoint.exists(folder / "last"):
+        meta = restore(folder / "last", student, optimizer)
+        first, best = meta["epoch"], meta["best"]
+        rows = mend(folder, student, meta)
     write_json(folder / "run.json", state)
 
     def save(epoch: int, metrics: dict[str, float]) -> None:
@@ -293,8 +305,8 @@ def run(
 
     if first == 0:
         save(0, {})  # an interrupt in the first epoch finds something to go on from
+        write_atomic(folder / "metrics.jsonl", b"")
     held_out = torch.from_numpy(task.split.validation)
-    metrics = rows[-1] if rows else {}
     for epoch in range(first, config.train.epochs):
         began = time.monotonic()
         trained = train_epoch(config, student, teacher, optimizer, batches, epoch, stop)
@@ -310,17 +322,17 @@ def run(
             "best_val_loss": best["loss"],
             "lr": optimizer.param_groups[0]["lr"],
             "seconds": time.monotonic() - began,
-            "images_per_second": len(task.split.transfer) / seconds,
+            "images_per_second": batches.rows / seconds,
         }
         save(epoch + 1, metrics)
+        rows.append(metrics)
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         if report is not None:
             report(metrics, folder / "last")
     student.load_state_dict(checkpoint.load(folder / "best").weights)
-    rows = keep_lines(folder / "metrics.jsonl", config.train.epochs)
     speeds = sorted(row["images_per_second"] for row in rows)
-    metrics = metrics | {
+    metrics = rows[-1] | {
         "best_epoch": best["epoch"],
         "best_val_top5": best["top5"],
         "images_per_second": speeds[len(speeds) // 2],
@@ -347,12 +359,35 @@ def better(found: dict[str, float], best: dict[str, float]) -> bool:
     return (found["top1"], -found["loss"]) > (best["top1"], -best["loss"])
 
 
-def keep_lines(path: Path, epochs: int) -> list[dict[str, float]]:
-    """Cut `metrics.jsonl` after `epochs` lines, as far as the checkpoint knows, and return them.
+def check_same(folder: Path, state: dict) -> None:
+    """Raise ConfigError if `run.json` of a run to go on with names other settings, data or teachers."""
+    if not (folder / "run.json").exists():
+        return
+    before = read_json(folder / "run.json")
+    for key, what in (("digest", "settings"), ("data", "data"), ("teachers", "teachers")):
+        if key in state and before[key] != state[key]:
+            raise ConfigError(
+                f"{folder} was made with other {what} ({before[key]}, now {state[key]}); compare its config.yaml "
+                "and the files that it names, or start anew with another --name."
+            )
 
-    A line torn by a kill is the last one, and is of an epoch that no checkpoint has.
+
+def mend(folder: Path, student: nn.Module, meta: dict) -> list[dict[str, float]]:
+    """Bring what is written after `last/` in each epoch to its state: a kill may have come in between.
+
+    Args:
+        folder: Run folder.
+        student: With the weights of `last/`.
+        meta: What `last/` says of itself.
+
+    Returns:
+        The lines of `metrics.jsonl` up to that epoch.
     """
-    lines = path.read_text().splitlines()[:epochs] if path.exists() else []
+    epoch, path = meta["epoch"], folder / "metrics.jsonl"
+    if epoch and meta["best"]["epoch"] == epoch:
+        checkpoint.save(folder / "best", dict(student.state_dict()), {}, meta)
+    lines = path.read_text().splitlines()[: max(epoch - 1, 0)] if path.exists() else []
+    lines += [json.dumps(meta["metrics"])] if epoch else []
     write_atomic(path, "".join(line + "\n" for line in lines).encode())
     return [json.loads(line) for line in lines]
 
@@ -386,10 +421,8 @@ def momentum_of(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     }
 
 
-def restore(
-    folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, dict[str, float] | None]:
-    """Load a checkpoint into student and optimiser; return its epoch and the best epoch so far.
+def restore(folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Load a checkpoint into student and optimiser; return what it says of itself.
 
     Random numbers need no state: each epoch's are a function of the seed and the epoch.
     """
@@ -400,7 +433,7 @@ def restore(
             # with the parameter's own strides: the fused optimiser walks both in memory order
             buffer = torch.empty_like(parameter).copy_(saved.state[name])
             optimizer.state[parameter]["momentum_buffer"] = buffer
-    return saved.meta["epoch"], saved.meta["best"]
+    return saved.meta
 
 
 def test(outcome: Outcome) -> dict[str, float]:

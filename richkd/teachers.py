@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from richkd import checkpoint, fusion, models, zeroshot
-from richkd.config import Clip, Config, Teacher
+from richkd.config import Clip, Config, Teacher, Train
 from richkd.data import Dataset, Split, Views
 from richkd.errors import ConfigError, CorruptError, DataError
 from richkd.evaluate.accuracy import accuracy, network_logits
@@ -169,6 +169,11 @@ def open_task(
             f"teacher.checkpoint={config.checkpoint} takes images of {saved.meta['channels']} channels but "
             f"{dataset.name} has {dataset.channels}; give a teacher of this task."
         )
+    if tuple(saved.meta["size"]) != dataset.size:
+        raise DataError(
+            f"teacher.checkpoint={config.checkpoint} takes images of {saved.meta['size']} pixels but "
+            f"{dataset.name} has {list(dataset.size)}; give a teacher of this task."
+        )
     if tuple(saved.meta["names"]) != dataset.names:
         raise DataError(
             f"teacher.checkpoint={config.checkpoint} knows {len(saved.meta['names'])} classes "
@@ -218,7 +223,12 @@ def open_clip_teacher(
         )
     templates = prompts.templates(config.prompts)
     clip = zeroshot.load(
-        config.model, config.pretrained, device=device, root=cache_root, progress=progress
+        config.model,
+        config.pretrained,
+        config.file,
+        device=device,
+        root=cache_root,
+        progress=progress,
     )
     text = zeroshot.text_matrix(clip, templates, dataset.names, cache_root).to(device)
     train, test = (
@@ -371,5 +381,10 @@ def teacher_recipe(config: Config) -> Config:
         fusion=replace(config.fusion, alpha=1.0, space="logits"),
         method=replace(config.method, name="ce"),
         loss=replace(config.loss, ce=1.0, logit=0.0, temperature=3.0, temperature_of="fused"),
-        train=replace(config.train, epochs=config.teacher.epochs, lr=config.teacher.lr),
+        train=Train(
+            epochs=config.teacher.epochs,
+            batch_size=config.teacher.batch_size,
+            lr=config.teacher.lr,
+            weight_decay=config.teacher.weight_decay,
+        ),
     )

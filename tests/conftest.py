@@ -8,6 +8,10 @@ import torch
 
 from richkd import zeroshot
 
+torch.set_num_threads(
+    1
+)  # for nets of milliseconds threads that wait for each other cost more than they bring
+
 
 @pytest.fixture(scope="session")
 def cache_root(tmp_path_factory) -> Path:
@@ -19,4 +23,7 @@ def cache_root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def miniature(cache_root) -> zeroshot.ZeroShot:
     """The miniature CLIP, trained if the cache does not have it."""
-    return zeroshot.load("miniature", None, device=torch.device("cpu"), root=cache_root)
+    torch.set_num_threads(os.cpu_count())
+    clip = zeroshot.load("miniature", None, device=torch.device("cpu"), root=cache_root)
+    torch.set_num_threads(1)
+    return clip

@@ -93,6 +93,7 @@ BAD = {
     "seed=-1": ["seed", "-1"],
     "device=tpu": ["device", "'tpu'"],
     "clip.scale=modle": ["clip.scale", "match_std"],
+    "clip={scale: 25, reduce: probs}": ["clip.reduce=probs", "clip.scale=25.0", "use"],
     "method.name=kdd": ["method.name", "kd"],
     "data=digits": ["data", "section"],
     "storage=${oc.env:HOME}": ["${"],
@@ -187,7 +188,7 @@ VALUES = {
 }
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=500)
 @given(st.fixed_dictionaries({}, optional=VALUES))
 def test_a_config_survives_yaml_json_and_layers(tmp_path_factory, found):
     made = build(read([]).over("here", found))
@@ -211,7 +212,7 @@ JUNK = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=500)
 @given(st.sampled_from(sorted(flatten(to_dict(Config())))), JUNK)
 def test_any_value_is_taken_or_refused_by_our_own_error(key, value):
     try:
@@ -220,7 +221,7 @@ def test_any_value_is_taken_or_refused_by_our_own_error(key, value):
         assert str(error)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=500)
 @given(st.text(max_size=60))
 def test_any_text_is_a_layer_or_refused_by_our_own_error(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("fuzz") / "layer.yaml"

@@ -14,6 +14,7 @@ from richkd.config import Config, build, read
 from richkd.data import load
 from richkd.errors import ConfigError, DataError, Interrupted, NonFiniteError
 from richkd.evaluate import accuracy
+from richkd.teachers import teacher_recipe
 
 
 @pytest.fixture(scope="module")
@@ -93,21 +94,53 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(make, tmp_path, after):
     assert lines(tmp_path / "run") == lines(tmp_path / "straight")
 
 
-def test_a_run_that_died_between_checkpoint_and_line_goes_on(make, tmp_path):
-    class Died(BaseException):
-        pass
+class Died(BaseException):
+    """What nobody catches: the process is gone."""
 
-    def die(metrics: dict, _: Path) -> None:
-        if metrics["epoch"] == 2:
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+@pytest.mark.parametrize("before", ["last", "best", "line", "torn line", "report"])
+def test_a_run_that_died_between_two_writes_goes_on(make, tmp_path, monkeypatch, before, epoch):
+    straight = distill.run(make(), tmp_path / "straight")
+    folder = tmp_path / "run"
+    save = checkpoint.save
+
+    def dying(target: Path, weights: dict, state: dict, meta: dict) -> None:
+        if target.name == before and meta["epoch"] == epoch:
+            raise Died
+        save(target, weights, state, meta)
+        if target.name == "last" and before.endswith("line") and meta["epoch"] == epoch:
+            better = meta["best"]["epoch"] == epoch
+            if better:
+                save(folder / "best", weights, {}, meta)
+            if before == "torn line":
+                with open(folder / "metrics.jsonl", "a") as file:
+                    file.write('{"epoch": 3, "torn')
             raise Died
 
-    distill.run(make(), tmp_path / "straight")
-    with pytest.raises(Died):
-        distill.run(make(), tmp_path / "run", report=die)
-    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
-        file.write('{"epoch": 3, "torn')
-    distill.run(make(), tmp_path / "run", resume=True)
-    assert lines(tmp_path / "run") == lines(tmp_path / "straight")
+    def report(metrics: dict, _: Path) -> None:
+        if before == "report" and metrics["epoch"] == epoch:
+            raise Died
+
+    monkeypatch.setattr(checkpoint, "save", dying)
+    is_best = {
+        row["epoch"]: row["val/top1"] == row["best_val_top1"]
+        for row in lines(tmp_path / "straight")
+    }
+    if before != "best" or is_best[epoch]:
+        with pytest.raises(Died):
+            distill.run(make(), folder, report=report)
+    monkeypatch.undo()
+    again = distill.run(make(), folder, resume=True)
+    assert lines(folder) == lines(tmp_path / "straight")
+    for name in ("last", "best"):
+        one, other = (checkpoint.load(f / name) for f in (folder, tmp_path / "straight"))
+        assert one.sha256 == other.sha256
+        assert one.meta["epoch"] == other.meta["epoch"]
+    timeless = {"seconds", "images_per_second"}
+    assert {k: v for k, v in again.metrics.items() if k not in timeless} == {
+        k: v for k, v in straight.metrics.items() if k not in timeless
+    }
 
 
 def test_a_finished_run_resumed_trains_no_more(make, tmp_path):
@@ -126,6 +159,15 @@ def test_a_run_folder_is_not_written_twice(make, tmp_path):
         distill.run(make(), tmp_path / "run")
     with pytest.raises(ConfigError, match="other settings"):
         distill.run(make("train.lr=0.01"), tmp_path / "run", resume=True)
+
+
+def test_a_run_does_not_go_on_with_another_teacher_under_the_same_name(make, clip, tmp_path):
+    path = tmp_path / "clip.npy"
+    np.save(path, np.load(clip))
+    distill.run(make(f"clip.logits={path}"), tmp_path / "run")
+    np.save(path, 2 * np.load(clip))
+    with pytest.raises(ConfigError, match="made with other teachers"):
+        distill.run(make(f"clip.logits={path}"), tmp_path / "run", resume=True)
 
 
 def test_the_best_epoch_is_the_one_with_the_highest_validation_accuracy(make, tmp_path):
@@ -162,6 +204,25 @@ def test_the_trained_teacher_is_trained_once_a_seed(make, tmp_path, monkeypatch)
     first = distill.trained_teacher(config, task)
     monkeypatch.setattr(distill, "run", None)  # training again would call it
     assert distill.trained_teacher(make("teacher.epochs=2", "fusion.alpha=0.2"), task) == first
+
+
+def test_the_trained_teacher_does_not_depend_on_the_number_of_threads(make, tmp_path):
+    found = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        config = make("teacher.epochs=1", f"cache={tmp_path / str(threads)}")
+        saved = checkpoint.load(distill.trained_teacher(config, distill.open_task(config)))
+        assert torch.get_num_threads() == threads
+        torch.set_num_threads(before)
+        found.append(saved.sha256)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("key", ["train.batch_size=16", "train.weight_decay=0", "train.momentum=0"])
+def test_the_students_recipe_is_not_the_teachers(make, key):
+    assert teacher_recipe(make(key)) == teacher_recipe(make())
+    assert teacher_recipe(make("teacher.batch_size=16")) != teacher_recipe(make())
 
 
 def test_test_rows_are_evaluated_once_and_again_equal(make, tmp_path):

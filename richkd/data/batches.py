@@ -48,6 +48,11 @@ class Batches:
         """Steps in an epoch."""
         return -(-len(self.transfer) // self.batch_size)
 
+    @property
+    def rows(self) -> int:
+        """Rows in an epoch."""
+        return len(self.transfer) if self.share is None else len(self) * self.batch_size
+
     def order(self, epoch: int) -> list[Tensor]:
         """Return the rows of each batch of `epoch`."""
         generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", epoch))
