@@ -18,8 +18,6 @@ from torch import Tensor
 
 from richkd.errors import ConfigError, DataError
 
-SCALES = ("model", "match_std", "calibrated", "none")
-
 
 def centre(logits: Tensor) -> Tensor:
     """Subtract from each row of `logits` `(N, K)` its mean over classes."""
@@ -97,14 +95,18 @@ def zero_shot_logits(image: Tensor, text: Tensor, logit_scale: float, reduce: st
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the temperature in 0.001 to 1000 that minimises the negative log-likelihood of `logits / T`.
+    """Return the temperature that minimises the negative log-likelihood of `logits / T`.
+
+    It is sought from a thousandth to a thousand times the spread of the logits; a teacher that is worse than
+    a guess ends at the upper end.
 
     Args:
         logits: `(N, K)`, of rows that the teacher was not trained on.
         labels: `(N,)`, all known.
 
     Raises:
-        DataError: If every row is right: the likelihood then grows without end as T falls.
+        DataError: If every row is right: the likelihood then grows without end as T falls. If no row
+            says anything.
     """
     from scipy.optimize import minimize_scalar
 
@@ -114,13 +116,19 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
             f"a temperature is fitted on the errors of a teacher but one is right on all {len(labels)} held-out "
             "rows; was it trained on them? Use clip.scale=model or match_std."
         )
-    logits = centre(logits.double())
+    wide = spread(logits)
+    if wide == 0:
+        raise DataError(
+            "a temperature is fitted on logits but a teacher's are the same for all classes; look at the prompts "
+            "or at the file of logits."
+        )
+    logits = centre(logits.double()) / wide
 
     def nll(log_t: float) -> float:
         return F.cross_entropy(logits / math.exp(log_t), labels).item()
 
     found = minimize_scalar(nll, bounds=(math.log(1e-3), math.log(1e3)), method="bounded")
-    return math.exp(found.x)
+    return wide * math.exp(found.x)
 
 
 def scale_factor(

@@ -40,6 +40,17 @@ def test_accuracy_and_loss_are_those_of_scikit_learn():
     assert found["loss"] == pytest.approx(log_loss(labels, probs, labels=every))
 
 
+@settings(deadline=None, max_examples=50)
+@given(classes=st.integers(2, 12), rows=st.integers(1, 60), seed=st.integers(0, 99))
+def test_among_equal_logits_the_lower_class_comes_first(classes, rows, seed):
+    rng = np.random.default_rng(seed)
+    logits, labels = rng.integers(0, 3, (rows, classes)), rng.integers(0, classes, rows)
+    order = np.argsort(-logits, 1, kind="stable")
+    found = accuracy(torch.from_numpy(logits).float(), torch.from_numpy(labels))
+    assert found["top1"] == pytest.approx(100 * np.mean(logits.argmax(1) == labels))
+    assert found["top5"] == pytest.approx(100 * np.mean((order[:, :5] == labels[:, None]).any(1)))
+
+
 @pytest.mark.parametrize("classes", [2, 3, 4, 5])
 def test_with_up_to_five_classes_top5_counts_them_all(classes):
     assert accuracy(*random_logits(classes, 50, 0))["top5"] == 100

@@ -202,6 +202,20 @@ def test_a_temperature_is_as_good_as_the_best_of_a_dense_grid(sharpness):
     assert found == pytest.approx(sharpness, rel=0.2)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_a_temperature_moves_with_the_unit_of_the_logits(scale):
+    for logits, labels in (held_out(1.0), (normal(600, CLASSES, seed=8), held_out(1.0)[1])):
+        once = fusion.fit_temperature(logits, labels)
+        assert fusion.fit_temperature(scale * logits, labels) == pytest.approx(
+            scale * once, rel=1e-2
+        )
+
+
+def test_a_temperature_of_logits_that_say_nothing_is_refused():
+    with pytest.raises(DataError, match="same for all classes"):
+        fusion.fit_temperature(torch.full((4, 3), 22.3), torch.arange(4) % 3)
+
+
 def test_calibrated_is_the_quotient_of_the_two_temperatures():
     task, labels = held_out(4.0)
     clip = task / 10 + normal(*task.shape, seed=3, std=0.1)

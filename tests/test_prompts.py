@@ -18,7 +18,7 @@ def test_every_named_template_has_one_place_for_the_name(name):
     assert len({" ".join(t.lower().split()) for t in found}) == len(found)
 
 
-@pytest.mark.parametrize("count", [2, 4, 8, 12])
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 12])
 def test_rich_sets_are_prefixes_of_the_twelve(count):
     assert templates(f"rich{count}") == templates("rich12")[:count]
     assert templates("single") == templates("rich12")[:1]
@@ -78,3 +78,7 @@ def test_names_are_put_in_literally():
         assert captions(["a {} in {braces}"], names) == [
             [f"a {name} in {{braces}}" for name in names]
         ]
+
+
+def test_an_underscore_is_spoken_as_a_space():
+    assert captions(["a photo of a {}"], ["maple_tree"]) == [["a photo of a maple tree"]]

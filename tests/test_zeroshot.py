@@ -14,7 +14,7 @@ from PIL import Image
 from richkd import fusion, zeroshot
 from richkd.config import build, read
 from richkd.data import load
-from richkd.errors import ConfigError
+from richkd.errors import ConfigError, DataError
 from richkd.evaluate import accuracy
 from richkd.zeroshot import miniature as miniatures
 from richkd.zeroshot import openclip, prompts
@@ -49,7 +49,7 @@ def test_features_equal_open_clips_own_pipeline(pixels):
     with torch.no_grad():
         image = network.eval().encode_image(images, normalize=True)
         text = network.encode_text(tokenize(["a cat", "a dog"]), normalize=True)
-    ours = openclip.OpenClip("tiny", None, CPU)
+    ours = openclip.OpenClip("tiny", None, None, CPU)
     torch.testing.assert_close(ours.encode_images(pixels), image, atol=1e-6, rtol=0)
     torch.testing.assert_close(ours.encode_texts(["a cat", "a dog"]), text, atol=1e-6, rtol=0)
     assert ours.logit_scale == pytest.approx(network.logit_scale.exp().item())
@@ -57,7 +57,7 @@ def test_features_equal_open_clips_own_pipeline(pixels):
 
 def test_cached_logits_equal_live_ones(pixels, tmp_path):
     names, templates = ["cat", "dog", "{}"], prompts.templates("rich4")
-    live = openclip.OpenClip("tiny", None, CPU)
+    live = openclip.OpenClip("tiny", None, None, CPU)
     image = live.encode_images(pixels)
     text = torch.stack([live.encode_texts(row) for row in prompts.captions(templates, names)])
     expected = fusion.zero_shot_logits(image, text, live.logit_scale, "embedding")
@@ -73,7 +73,7 @@ def test_cached_logits_equal_live_ones(pixels, tmp_path):
 
 
 def test_grey_images_are_read_as_rgb(pixels):
-    clip = openclip.OpenClip("tiny", None, CPU)
+    clip = openclip.OpenClip("tiny", None, None, CPU)
     grey = pixels[..., :1]
     torch.testing.assert_close(clip.encode_images(grey), clip.encode_images(grey.repeat(3, 3)))
 
@@ -82,7 +82,7 @@ def test_building_leaves_the_callers_random_numbers_alone():
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    openclip.OpenClip("tiny", None, CPU)
+    openclip.OpenClip("tiny", None, None, CPU)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -112,8 +112,9 @@ def test_the_identity_changes_with_model_tag_and_file(tmp_path):
     }
     for content in (b"1", b"2"):
         file.write_bytes(content)
-        names.add(openclip.identity("a", str(file)))
-    assert len(names) == 5
+        names.add(openclip.identity("a", None, str(file)))
+        names.add(openclip.identity("a", "x", str(file)))
+    assert len(names) == 7
 
 
 def test_cached_features_are_opened_without_open_clip(pixels, tmp_path):
@@ -141,7 +142,7 @@ zeroshot.text_matrix(clip, ["a {{}}"], ["cat", "dog"], root)
         ("ViT-B-32", "openia", ["clip.pretrained", "did you mean openai"]),
         ("ViT-B-32", "openai", ["QuickGELU", "clip.model=ViT-B-32-quickgelu"]),
         ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", ["QuickGELU", "clip.model=ViT-B-32"]),
-        ("tiny", "weights.pt", ["clip.pretrained", "weights.pt"]),
+        ("tiny", "weights.pt", ["clip.pretrained", "weights.pt", "clip.file"]),
     ],
 )
 def test_a_model_that_cannot_be_had_is_one_clear_line(model, pretrained, words, tmp_path):
@@ -152,19 +153,42 @@ def test_a_model_that_cannot_be_had_is_one_clear_line(model, pretrained, words, 
     assert not list(tmp_path.glob("clip-cards/*/card.json"))
 
 
+def test_a_file_of_weights_is_taken_with_the_preprocessing_of_its_tag(
+    pixels, tmp_path, monkeypatch
+):
+    torch.manual_seed(5)
+    network = open_clip.create_model("tiny")
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    tag = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "resize_mode": "squash"}
+    monkeypatch.setattr(
+        open_clip, "get_pretrained_cfg", lambda model, name: tag if name == "toy" else {}
+    )
+    plain, own = (
+        openclip.OpenClip("tiny", name, str(tmp_path / "weights.pt"), CPU) for name in (None, "toy")
+    )
+    transform = open_clip.image_transform(
+        32, False, tag["mean"], tag["std"], interpolation="bicubic", resize_mode="squash"
+    )
+    images = torch.stack([transform(Image.fromarray(image)) for image in pixels])
+    with torch.no_grad():
+        expected = network.eval().encode_image(images, normalize=True)
+    torch.testing.assert_close(own.encode_images(pixels), expected, atol=1e-6, rtol=0)
+    assert not torch.allclose(plain.encode_images(pixels), expected, atol=1e-2)
+
+
 def test_foreign_weights_are_refused_and_never_unpickled(tmp_path):
     class Evil:
         def __reduce__(self):
             return Path.touch, (tmp_path / "sentinel",)
 
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(ConfigError, match="clip.pretrained"):
-        zeroshot.load("tiny", str(tmp_path / "evil.pt"), device=CPU, root=tmp_path)
+    with pytest.raises(ConfigError, match="clip.file=.*could not be loaded"):
+        zeroshot.load("tiny", None, str(tmp_path / "evil.pt"), device=CPU, root=tmp_path)
     assert not (tmp_path / "sentinel").exists()
 
 
 def test_captions_that_do_not_fit_are_counted():
-    clip = openclip.OpenClip("tiny", None, CPU)
+    clip = openclip.OpenClip("tiny", None, None, CPU)
     with pytest.warns(UserWarning, match="1 of 2 captions are longer"):
         clip.encode_texts(["a cat", "very " * 80 + "long"])
 
@@ -198,10 +222,23 @@ def test_the_bad_prompts_are_bad(miniature, digits, cache_root):
     assert top1(miniature, digits, cache_root, "digits-bad") < min(good) - 8
 
 
-def test_the_miniature_passes_over_words_that_it_does_not_know(miniature):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a blurry photo of a seven", ["does not know blurry", "clip.prompts"]),
+        ("a photo of a digit seven " + "seven " * 5, ["reads 10 words", "has 11", "clip.prompts"]),
+    ],
+)
+def test_the_miniature_refuses_what_it_cannot_read(miniature, text, words):
+    with pytest.raises(DataError) as caught:
+        miniature.encoder.encode_texts([text])
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_case_and_signs_change_nothing_for_the_miniature(miniature):
     encode = miniature.encoder.encode_texts
     assert torch.equal(
-        encode(["a photo of the digit seven"]), encode(["A photo of the (vague) digit seven!"])
+        encode(["a photo of the digit seven"]), encode(["A photo of the digit: 'Seven'!"])
     )
 
 

@@ -10,14 +10,16 @@ from richkd.data import Views
 def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Return `top1` and `top5` in percent and the mean cross-entropy `loss` of `logits` `(N, K)`.
 
-    With fewer than five classes `top5` counts all of them. A row of NaN is wrong.
+    With fewer than five classes `top5` counts all of them. Among equal logits the lower class comes first,
+    as in `argmax`; a row that is not finite is wrong.
     """
-    k = min(5, logits.shape[1])
-    hits = logits.topk(k, 1).indices == labels[:, None]
-    hits &= logits.isfinite().all(1, keepdim=True)
+    own = logits.gather(1, labels[:, None])
+    first = torch.arange(logits.shape[1]) < labels[:, None]
+    rank = ((logits > own) | ((logits == own) & first)).sum(1)  # classes before the label
+    rank[~logits.isfinite().all(1)] = 5
     return {
-        "top1": 100 * hits[:, 0].double().mean().item(),
-        "top5": 100 * hits.any(1).double().mean().item(),
+        "top1": 100 * (rank < 1).double().mean().item(),
+        "top5": 100 * (rank < 5).double().mean().item(),
         "loss": F.cross_entropy(logits.double(), labels).item(),
     }
 

@@ -66,6 +66,7 @@ class ZeroShot:
 def load(
     model: str,
     pretrained: str | None,
+    file: str | None = None,
     *,
     device: torch.device,
     root: Path,
@@ -75,7 +76,8 @@ def load(
 
     Args:
         model: `miniature`, or a name of open_clip's.
-        pretrained: open_clip's tag or a file; None draws weights at random; the miniature has none.
+        pretrained: open_clip's tag; None draws weights at random; the miniature has none.
+        file: Where the weights lie on this machine; they are not downloaded then.
         device: Where it runs, if it has to.
         root: Cache folder.
         progress: Told how far a pre-training is.
@@ -84,11 +86,10 @@ def load(
         ConfigError: If there is no such model, or its weights cannot be had.
     """
     if model == "miniature":
-        return ZeroShot(
-            miniature.identity(), lambda: miniature.Miniature(device, root, progress), root
-        )
-    name = openclip.identity(model, pretrained)
-    return ZeroShot(name, lambda: openclip.OpenClip(model, pretrained, device), root)
+        name = miniature.identity(root, progress)
+        return ZeroShot(name, lambda: miniature.Miniature(device, miniature.weights(root)), root)
+    name = openclip.identity(model, pretrained, file)
+    return ZeroShot(name, lambda: openclip.OpenClip(model, pretrained, file, device), root)
 
 
 def text_matrix(

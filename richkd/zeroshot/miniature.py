@@ -7,7 +7,6 @@ on it, it is used zero-shot, as the paper uses CLIP.
 Shapes: N images, M texts, D features.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -21,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from richkd import cache
-from richkd.files import to_json, write_synced
+from richkd.errors import DataError
+from richkd.files import sha256_of, to_json, write_synced
 
 Progress = Callable[[str, int, int], None]
 
@@ -63,13 +63,29 @@ def recipe() -> dict[str, Any]:
     }
 
 
-def identity() -> str:
-    """Return a name that changes with the recipe."""
-    return f"miniature {json.dumps(recipe(), sort_keys=True)}"
+def identity(root: Path, progress: Progress | None = None) -> str:
+    """Return a name that changes with the weights."""
+    return f"miniature {sha256_of(weights(root, progress))}"
+
+
+def weights(root: Path, progress: Progress | None = None) -> Path:
+    """Return the file of the trained weights; the first to ask trains them, within a minute, into the cache.
+
+    Args:
+        root: Cache folder.
+        progress: Told how far the pre-training is.
+    """
+    from safetensors.torch import save
+
+    def build(folder: Path) -> None:
+        write_synced(folder / FILE, save(pretrain(progress)))
+        write_synced(folder / "recipe.json", to_json(recipe()))
+
+    return cache.folder(root, "miniature", recipe(), build, progress=progress) / FILE
 
 
 class Tokenizer:
-    """Words to numbers; words that no caption of the training held are passed over."""
+    """Words to numbers; a word that no caption of the training held means nothing, so it is refused."""
 
     def __init__(self) -> None:
         words = {*STYLES, *NAMES, *map(str, range(10))}
@@ -81,11 +97,25 @@ class Tokenizer:
         self.size = self.end + 1
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """Return `(M, CONTEXT)`."""
+        """Return `(M, CONTEXT)`.
+
+        Raises:
+            DataError: If a text has a word that is unknown, or more words than fit.
+        """
         tokens = torch.zeros(len(texts), CONTEXT, dtype=torch.long)
         for row, text in zip(tokens, texts, strict=True):
-            words = [self.numbers[w] for w in re.findall(r"\w+", text.lower()) if w in self.numbers]
-            numbers = [self.begin, *words[: CONTEXT - 2], self.end]
+            words = re.findall(r"\w+", text.lower())
+            if unknown := [word for word in words if word not in self.numbers]:
+                raise DataError(
+                    f"clip.prompts: the miniature CLIP does not know {', '.join(unknown)} in {text!r}; it was made "
+                    "for digits: use clip.prompts=digits, digits-photo or digits-written, or a model of open_clip's."
+                )
+            if len(words) > CONTEXT - 2:
+                raise DataError(
+                    f"clip.prompts: the miniature CLIP reads {CONTEXT - 2} words but {text!r} has {len(words)}; "
+                    "shorten it."
+                )
+            numbers = [self.begin, *(self.numbers[word] for word in words), self.end]
             row[: len(numbers)] = torch.tensor(numbers)
         return tokens
 
@@ -122,26 +152,20 @@ def prepare(images: Tensor) -> Tensor:
 
 
 class Miniature:
-    """The trained miniature; the first to ask for it trains it, in about a minute, into the cache.
+    """The trained miniature.
 
     Args:
         device: Where it runs.
-        root: Cache folder.
-        progress: Told how far the pre-training is.
+        file: As `weights` returns it.
     """
 
-    def __init__(self, device: torch.device, root: Path, progress: Progress | None = None) -> None:
-        from safetensors.torch import load_file, save
+    def __init__(self, device: torch.device, file: Path) -> None:
+        from safetensors.torch import load_file
 
-        def build(folder: Path) -> None:
-            write_synced(folder / FILE, save(pretrain(progress)))
-            write_synced(folder / "recipe.json", to_json(recipe()))
-
-        folder = cache.folder(root, "miniature", recipe(), build, progress=progress)
         self.device, self.tokenizer = device, Tokenizer()
         with torch.random.fork_rng(devices=[]):
             self.network = network(self.tokenizer)
-        self.network.load_state_dict(load_file(folder / FILE))
+        self.network.load_state_dict(load_file(file))
         self.network.eval().requires_grad_(False).to(device)
 
     @property

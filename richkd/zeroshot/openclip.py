@@ -18,13 +18,18 @@ from richkd.errors import ConfigError
 from richkd.files import sha256_of
 
 BATCH = 64  # images or texts at once
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 
 
-def identity(model: str, pretrained: str | None) -> str:
+def identity(model: str, pretrained: str | None, file: str | None = None) -> str:
     """Return what the features depend on: the installed open_clip fixes architecture and preprocessing."""
-    weights = "random weights of seed 0" if pretrained is None else pretrained
-    if pretrained is not None and Path(pretrained).is_file():
-        weights = sha256_of(Path(pretrained))
+    weights = pretrained or "no tag"
+    if file is not None:
+        if not Path(file).is_file():
+            raise ConfigError(f"clip.file must be a file of weights but {file} is missing.")
+        weights += f", {sha256_of(Path(file))}"
+    elif pretrained is None:
+        weights = f"random weights of seed 0, torch {torch.__version__}"
     return f"{model}, {weights}, open_clip {version('open_clip_torch')}"
 
 
@@ -33,7 +38,9 @@ class OpenClip:
 
     Args:
         model: Architecture.
-        pretrained: Tag or file of the weights; None draws them at random, from a seed of their own.
+        pretrained: Tag of the weights, which fixes activation and preprocessing. None: those of the
+            architecture alone, and weights drawn at random, from a seed of their own, unless there is a file.
+        file: Where the weights lie on this machine; without it those of the tag are downloaded.
         device: Where it runs.
 
     Raises:
@@ -41,24 +48,38 @@ class OpenClip:
             activation do not fit.
     """
 
-    def __init__(self, model: str, pretrained: str | None, device: torch.device) -> None:
+    def __init__(
+        self, model: str, pretrained: str | None, file: str | None, device: torch.device
+    ) -> None:
         import open_clip
 
         self.device = device
         _check(open_clip, model, pretrained)
+        # given a file open_clip asks no tag, and would take the plain preprocessing
+        tag = (open_clip.get_pretrained_cfg(model, pretrained) or {}) if pretrained and file else {}
+        preprocessing = {f"image_{key}": tag[key] for key in PREPROCESSING if key in tag}
         # drawn from a fixed seed where weights are random, and without a trace in the caller's stream
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             torch.manual_seed(0)
             warnings.simplefilter("ignore")  # of random weights, which were asked for
             try:
                 self.network, _, self.transform = open_clip.create_model_and_transforms(
-                    model, pretrained=pretrained, device=device, weights_only=True
+                    model,
+                    pretrained=file or pretrained,
+                    device=device,
+                    weights_only=True,
+                    **preprocessing,
                 )
             except Exception as error:  # of the network, of the hub, or of a foreign file
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
+                what = f"clip.file={file}" if file else f"clip.pretrained={pretrained}"
+                hint = (
+                    "give open_clip's own file of these weights"
+                    if file
+                    else "download it on a machine with internet and give clip.file too"
+                )
                 raise ConfigError(
-                    f"clip.pretrained={pretrained} of {model} could not be loaded ({reason}); download it on "
-                    "a machine with internet and give the file, or give clip.logits."
+                    f"{what} of {model} could not be loaded ({reason}); {hint}, or give clip.logits."
                 ) from error
         self.network.eval().requires_grad_(False)
         self.tokenize = open_clip.get_tokenizer(model)
@@ -123,10 +144,11 @@ def _check(open_clip: Any, model: str, pretrained: str | None) -> None:
             f"clip.pretrained={pretrained} was trained {trained} the QuickGELU activation but "
             f"clip.model={model} {'has' if trained == 'without' else 'lacks'} it; use clip.model={other}."
         )
-    if not known and not Path(pretrained).is_file():
+    if not known:
         tags = open_clip.list_pretrained_tags_by_model(model)
         near = get_close_matches(pretrained, tags, 1)
         hint = f"did you mean {near[0]}?" if near else f"tags: {', '.join(tags) or 'none'}."
         raise ConfigError(
-            f"clip.pretrained must be a tag of {model} or a file but got {pretrained!r}; {hint}"
+            f"clip.pretrained must be a tag of {model} but got {pretrained!r}; {hint} A file of weights is "
+            "clip.file, beside the tag that it is a copy of, or beside clip.pretrained=null."
         )

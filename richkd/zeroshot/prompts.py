@@ -28,10 +28,7 @@ RICH = (  # the released code's twelve, in its order
 )
 SETS: dict[str, tuple[str, ...]] = {
     "single": RICH[:1],
-    "rich2": RICH[:2],
-    "rich4": RICH[:4],
-    "rich8": RICH[:8],
-    "rich12": RICH,
+    **{f"rich{count}": RICH[:count] for count in (1, 2, 4, 8, 12)},
     # of the embedded digits, in the words that the miniature knows
     "digits": ("the digit {}", "a photo of the digit {}", "an image of the number {}"),
     "digits-photo": ("a photo of the digit {}",),
@@ -98,5 +95,10 @@ def templates(name: str) -> tuple[str, ...]:
 
 
 def captions(templates: Sequence[str], names: Sequence[str]) -> list[list[str]]:
-    """Return `P` lists of `K` captions; names are put in literally, whatever braces they hold."""
-    return [[template.replace("{}", name) for name in names] for template in templates]
+    """Return `P` lists of `K` captions; names are put in literally, whatever braces they hold.
+
+    Underscores become spaces: to a tokenizer they are a sign of their own (`maple _ tree`), which the
+    released code leaves in.
+    """
+    spoken = [name.replace("_", " ") for name in names]
+    return [[template.replace("{}", name) for name in spoken] for template in templates]
