@@ -11,39 +11,49 @@ import contextlib
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from richkd import config as configuration
 from richkd.command import Done, Stop, Verb, main
+from richkd.config import Config
 from richkd.errors import ConfigError, Interrupted
-
-Progress = Callable[[str, int, int], None]
+from richkd.progress import Progress, lines
 
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Show preparations on a terminal as a bar, elsewhere as a line at the start, the half and the end."""
+    """Show preparations on a terminal as a bar, elsewhere as a few lines."""
     from rich.console import Console
     from rich.progress import Progress as Bars
 
     console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lines(console.print)
+        return
     tasks: dict[str, Any] = {}
-    with Bars(console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Bars(console=console, transient=True) as bars:
 
         def progress(what: str, done: int, total: int) -> None:
-            if not console.is_terminal:
-                half = 2 * done // max(total, 1)
-                if tasks.get(what) != half:
-                    tasks[what] = half
-                    console.print(f"{what}: {100 * done // max(total, 1)} %")
-                return
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
             bars.update(tasks[what], completed=done, total=total)
 
         yield progress
+
+
+def one_run(words: list[str]) -> Config:
+    """Return the config of a single run; a sweep's sections may be in its layers, but are no overrides."""
+    layers = configuration.read(words)
+    for entry in layers.entries:
+        section = entry.key.split(".")[0]
+        if not entry.origin and section in configuration.SWEEP_SECTIONS:
+            raise ConfigError(
+                f"{entry.key} is a matter of a sweep, and this is a single run; leave it out, or use "
+                "python -m tune."
+            )
+    return configuration.build(layers)
 
 
 def percent(found: dict[str, float]) -> dict[str, float]:
@@ -53,7 +63,7 @@ def percent(found: dict[str, float]) -> dict[str, float]:
 
 def distill(arguments: argparse.Namespace) -> Done:
     """Distil one student."""
-    config = configuration.build(configuration.read(arguments.words))
+    config = one_run(arguments.words)
     name = (
         arguments.name or f"{config.method.name}-seed{config.seed}-{time.strftime('%y%m%d-%H%M%S')}"
     )
@@ -66,6 +76,11 @@ def distill(arguments: argparse.Namespace) -> Done:
     from richkd import distill as training
 
     print(f"{config.method.name} on {config.data.source}, into {folder}")
+    if config.loss.logit:
+        print(
+            f"alpha {config.fusion.alpha:g} at clip.scale {config.clip.scale}, T {config.loss.temperature:g} of "
+            f"the {config.loss.temperature_of} logits, weight {config.loss.logit:g}"
+        )
 
     def row(metrics: dict[str, Any], _checkpoint: Path) -> None:
         print(
@@ -143,7 +158,7 @@ def evaluate(arguments: argparse.Namespace) -> Done:
 
 def cache(arguments: argparse.Namespace) -> Done:
     """Compute and keep what all runs of a config share: the teacher, CLIP's features."""
-    config = configuration.build(configuration.read(arguments.words))
+    config = one_run(arguments.words)
     from richkd import distill as training
 
     task = training.open_task(config)

@@ -26,12 +26,11 @@ from filelock import FileLock, Timeout
 
 from richkd.errors import ConfigError, CorruptError, DataError
 from richkd.files import read_json, sync, write_json
+from richkd.progress import Progress
 
 FORMAT = 1
 SHARD = 1024  # rows: at most a minute or two of a ViT-B/32 on one core is lost by a kill
 ROWS, SHARDS = "rows.npy", "shards.json"
-
-Progress = Callable[[str, int, int], None]
 
 _verified: set[tuple] = set()  # tables that this process has found sound, as `_stamp` gives them
 

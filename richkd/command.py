@@ -50,6 +50,8 @@ class Verb:
 class Stop:
     """Remembers a signal; asked between steps. A second signal ends the run where it is."""
 
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
     def __init__(self) -> None:
         self.signum: int | None = None
 
@@ -64,10 +66,16 @@ class Stop:
         # not print: its lock may be held by the code that this interrupts
         os.write(2, b"\nstopping at the next checkpoint; once more to stop at once\n")
 
+    def install(self) -> None:
+        """Handle SIGINT and SIGTERM from now on, also after a library has put its own handlers in place."""
+        for signum in self.SIGNALS:
+            signal.signal(signum, self._handle)
+
     @contextlib.contextmanager
     def installed(self) -> Iterator["Stop"]:
         """Handle SIGINT and SIGTERM inside the context."""
-        before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {signum: signal.getsignal(signum) for signum in self.SIGNALS}
+        self.install()
         try:
             yield self
         finally:
@@ -124,6 +132,9 @@ def main(program: str, about: str, verbs: dict[str, Verb], argv: list[str]) -> i
     except BrokenPipeError:  # the reader has gone; say nothing to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:  # before or after what can be gone on with
+        print(f"{program}: interrupted", file=sys.stderr)
+        answer, code = {"error": "interrupted"}, 128 + signal.SIGINT
     except (RichkdError, OSError) as problem:
         error = _foreseen(problem)
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)

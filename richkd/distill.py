@@ -14,7 +14,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,24 +26,30 @@ from richkd.data import Batches, Dataset, Split, Views, load, split
 from richkd.data.batches import stream_seed
 from richkd.errors import ConfigError, Interrupted, NonFiniteError
 from richkd.evaluate import accuracy, evaluate
-from richkd.files import read_json, write_atomic, write_json
+from richkd.files import make_folder, read_json, write_atomic, write_json
+from richkd.progress import Progress, stoppable
 
+ADVICE = "lower train.lr or loss.logit, or raise loss.temperature"  # of a run that diverged
 TERMS = ("loss_ce", "loss_logit", "loss", "target_entropy")
 
 Report = Callable[[dict[str, float], Path], None]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Task:
-    """What every run on one data set with one seed shares: rows, pixels on the device, where caches lie."""
+    """What every run on one data set with one seed shares: rows, and pixels on the device."""
 
     dataset: Dataset
     split: Split
     train: Views
     test: Views
     device: torch.device
-    cache: Path
+    wanted_cache: str | None
+
+    @property
+    def cache(self) -> Path:
+        """Folder of the cache, made if missing."""
+        return cache.root(self.wanted_cache)
 
     @property
     def labels(self) -> Tensor:
@@ -77,7 +83,7 @@ def open_task(config: Config) -> Task:
         train=Views(dataset.train, dataset, device),
         test=Views(dataset.test, dataset, device),
         device=device,
-        cache=cache.root(config.cache),
+        wanted_cache=config.cache,
     )
 
 
@@ -125,8 +131,13 @@ def trained_teacher(config: Config, task: Task, progress: Progress | None = None
             if progress is not None:
                 progress("teacher", metrics["epoch"], recipe.train.epochs)
 
-        with one_thread():
-            run(recipe, folder / "run", report=report)
+        try:
+            with one_thread():
+                run(recipe, folder / "run", report=report)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"the teacher, in its own training: {str(error).partition(';')[0]}; lower teacher.lr."
+            ) from error
 
     return cache.folder(task.cache, "teachers", key, build, progress=progress) / "run" / "last"
 
@@ -206,16 +217,15 @@ def train_epoch(
 
 def check_finite(terms: Tensor, student: nn.Module, epoch: int) -> None:
     """Raise NonFiniteError naming the first step and term of `terms` `(steps, 4)`, or the weight, not finite."""
-    advice = "lower train.lr or loss.logit, or raise loss.temperature"
     if not terms.isfinite().all():
         where = (~terms.isfinite()).nonzero()[0].tolist()
         raise NonFiniteError(
             f"{TERMS[where[1]]} is {terms[where[0], where[1]].item()} at step {where[0] + 1} of epoch {epoch + 1}; "
-            f"{advice}."
+            f"{ADVICE}."
         )
     for name, value in student.state_dict().items():
         if not value.isfinite().all():
-            raise NonFiniteError(f"weight {name} is not finite after epoch {epoch + 1}; {advice}.")
+            raise NonFiniteError(f"weight {name} is not finite after epoch {epoch + 1}; {ADVICE}.")
 
 
 def initial_student(config: Config, dataset: Dataset) -> nn.Module:
@@ -286,7 +296,7 @@ def run(
     state |= {"torch": torch.__version__, "python": platform.python_version()}
     if teacher is not None:
         state |= {"temperature": teacher.temperature, "clip_factor": teacher.factor}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "storage")
     write_atomic(folder / "config.yaml", dump(config).encode())
     first, best, rows = 0, None, []
     if resume and checkpoint.exists(folder / "last"):
@@ -312,6 +322,8 @@ def run(
         trained = train_epoch(config, student, teacher, optimizer, batches, epoch, stop)
         seconds = time.monotonic() - began
         found = evaluate(student, task.train, held_out, task.labels[held_out])
+        if not math.isfinite(found["loss"]):
+            raise NonFiniteError(f"val/loss is {found['loss']} after epoch {epoch + 1}; {ADVICE}.")
         if best is None or better(found, best):
             best = {"epoch": epoch + 1, **found}
         metrics = {
@@ -340,18 +352,6 @@ def run(
     state |= {"state": "finished", "seconds": time.monotonic() - started, "metrics": metrics}
     write_json(folder / "run.json", state)
     return Outcome(folder=folder, metrics=metrics, network=student, teacher=teacher, task=task)
-
-
-def stoppable(progress: Progress | None, stop: Callable[[], int | None]) -> Progress:
-    """Return `progress` that ends a preparation by Interrupted if `stop` says so; nothing is kept of it."""
-
-    def told(what: str, done: int, total: int) -> None:
-        if (signum := stop()) is not None:
-            raise Interrupted(signum, f"interrupted while preparing the {what}")
-        if progress is not None:
-            progress(what, done, total)
-
-    return told
 
 
 def better(found: dict[str, float], best: dict[str, float]) -> bool:
@@ -466,7 +466,8 @@ def retest(folder: Path) -> tuple[dict[str, dict[str, float]], float, dict]:
         ConfigError: If the data that the checkpoint's config names is not the data it was made with.
     """
     saved = checkpoint.load(folder)
-    config = from_dict(saved.meta["config"])
+    # on whatever this machine has: the accuracy is the student's, not the machine's
+    config = replace(from_dict(saved.meta["config"]), device="auto")
     task = open_task(config)
     if task.dataset.digest != saved.meta["data"]:
         raise ConfigError(

@@ -1,5 +1,6 @@
 """Files that are whole or invisible: atomic writes, JSON and checksums."""
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,22 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(path: Path, field: str) -> None:
+    """Make a folder that the config key `field` leads to; one that is there will do.
+
+    Raises:
+        ConfigError: If something on the way is no folder, or forbids it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(
+            f"{field} must lead to a folder that can be made but {path} cannot ({error.strerror}); choose another."
+        ) from error
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -56,7 +73,9 @@ def to_json(value: Any) -> bytes:
     try:
         return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
     except ValueError as error:
-        raise NonFiniteError(f"JSON holds finite numbers only but got {value}.") from error
+        raise NonFiniteError(
+            f"JSON holds finite numbers only but got {str(value)[:200]}."
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

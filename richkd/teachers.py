@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +24,9 @@ from richkd.data import Dataset, Split, Views
 from richkd.errors import ConfigError, CorruptError, DataError
 from richkd.evaluate.accuracy import accuracy, network_logits
 from richkd.files import sha256_of
+from richkd.progress import Progress
 from richkd.student import find_checkpoint
 from richkd.zeroshot import prompts
-
-Progress = Callable[[str, int, int], None]
 
 
 def read_logits(spec: str, rows: int, classes: int, *, field: str) -> Tensor:
@@ -163,7 +161,10 @@ def open_task(
         return TaskTeacher(
             identity=_identity(config.logits), table=table.to(train_views.mean.device), **views
         )
-    saved = checkpoint.load(trained or find_checkpoint(Path(config.checkpoint)))
+    try:
+        saved = checkpoint.load(trained or find_checkpoint(Path(config.checkpoint)))
+    except ConfigError as error:
+        raise ConfigError(f"teacher.checkpoint: {error}") from error
     if saved.meta["channels"] != dataset.channels:
         raise DataError(
             f"teacher.checkpoint={config.checkpoint} takes images of {saved.meta['channels']} channels but "

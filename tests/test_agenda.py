@@ -29,6 +29,7 @@ class Log:
         self.started_: list[str] = []
         self.epochs: list[tuple[str, int]] = []
         self.ends: list[tuple[str, str]] = []
+        self.errors: dict[str, str] = {}
 
     def started(self, job: Job) -> None:
         """Hear of a start."""
@@ -41,6 +42,8 @@ class Log:
     def ended(self, job: Job, state: str, metrics: dict) -> None:
         """Hear of an end."""
         self.ends.append((job.id, state))
+        if state == "failed":
+            self.errors[job.id] = metrics["error"]
 
 
 class Script:
@@ -87,7 +90,7 @@ class Script:
 
     def trial(self, search: Search, number: int, params: dict, settings: dict) -> Job:
         """Return the job of a trial."""
-        return self.job(f"trial-{search.name}-{number}", "trial", search.name, number, settings)
+        return self.job(f"trial-{search.label(number)}", "trial", search.name, number, settings)
 
     def refit(self, refits: Refits, seed: int, settings: dict) -> Job:
         """Return the job of a refit."""
@@ -120,7 +123,8 @@ class Script:
                 continue
             top1 = self.top1(job, epoch + 1)
             heard += 1
-            agenda.stopping |= heard == stop_after
+            if heard == stop_after:
+                agenda.stop()
             metrics = {"epoch": epoch + 1, "val/top1": top1}
             if not agenda.epoch(job, metrics):
                 agenda.ended(job, metrics, None)
@@ -133,7 +137,7 @@ class Script:
                 agenda.ended(job, metrics | end, None)
 
 
-TRIALS = [f"trial-richkd-{k}" for k in range(4)] + [f"trial-kd-{k}" for k in range(2)]
+TRIALS = [f"trial-00{k}" for k in range(4)] + [f"trial-kd-00{k}" for k in range(2)]
 REFITS = [f"refit-{name}-{seed}" for name in ("paper", "richkd", "kd_tuned") for seed in range(2)]
 
 
@@ -185,19 +189,41 @@ def test_a_refit_runs_what_its_search_found_over_its_own_settings():
 
 def test_failed_trials_are_counted_and_never_the_best():
     script = Script()
-    script.failing = {"trial-richkd-2": "RuntimeError: no", "refit-paper-1": "killed"}
+    script.failing = {"trial-002": "RuntimeError: no", "refit-paper-1": "killed"}
     agenda, log = script.agenda()
     script.drive(agenda)
-    assert agenda.failed == script.failing
-    assert {job for job, state in log.ends if state == "failed"} == set(script.failing)
+    assert agenda.failed == log.errors == script.failing
     assert agenda.searches[0].states() == {"COMPLETE": 3, "FAIL": 1}
     assert script.settings["refit-richkd-0"]["fusion.alpha"] == 0.7  # 0.4, the best, has failed
     assert len(log.ends) == agenda.total
 
 
+def test_a_restart_knows_which_trials_failed_and_why():
+    script = Script()
+    script.failing = {"trial-001": "RuntimeError: no", "trial-kd-000": "killed"}
+    agenda, _ = script.agenda()
+    script.drive(agenda, stop_after=12)
+    again, _ = script.agenda()
+    assert again.failed == script.failing
+
+
+def test_a_full_disk_stops_the_sweep_and_fails_no_trial():
+    script = Script()
+    agenda, log = script.agenda()
+    job = agenda.next()
+    agenda.stop("the disk is full")
+    agenda.ended(job, {"stopped": "the disk is full"}, None)
+    assert agenda.over
+    assert (agenda.reason, agenda.failed) == ("the disk is full", {})
+    assert log.ends == [(job.id, "stopped")]
+    again, later = script.agenda()
+    script.drive(again)
+    assert sorted(later.started_) == sorted(TRIALS + REFITS)
+
+
 def test_a_search_without_a_success_leaves_its_refits_in_failed():
     script = Script()
-    script.failing = {f"trial-kd-{k}": "RuntimeError: no" for k in range(2)}
+    script.failing = {f"trial-kd-00{k}": "RuntimeError: no" for k in range(2)}
     agenda, log = script.agenda()
     script.drive(agenda)
     assert agenda.failed.pop("refit-kd_tuned") == "its search has no finished trial"
@@ -219,9 +245,9 @@ def test_settings_that_the_config_refuses_together_make_a_failed_trial(monkeypat
     agenda, log = script.agenda()
     script.drive(agenda)
     assert agenda.searches[0].states() == {"COMPLETE": 2, "FAIL": 2}
-    assert list(agenda.failed) == ["trial 0 of richkd", "trial 1 of richkd"]
-    assert "cannot both be 0" in agenda.failed["trial 0 of richkd"]
-    assert log.started_[0] == "trial-richkd-2"
+    assert list(agenda.failed) == ["trial-000", "trial-001"]
+    assert "cannot both be 0" in agenda.failed["trial-000"]
+    assert log.started_[0] == "trial-002"
 
 
 def test_pruned_trials_are_told_as_pruned_and_the_sweep_goes_on():
@@ -229,7 +255,7 @@ def test_pruned_trials_are_told_as_pruned_and_the_sweep_goes_on():
     agenda, log = script.agenda()
     script.drive(agenda, slots=1)
     pruned = {job for job, state in log.ends if state == "pruned"}
-    assert pruned == {"trial-richkd-1", "trial-richkd-3"}  # alphas 1.0 and 0.2, after 0.7 and 0.4
+    assert pruned == {"trial-001", "trial-003"}  # alphas 1.0 and 0.2, after 0.7 and 0.4
     for job in pruned:
         assert [epoch for name, epoch in log.epochs if name == job] == [1]
     assert agenda.searches[0].states() == {"COMPLETE": 2, "PRUNED": 2}
@@ -264,7 +290,7 @@ def test_a_sweep_that_is_stopped_goes_on_and_every_job_ends_exactly_once(stop_af
     assert agenda.next() is None
     assert set(log.started_) == {job for job, _ in log.ends}
     left = {
-        f"trial-{search.name}-{trial.number}"
+        f"trial-{search.label(trial.number)}"
         for search in agenda.searches
         for trial in search.study.trials
         if trial.state == TrialState.RUNNING
@@ -286,7 +312,7 @@ def test_a_sweep_that_is_stopped_goes_on_and_every_job_ends_exactly_once(stop_af
 
 def test_a_stop_between_jobs_gives_out_nothing_more():
     agenda, log = Script().agenda()
-    agenda.stopping = True
+    agenda.stop()
     assert agenda.next() is None
     assert agenda.over
     assert log.started_ == []

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from mlflow.tracking import MlflowClient
 from richkd import load_student
 from richkd.config import Layers, digest, from_dict, read, read_layer
 from richkd.data import load
-from richkd.errors import ConfigError, CorruptError
+from richkd.errors import ConfigError, CorruptError, RichkdError
 from richkd.evaluate import accuracy
 from richkd.files import read_json
 from tune import sweep as sweeps
@@ -107,6 +108,11 @@ def test_children_carry_only_what_was_searched(swept):
     constants = client.get_run(answer["mlflow"]["run_id"]).data.params
     assert constants["student.name"] == "cnn8"
     assert not searched & set(constants)
+    # T is relative in what is searched, and as printed where it was printed
+    assert constants["loss.temperature_of"] == "task"
+    tags = {found[f"trial-00{k}"].data.tags["richkd.loss.temperature_of"] for k in (0, 1)}
+    assert tags == {"fused"}
+    assert found["trial-002"].data.tags["richkd.loss.temperature_of"] == "task"
 
 
 def test_the_papers_setting_is_the_first_trial_and_plain_distillation_the_second(swept):
@@ -125,7 +131,7 @@ def test_the_papers_setting_is_the_first_trial_and_plain_distillation_the_second
     )
 
 
-def test_every_epoch_is_in_mlflow_once_and_equals_the_runs_own_record(swept):
+def test_every_run_in_mlflow_has_its_config_and_each_epoch_once(swept, tmp_path):
     answer, client = swept
     for name, run in children(client, answer).items():
         kind, _, rest = name.partition("-")
@@ -134,6 +140,8 @@ def test_every_epoch_is_in_mlflow_once_and_equals_the_runs_own_record(swept):
         history = client.get_metric_history(run.info.run_id, "val/top1")
         assert [(m.step, m.value) for m in history] == [(r["epoch"], r["val/top1"]) for r in rows]
         assert run.data.tags["richkd.digest"] == digest(from_config(folder))
+        text = Path(client.download_artifacts(run.info.run_id, "config.yaml", str(tmp_path)))
+        assert text.read_text() == (folder / "config.yaml").read_text()
 
 
 def from_config(folder: Path):
@@ -289,22 +297,30 @@ def test_a_name_is_not_used_twice(swept):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_a_sweep_which_a_resume_finishes(miniature, cache_root, tmp_path, signum):
+@pytest.mark.parametrize(
+    ("signum", "storage", "moment"),
+    [
+        (signal.SIGINT, "runs", "trials/*/metrics.jsonl"),
+        (signal.SIGTERM, "other place", "study.db"),  # Ray is starting
+    ],
+)
+def test_a_signal_stops_a_sweep_and_the_line_that_it_prints_finishes_it(
+    miniature, cache_root, tmp_path, signum, storage, moment
+):
     words = [*SMALL, "train.epochs=8", "sweep.trials=3", "refit.seeds=1", "sweep.name=cut"]
-    words.append(f"cache={cache_root}")
+    words += [f"cache={cache_root}", f"storage={storage}"]
     process = command("sweep", *words, cwd=tmp_path)
-    folder = tmp_path / "runs" / "cut"
+    folder = tmp_path / storage / "cut"
     deadline = time.monotonic() + 120
-    while not list(folder.glob("trials/*/metrics.jsonl")) and time.monotonic() < deadline:
+    while not list(folder.glob(moment)) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signum)
     _, told = process.communicate(timeout=90)
     assert process.returncode == 128 + signum, told
-    assert "python -m tune resume cut" in told
     assert "Traceback" not in told
     assert not (folder / "summary.json").exists()
-    process = command("resume", "--json", cwd=tmp_path)
+    line = shlex.split(told.splitlines()[-1].partition("go on with: python -m tune ")[2])
+    process = command(*line, "--json", cwd=tmp_path)
     out, told = process.communicate(timeout=180)
     assert process.returncode == 0, told
     answer = json.loads(out.splitlines()[-1])
@@ -321,6 +337,10 @@ BAD = {
     "sweep.space.fusion.alpha={unifrom: [0, 1]}": ["fusion.alpha", "uniform"],
     "sweep.space.clip.prompts={choice: [digits, digit]}": ["clip.prompts", "digit"],
     "sweep.trials=0": ["sweep.trials", "0"],
+    "sweep.space={}": ["sweep.space is empty", "richkd distill"],
+    "sweep.space.student.name={choice: [cnn8, cnn9]}": ["student.name", "cnn9"],
+    "clip.prompts=rich12": ["clip.prompts", "does not know", "blurry"],
+    "storage=/proc/version/runs": ["storage", "/proc/version"],
     "sweep.name=a/b": ["sweep.name", "a/b"],
     "student.name=cnn9": ["student.name", "cnn9", "cnn8"],
     "method.name=kd": ["method.name", "richkd-l"],
@@ -333,8 +353,9 @@ def test_a_bad_sweep_is_refused_in_one_line_before_anything_runs(
     override, miniature, cache_root, tmp_path
 ):
     words = [*SMALL, f"cache={cache_root}", f"storage={tmp_path}", override]
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(RichkdError) as caught:
         sweeps.start(read(words))
+    assert caught.value.exit_code == 2
     for word in BAD[override]:
         assert word in str(caught.value)
-    assert not list(tmp_path.glob("*/trials"))
+    assert not list(tmp_path.iterdir())  # nothing that would be in the way of the next try

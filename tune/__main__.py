@@ -21,14 +21,14 @@ def _storage(overrides: list[str]) -> Path:
     return Path(config.build(config.read(overrides)).storage)
 
 
-def _one_sweep(words: list[str]) -> Path:
+def _one_sweep(words: list[str], *, finished: bool = False) -> Path:
     from tune.best import find_sweep
 
     names = [word for word in words if "=" not in word]
     if len(names) > 1:
         raise ConfigError(f"one SWEEP at a time but got {', '.join(names)}.")
     storage = _storage([word for word in words if "=" in word])
-    return find_sweep(names[0] if names else None, storage)
+    return find_sweep(names[0] if names else None, storage, finished=finished)
 
 
 def sweep(arguments: argparse.Namespace) -> Done:
@@ -52,7 +52,7 @@ def resume(arguments: argparse.Namespace) -> Done:
 
 def best(arguments: argparse.Namespace) -> Done:
     """Verify the best checkpoint, and hand over a copy."""
-    folder = _one_sweep(arguments.words)
+    folder = _one_sweep(arguments.words, finished=True)
     from tune.best import best as verify
 
     answer = verify(folder, Path(arguments.copy_to) if arguments.copy_to else None)

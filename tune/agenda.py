@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from richkd.config import Config
 from richkd.errors import ConfigError
-from tune.study import Search
+from tune.study import Search, settings_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -91,8 +91,13 @@ class Agenda:
         self.ready: list[Job] = []
         self.running: dict[str, Job] = {}
         self.pruned: set[str] = set()
-        self.failed: dict[str, str] = {}  # job id -> why
+        self.failed = {  # job id -> why
+            f"trial-{search.label(number)}": why
+            for search in searches
+            for number, why in search.failures().items()
+        }
         self.stopping = False
+        self.reason: str | None = None  # why it is stopping, if not by a signal
         self.total = sum(search.trials for search in searches) + len(refits) * seeds
         self._collect()
 
@@ -107,14 +112,18 @@ class Agenda:
                 listener.started(job)
         return job
 
+    def stop(self, reason: str | None = None) -> None:
+        """Give out nothing more, and let what runs end at its next epoch."""
+        self.stopping, self.reason = True, self.reason or reason
+
     def _next_trial(self) -> Job | None:
         for search in self.searches:
             while (asked := search.ask()) is not None:
                 try:
                     return self.trial_of(search, *asked)
                 except ConfigError as error:  # takes each value, but not all together
-                    search.tell(asked[0], TrialState.FAIL, {})
-                    self.failed[f"trial {asked[0]} of {search.name}"] = str(error)
+                    search.tell(asked[0], TrialState.FAIL, {}, str(error))
+                    self.failed[f"trial-{search.label(asked[0])}"] = str(error)
         return None
 
     def _next_refit(self) -> Job | None:
@@ -140,7 +149,7 @@ class Agenda:
         best = refits.search.best()
         if best is None:
             return None
-        return refits.settings | best.user_attrs.get("settings", best.params)
+        return refits.settings | settings_of(best)
 
     @property
     def over(self) -> bool:
@@ -170,6 +179,7 @@ class Agenda:
         if error is not None:
             state = "failed"
             self.failed[job.id] = error
+            metrics = metrics | {"error": error}
         elif job.id in self.pruned:
             state = "pruned"
         elif not finished:
@@ -182,7 +192,7 @@ class Agenda:
                 "pruned": TrialState.PRUNED,
                 "finished": TrialState.COMPLETE,
             }
-            self._search(job).tell(job.number, states[state], metrics)
+            self._search(job).tell(job.number, states[state], metrics, error)
         for listener in self.listeners:
             listener.ended(job, state, metrics)
 

@@ -1,5 +1,6 @@
 """The best checkpoint of a sweep: find it, verify it, hand it over."""
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,30 @@ from richkd.errors import ConfigError
 from richkd.files import read_json
 
 
-def find_sweep(wanted: str | None, storage: Path) -> Path:
+def called(folder: Path) -> str:
+    """Return what a command line in this working folder may call a sweep, quoted for a shell."""
+    here = Path("runs").absolute() == folder.absolute().parent
+    return shlex.quote(folder.name if here else str(folder))
+
+
+def find_sweep(wanted: str | None, storage: Path, *, finished: bool = False) -> Path:
     """Return the folder of a sweep.
 
     Args:
         wanted: Its name, its folder, or the id of its MLflow run; None: the one started last.
         storage: Folder in which sweeps lie.
+        finished: Whether, without a name, only finished ones count.
 
     Raises:
         ConfigError: If there is none.
     """
     folders = [path.parent for path in storage.glob("*/sweep.json")]
     if wanted is None:
+        done = [folder for folder in folders if (folder / "summary.json").exists()]
         if not folders:
             raise ConfigError(f"there is no sweep in {storage}; start one: python -m tune sweep.")
+        if finished and done:
+            folders = done
         return max(folders, key=lambda folder: read_json(folder / "sweep.json")["started"])
     for folder in (storage / wanted, Path(wanted)):
         if (folder / "sweep.json").exists():
@@ -53,7 +64,7 @@ def best(folder: Path, copy_to: Path | None = None) -> dict[str, Any]:
     """
     if not (folder / "summary.json").exists():
         raise ConfigError(
-            f"{folder.name} has not finished; go on with it: python -m tune resume {folder.name}"
+            f"{folder.name} has not finished; go on with it: python -m tune resume {called(folder)}"
         )
     if copy_to is not None and copy_to.exists():
         raise ConfigError(f"--copy-to {copy_to} exists already; name a new folder.")

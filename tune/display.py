@@ -8,6 +8,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from richkd.progress import lines
 from tune.agenda import Agenda, Job
 
 SHOWN = 12  # rows of the live table
@@ -16,6 +17,7 @@ SHORT = {
     "loss.temperature": "T",
     "loss.logit": "w",
     "clip.prompts": "prompts",
+    "loss.temperature_of": "T of",
 }
 STYLES = {
     "finished": "green",
@@ -47,7 +49,8 @@ class Display:
         self.best: tuple[float, str] | None = None
         self.agenda: Agenda | None = None
         self.live: Live | None = None
-        self.step: tuple[str, int] = ("", -1)
+        self.preparing = ""
+        self.lines = lines(self.line)
 
     def __enter__(self) -> "Display":
         if self.console.is_terminal:
@@ -67,16 +70,11 @@ class Display:
         self.console.print(Text(text, style=style))
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Show how far a preparation is; on a plain stream a line at the start, the half and the end."""
+        """Show how far a preparation is."""
         percent = 100 * done // max(total, 1)
         self.preparing = f"{what}: {percent:3d} % " + "━" * (percent * 40 // 100)
         if self.live is None:
-            half = 2 * done // max(total, 1)
-            if self.step != (what, half):
-                self.step = (what, half)
-                self.line(f"{what}: {percent} %")
-
-    preparing = ""
+            self.lines(what, done, total)
 
     def started(self, job: Job) -> None:
         """Add a row."""

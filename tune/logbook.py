@@ -12,7 +12,9 @@ from richkd.config import Config, digest, dump, flatten, to_dict
 from richkd.data import Dataset
 from richkd.files import read_json, write_json
 from tune.agenda import Job
+from tune.best import called
 from tune.settings import Settings
+from tune.settings import digest as sweep_digest
 from tune.space import Space
 from tune.tracking import Tracker
 
@@ -37,6 +39,7 @@ class Logbook:
         known = read_json(self.ids) if self.ids.exists() else {}
         self.tracker = Tracker(uri, experiment, known=known)
         self.closed = False
+        self.fixed: tuple[str, ...] = ()  # keys that the sweep sets in all trials
 
     def open(
         self,
@@ -47,7 +50,8 @@ class Logbook:
         dataset: Dataset,
     ) -> None:
         """Begin, or go on with, the parent run."""
-        constants = flatten(to_dict(base)) | flatten(to_dict(settings))
+        self.fixed = tuple(settings.sweep.settings)
+        constants = flatten(to_dict(base)) | settings.sweep.settings | flatten(to_dict(settings))
         constants = {
             key: value
             for key, value in constants.items()
@@ -58,7 +62,7 @@ class Logbook:
             "richkd.kind": "sweep",
             "richkd.sweep": self.name,
             "richkd.state": "running",
-            "richkd.digest": digest(base),
+            "richkd.digest": sweep_digest(settings, base),
             "richkd.commit": environment["commit"] or "",
         }
         self.tracker.start()
@@ -78,7 +82,10 @@ class Logbook:
             "richkd.state": "running",
             "richkd.digest": digest(job.config),
         }
-        self.tracker.run(self.name, job.id, job.params, tags)
+        shown = flatten(to_dict(job.config))
+        tags |= {f"richkd.{key}": shown[key] for key in self.fixed}
+        run = self.tracker.run(self.name, job.id, job.params, tags)
+        self.tracker.text(run, dump(job.config), "config.yaml")
 
     def epoch(self, job: Job, metrics: dict[str, Any]) -> None:
         """Keep an epoch's metrics."""
@@ -92,11 +99,10 @@ class Logbook:
         for key in (key for key in metrics if key.startswith("identity/")):
             tags[key.replace("identity/", "richkd.")] = metrics[key]
         if state == "failed":
-            tags["richkd.error"] = metrics.get("failed", "its process died")
+            tags["richkd.error"] = metrics["error"]
         if state == "finished" and job.kind == "refit":
             tested = {key: value for key, value in metrics.items() if key.startswith(TESTED)}
             self.tracker.log(run, tested, job.config.train.epochs)
-            self.tracker.text(run, dump(job.config), "config.yaml")
             self.tracker.artifacts(run, job.folder / "best", "checkpoint")
         self.tracker.tag(run, tags)
         self.tracker.finish(run, STATUS[state])
@@ -172,10 +178,10 @@ def _note(result: dict[str, Any], columns: dict[str, list]) -> str:
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     best = result["best"]
-    settings = ", ".join(f"`{key}` {value}" for key, value in best["params"].items())
+    settings = ", ".join(f"`{key}` {value}" for key, value in best["settings"].items())
     return (
         f"{table}\n\nBest setting (trial {best['trial']}): {settings}, at `clip.scale` {best['scale']}.\n\n"
-        f"Restore the best checkpoint: `python -m tune best {Path(result['sweep']).name}`"
+        f"Restore the best checkpoint: `python -m tune best {called(Path(result['sweep']))}`"
     )
 
 

@@ -18,13 +18,14 @@ from tune.agenda import Agenda, Job
 class JobSearcher(Searcher):
     """Gives Tune the agenda's next job."""
 
-    def __init__(self, agenda: Agenda, stop: Stop) -> None:
+    def __init__(self, agenda: Agenda, stop: Stop, threads: int) -> None:
         super().__init__()
-        self.agenda, self.stop = agenda, stop
+        self.agenda, self.stop, self.threads = agenda, stop, threads
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next job, None if it has to wait for others, FINISHED at the end."""
-        self.agenda.stopping |= self.stop.signum is not None
+        if self.stop.signum is not None:
+            self.agenda.stop()
         job = self.agenda.next()
         if job is None:
             return Searcher.FINISHED if self.agenda.over else None
@@ -33,6 +34,7 @@ class JobSearcher(Searcher):
             "config": to_dict(job.config),
             "folder": str(job.folder),
             "test": job.kind == "refit",
+            "threads": self.threads,
         }
 
     def on_trial_complete(
@@ -70,8 +72,11 @@ class JobScheduler(FIFOScheduler):
         metrics = {k.removeprefix(prefix): v for k, v in result.items() if k.startswith(prefix)}
         job = self._job(trial)
         self.latest[job.id] = metrics
-        self.agenda.stopping |= self.stop.signum is not None
-        if "failed" in metrics or "finished" in metrics:
+        if self.stop.signum is not None:
+            self.agenda.stop()
+        if "stopped" in metrics:
+            self.agenda.stop(metrics["stopped"])
+        if metrics.keys() & {"failed", "finished", "stopped"}:
             return TrialScheduler.CONTINUE
         return TrialScheduler.CONTINUE if self.agenda.epoch(job, metrics) else TrialScheduler.STOP
 

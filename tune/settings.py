@@ -1,9 +1,12 @@
 """Frozen dataclasses of one sweep: space, budget, resources, tracking; the run itself is `richkd.config`."""
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from richkd.config import in_range, one_of
+from richkd.config import Config, in_range, one_of
+from richkd.config import digest as config_digest
 from richkd.errors import ConfigError
 
 MANY = 1_000_000
@@ -59,16 +62,16 @@ class Warmstart:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
-    """What a trial takes of the cluster; changes no result."""
+    """What a trial takes of the cluster."""
 
-    cpus_per_worker: int = 1
-    gpus_per_worker: float = 0.0
+    cpus_per_worker: int = 1  # and threads
+    trials_per_gpu: int = 1  # where there are GPUs, and `device` is not cpu
     max_concurrent: int | None = None  # None: as many as fit
 
     def __post_init__(self) -> None:
         in_range("resources.cpus_per_worker", self.cpus_per_worker, 1, MANY)
         in_range("resources.max_concurrent", self.max_concurrent, 1, MANY)
-        in_range("resources.gpus_per_worker", self.gpus_per_worker, 0, 64)
+        in_range("resources.trials_per_gpu", self.trials_per_gpu, 1, 64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,3 +91,13 @@ class Settings:
     warmstart: Warmstart = field(default_factory=Warmstart)
     resources: Resources = field(default_factory=Resources)
     tracking: Tracking = field(default_factory=Tracking)
+
+
+def digest(settings: Settings, base: Config) -> str:
+    """Return 12 hexadecimal digits that change with everything that changes a sweep's result."""
+    kept = asdict(settings)
+    for key in ("resources", "tracking"):
+        del kept[key]
+    del kept["sweep"]["name"]
+    text = json.dumps([config_digest(base), kept], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

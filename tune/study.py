@@ -15,6 +15,7 @@ from tune.space import Space
 from tune.warmstart import Point
 
 logging.getLogger("optuna").setLevel(logging.ERROR)
+MAIN = "richkd"  # the search of the method itself
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -61,6 +62,10 @@ class Search:
         self.heard = {trial.number: set(trial.intermediate_values) for trial in self.left_over}
         self.running: dict[int, Trial] = {}
 
+    def label(self, number: int) -> str:
+        """Return how a trial is called in the sweep: its number, after the name of a search beside the main one."""
+        return f"{number:03d}" if self.name == MAIN else f"{self.name}-{number:03d}"
+
     def ask(self) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """Return number, place in the space and settings of the next trial, None if all were given out."""
         if self.left_over:
@@ -74,8 +79,7 @@ class Search:
         else:
             return None
         self.running[trial.number] = trial
-        settings = trial.user_attrs.get("settings", trial.params)
-        return trial.number, dict(trial.params), dict(settings)
+        return trial.number, dict(trial.params), settings_of(trial)
 
     @property
     def given(self) -> int:
@@ -90,13 +94,24 @@ class Search:
             trial.report(value, epoch)
         return trial.should_prune()
 
-    def tell(self, number: int, state: TrialState, metrics: dict[str, Any]) -> None:
-        """End a trial. A value that is not finite makes it a failed one."""
+    def tell(
+        self, number: int, state: TrialState, metrics: dict[str, Any], error: str | None = None
+    ) -> None:
+        """End a trial. A value that is not finite makes it a failed one.
+
+        Args:
+            number: Of the trial.
+            state: How it ended.
+            metrics: Its last ones.
+            error: Why it failed, if it did; kept for `failures`.
+        """
         trial = self.running.pop(number)
         value = metrics.get("best_val_top1", math.nan)
         if state == TrialState.COMPLETE and not math.isfinite(value):
-            state = TrialState.FAIL
+            state, error = TrialState.FAIL, f"best_val_top1 is {value}"
         trial.set_user_attr("val_loss", metrics.get("best_val_loss"))
+        if error is not None:
+            trial.set_user_attr("error", error)
         self.study.tell(trial, value if state == TrialState.COMPLETE else None, state)
 
     @property
@@ -114,12 +129,17 @@ class Search:
         """Return the first of `ranked`, None if no trial is complete."""
         return next(iter(self.ranked()), None)
 
+    def failures(self) -> dict[int, str]:
+        """Return why trials failed, by number."""
+        failed = self.study.get_trials(deepcopy=False, states=[TrialState.FAIL])
+        return {trial.number: trial.user_attrs.get("error", "unknown") for trial in failed}
+
     def states(self) -> dict[str, int]:
         """Return how many trials ended in which state."""
         names = [trial.state.name for trial in self.study.get_trials(deepcopy=False)]
         return {name: names.count(name) for name in sorted(set(names))}
 
 
-def settings_of(trial: FrozenTrial) -> dict[str, Any]:
+def settings_of(trial: FrozenTrial | Trial) -> dict[str, Any]:
     """Return what a trial ran, in dotted keys."""
     return dict(trial.user_attrs.get("settings", trial.params))

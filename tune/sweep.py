@@ -12,9 +12,10 @@ from the study and from the run folders, never from Ray's own state.
 import contextlib
 import os
 import platform
+import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,28 @@ from filelock import FileLock, Timeout
 
 from richkd import distill, fusion
 from richkd.command import Stop
-from richkd.config import Config, Layers, build, digest, dump, flatten, to_dict
+from richkd.config import Config, Layers, build, dump, flatten, to_dict
 from richkd.data import load
-from richkd.errors import ConfigError, Interrupted, RichkdError
-from richkd.files import read_json, write_atomic, write_json
+from richkd.errors import ConfigError, Interrupted, RichkdError, Stopped
+from richkd.files import make_folder, read_json, write_atomic, write_json
 from richkd.methods import METHODS
+from richkd.progress import Progress, stoppable
 from tune.agenda import Agenda, Job, Refits
+from tune.best import called
 from tune.display import Display, describe
 from tune.environment import environment
 from tune.logbook import Logbook
 from tune.scheduler import pruner
-from tune.settings import Settings
+from tune.settings import Resources, Settings
+from tune.settings import digest as sweep_digest
 from tune.space import of_baseline, read_space
-from tune.study import Search
+from tune.study import MAIN, Search, settings_of
 from tune.summary import columns, read_refits, summarise, winner
 from tune.tracking import Tracker
 from tune.warmstart import Point, place, printed
 
 PROJECT = Path(__file__).resolve().parent.parent
+NAMED = ("student.name", "clip.prompts")  # looked up when a run starts: each choice is tried before
 LEADING = 5  # trials that the link to MLflow's comparison shows; more would make it very long
 
 # Ray's own result files, progress output, handlers and snapshots: ours do without, or have their own.
@@ -72,6 +77,11 @@ class Sweep:
                 "(kd is tuned beside it), or `python -m richkd distill` for a single run."
             )
         self.space = read_space(self.settings.sweep.space, self.resolve)
+        if not self.space:
+            raise ConfigError(
+                "sweep.space is empty but a sweep searches something; name keys as conf/digits.yaml does, or run "
+                "`python -m richkd distill` for a single run."
+            )
         self.resolve(self.settings.sweep.settings)
         name = self.base.method.name
         self.labels = {
@@ -97,16 +107,15 @@ class Sweep:
         self, search: Search, number: int, params: dict[str, Any], settings: dict[str, Any]
     ) -> Job:
         """Return the job of a trial."""
-        method = self.base.method.name if search.name == "richkd" else search.name
-        prefix = "" if search.name == "richkd" else f"{search.name}-"
+        method = self.base.method.name if search.name == MAIN else search.name
         config = self.resolve(self.settings.sweep.settings | settings, method)
         shown = flatten(to_dict(config))
         return Job(
-            id=f"trial-{prefix}{number:03d}",
+            id=f"trial-{search.label(number)}",
             kind="trial",
             method=search.name,
             number=number,
-            folder=self.folder / "trials" / f"{prefix}{number:03d}",
+            folder=self.folder / "trials" / search.label(number),
             config=config,
             params={key: shown[key] for key in params},
         )
@@ -130,12 +139,12 @@ class Sweep:
         )
 
 
-def points(sweep: Sweep, progress: Callable[[str, int, int], None]) -> dict[str, list[Point]]:
-    """Return the first trials of each search, and prepare what all trials share.
+def prepare(sweep: Sweep, progress: Progress) -> dict[str, list[Point]]:
+    """Make what all trials share, and return the first trials of each search.
 
-    Whatever cannot be used, such as a prompt set without a placeholder, ends here and not in the trials.
-    The paper's setting is run as printed, with T of the fused logits; the search's T is relative to the
-    task teacher's, so where it lies in the space depends on how wide both spread here.
+    Whatever cannot be used, such as a prompt set without a placeholder, is refused here and not in the trials.
+    The paper's setting is run as printed, with T of the fused logits; where the search's T is relative to the
+    task teacher's, its place in the space depends on how wide both spread here.
     """
     paper = printed(sweep.base.method.name)
     plain = printed("kd") | {"fusion.alpha": 1.0}
@@ -143,17 +152,22 @@ def points(sweep: Sweep, progress: Callable[[str, int, int], None]) -> dict[str,
     task = distill.open_task(config)
     distill.initial_student(config, task.dataset)
     teacher = distill.open_teacher(config, task, progress)
-    for key in ("clip.prompts",):
+    for key in NAMED:
         for choice in getattr(sweep.space.get(key), "choices", ()):
-            distill.open_teacher(sweep.resolve({key: choice}), task, progress)
+            each = sweep.resolve({key: choice})
+            distill.initial_student(each, task.dataset)
+            distill.open_teacher(each, task, progress)
     if "paper" not in sweep.settings.warmstart.sources:
-        return {"richkd": [], "kd": []}
-    rows = task.split.transfer
-    ratio = fusion.spread(teacher.fused("train")[rows]) / fusion.spread(teacher.task.train[rows])
+        return {MAIN: [], "kd": []}
+    ratio = 1.0
+    if sweep.resolve(sweep.settings.sweep.settings).loss.temperature_of == "task":
+        rows = task.split.transfer
+        fused, alone = teacher.fused("train")[rows], teacher.task.train[rows]
+        ratio = fusion.spread(fused) / fusion.spread(alone)
     base = flatten(to_dict(sweep.base))
     kd_space = of_baseline(sweep.space)
     return {
-        "richkd": [
+        MAIN: [
             Point(params=place(paper, sweep.space, base, ratio), settings=paper),
             Point(params=place(plain, sweep.space, base, 1.0), settings=plain),
         ],
@@ -162,30 +176,26 @@ def points(sweep: Sweep, progress: Callable[[str, int, int], None]) -> dict[str,
 
 
 def start(layers: Layers, *, address: str | None = None) -> dict[str, Any]:
-    """Start the sweep that `layers` describe and carry it out."""
+    """Start the sweep that `layers` describe and carry it out.
+
+    Nothing is written before all that is asked for is known to be usable.
+    """
     settings, base = build(layers, Settings), build(layers)
     name = settings.sweep.name or time.strftime(
         f"{base.data.source}-{base.student.name}-%y%m%d-%H%M%S"
     )
     folder = Path(base.storage).resolve() / name
     sweep = Sweep(folder, layers)
+    asked = {
+        "name": name,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "digest": sweep_digest(settings, base),
+        "layers": layers.to_list(),
+        "tracking": Tracker.address(settings.tracking.uri),
+    }
     if (folder / "sweep.json").exists():
-        raise ConfigError(
-            f"sweep {name} exists already; go on with it (python -m tune resume {name}), or choose another sweep.name."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "config.yaml", dump(sweep.base).encode())
-    write_json(
-        folder / "sweep.json",
-        {
-            "name": name,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "digest": digest(sweep.base),
-            "layers": layers.to_list(),
-            "tracking": Tracker.address(settings.tracking.uri),
-        },
-    )
-    return carry_out(sweep, address=address)
+        raise _exists(folder)
+    return carry_out(sweep, asked, new=True, address=address)
 
 
 def resume(folder: Path, *, address: str | None = None) -> dict[str, Any]:
@@ -194,8 +204,16 @@ def resume(folder: Path, *, address: str | None = None) -> dict[str, Any]:
         result = located(folder, read_json(folder / "summary.json"))
         show(result)
         return result
-    layers = Layers.from_list(read_json(folder / "sweep.json")["layers"])
-    return carry_out(Sweep(folder, layers), address=address)
+    asked = read_json(folder / "sweep.json")
+    sweep = Sweep(folder, Layers.from_list(asked["layers"]))
+    return carry_out(sweep, asked, new=False, address=address)
+
+
+def _exists(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"sweep {folder.name} exists already; go on with it (python -m tune resume {called(folder)}), or choose "
+        "another sweep.name."
+    )
 
 
 @contextlib.contextmanager
@@ -210,46 +228,74 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def carry_out(sweep: Sweep, *, address: str | None = None) -> dict[str, Any]:
+def carry_out(
+    sweep: Sweep, asked: dict[str, Any], *, new: bool, address: str | None
+) -> dict[str, Any]:
     """Do what is left of a sweep and summarise it.
+
+    Args:
+        sweep: The sweep.
+        asked: What `sweep.json` says, or will say.
+        new: Whether the folder is made here.
+        address: Of a Ray cluster.
 
     Raises:
         Interrupted: On SIGINT or SIGTERM, after the running trials have stopped at a checkpoint.
+        Stopped: If the disk is full.
         RichkdError: If no trial succeeded.
     """
     began = time.monotonic()
-    folder, name = sweep.folder, sweep.folder.name
-    asked = read_json(folder / "sweep.json")
-
-    def seconds() -> float:
-        return asked.get("seconds", 0.0) + time.monotonic() - began
-
-    stop = Stop()
-    with locked(folder), stop.installed(), Display(name) as display:
-        logbook = Logbook(folder, asked["tracking"], sweep.settings.tracking.experiment)
-        try:
-            display.line(f"sweep {name} in {_short(folder)}")
-            dataset = load(sweep.base.data)
-            logbook.open(sweep.settings, sweep.base, sweep.space, environment(), dataset)
-            first = points(sweep, distill.stoppable(display.progress, stop))
-            agenda = plan(sweep, first, [display, logbook])
-            display.agenda = agenda
-            if not agenda.over:
-                run_on_ray(sweep, agenda, stop, address)
-            if agenda.stopping:
-                raise Interrupted(stop.signum, "interrupted")
-            result = conclude(sweep, agenda, logbook, seconds())
-        except Interrupted as interrupted:
-            logbook.close("KILLED")
-            line = f"go on with: python -m tune resume {name}"
-            raise Interrupted(interrupted.signum, f"{interrupted}; {line}") from None
-        except BaseException:
-            logbook.close("FAILED")
-            raise
-        finally:
-            write_json(folder / "sweep.json", asked | {"seconds": seconds()})
+    folder, stop = sweep.folder, Stop()
+    with stop.installed(), Display(folder.name) as display:
+        display.line(f"sweep {folder.name} in {_short(folder)}")
+        first = prepare(sweep, stoppable(display.progress, stop))
+        make_folder(folder, "storage")
+        with locked(folder):
+            if new:
+                if (folder / "sweep.json").exists():  # of another start, a moment ago
+                    raise _exists(folder)
+                write_atomic(folder / "config.yaml", dump(sweep.base).encode())
+                write_json(folder / "sweep.json", asked)
+            try:
+                result = search_and_refit(sweep, asked, first, stop, display, address, began)
+            finally:
+                seconds = asked.get("seconds", 0.0) + time.monotonic() - began
+                write_json(folder / "sweep.json", asked | {"seconds": seconds})
     show(result)
     return result
+
+
+def search_and_refit(
+    sweep: Sweep,
+    asked: dict[str, Any],
+    first: dict[str, list[Point]],
+    stop: Stop,
+    display: Display,
+    address: str | None,
+    began: float,
+) -> dict[str, Any]:
+    """Run what the agenda says and return the result; MLflow hears of the end, whatever it is."""
+    logbook = Logbook(sweep.folder, asked["tracking"], sweep.settings.tracking.experiment)
+    try:
+        dataset = load(sweep.base.data)
+        logbook.open(sweep.settings, sweep.base, sweep.space, environment(), dataset)
+        agenda = plan(sweep, first, [display, logbook])
+        display.agenda = agenda
+        if not agenda.over:
+            run_on_ray(sweep, agenda, stop, address)
+        if agenda.stopping:
+            if stop.signum is not None:
+                raise Interrupted(stop.signum, "interrupted")
+            raise Stopped(agenda.reason)
+        seconds = asked.get("seconds", 0.0) + time.monotonic() - began
+        return conclude(sweep, agenda, logbook, seconds)
+    except Stopped as stopped:
+        logbook.close("KILLED")
+        stopped.args = (f"{stopped}; go on with: python -m tune resume {called(sweep.folder)}",)
+        raise
+    except BaseException:
+        logbook.close("FAILED")
+        raise
 
 
 def plan(sweep: Sweep, first: dict[str, list[Point]], listeners: list) -> Agenda:
@@ -264,17 +310,17 @@ def plan(sweep: Sweep, first: dict[str, list[Point]], listeners: list) -> Agenda
             storage,
             space,
             first[label],
-            wanted.trials,
+            wanted.trials if space else 1,  # nothing to search: one trial says it all
             wanted.startup,
             pruner(wanted),
             sweep.base.seed,
         )
-        for label, space in (("richkd", sweep.space), ("kd", of_baseline(sweep.space)))
+        for label, space in ((MAIN, sweep.space), ("kd", of_baseline(sweep.space)))
     )
     refits = [
         Refits(method="richkd_paper", settings=printed(sweep.base.method.name)),
         Refits(method="kd", settings=printed("kd")),
-        Refits(method="ce", settings={}),
+        Refits(method="ce", settings=printed("ce")),
         Refits(method="richkd", settings=wanted.settings, search=richkd),
         Refits(method="kd_tuned", settings=wanted.settings, search=kd),
     ]
@@ -306,29 +352,24 @@ def run_on_ray(sweep: Sweep, agenda: Agenda, stop: Stop, address: str | None) ->
     if ours:
         for variable, value in ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
-        ray.init(
-            address=address,
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-    resources = sweep.settings.resources
-    slots = int(ray.cluster_resources().get("CPU", 0) // resources.cpus_per_worker)
-    if resources.gpus_per_worker:
-        slots = min(slots, int(ray.cluster_resources().get("GPU", 0) / resources.gpus_per_worker))
-    if slots < 1:
-        raise ConfigError(
-            f"a trial asks for {resources.cpus_per_worker} CPUs and {resources.gpus_per_worker} GPUs but the cluster "
-            f"has {ray.cluster_resources()}; lower resources.cpus_per_worker or resources.gpus_per_worker."
-        )
-    wanted = {"cpu": resources.cpus_per_worker, "gpu": resources.gpus_per_worker}
+        try:
+            ray.init(
+                address=address,
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        except SystemExit as left:  # Ray's handler, in place until ours is again
+            raise Interrupted(signal.SIGTERM, "interrupted while Ray started") from left
+        stop.install()
     try:
-        # Ray's handlers end the process with a stack dump: ours go on top, after `ray.init`
-        with stop.installed(), tempfile.TemporaryDirectory(prefix="richkd-ray-") as scratch:
+        resources = sweep.settings.resources
+        slots, wanted = fit(resources, ray.cluster_resources(), gpu=sweep.base.device != "cpu")
+        with tempfile.TemporaryDirectory(prefix="richkd-ray-") as scratch:
             ray.tune.Tuner(
                 ray.tune.with_resources(trial, wanted),
                 tune_config=ray.tune.TuneConfig(
-                    search_alg=JobSearcher(agenda, stop),
+                    search_alg=JobSearcher(agenda, stop, resources.cpus_per_worker),
                     scheduler=JobScheduler(agenda, stop),
                     num_samples=agenda.total,
                     max_concurrent_trials=min(slots, resources.max_concurrent or slots),
@@ -340,6 +381,33 @@ def run_on_ray(sweep: Sweep, agenda: Agenda, stop: Stop, address: str | None) ->
     finally:
         if ours:
             ray.shutdown()
+            stop.install()  # Ray puts the default handlers back
+
+
+def fit(
+    resources: Resources, cluster: dict[str, float], *, gpu: bool
+) -> tuple[int, dict[str, float]]:
+    """Return how many trials fit into the cluster at once, and what each takes.
+
+    Args:
+        resources: What is asked for.
+        cluster: CPUs and GPUs that there are, as Ray says.
+        gpu: Whether a GPU is used where there is one.
+
+    Raises:
+        ConfigError: If not even one fits.
+    """
+    wanted: dict[str, float] = {"cpu": resources.cpus_per_worker}
+    slots = int(cluster.get("CPU", 0) // resources.cpus_per_worker)
+    if gpu and cluster.get("GPU", 0):
+        wanted["gpu"] = 1 / resources.trials_per_gpu
+        slots = min(slots, int(cluster["GPU"]) * resources.trials_per_gpu)
+    if slots < 1:
+        raise ConfigError(
+            f"resources.cpus_per_worker must fit into the cluster's {cluster.get('CPU', 0):g} CPUs but is "
+            f"{resources.cpus_per_worker}; lower it."
+        )
+    return slots, wanted
 
 
 def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, seconds: float) -> dict[str, Any]:
@@ -352,9 +420,7 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, seconds: float) -> 
         raise RichkdError(
             f"no trial of {sweep.folder.name} gave a student: {reasons or 'all were stopped early'}."
         )
-    best = sweep.trial(
-        search, trial.number, trial.params, trial.user_attrs.get("settings", trial.params)
-    )
+    best = sweep.trial(search, trial.number, trial.params, settings_of(trial))
     metrics = refits["richkd"][seed]
     summary = summarise(refits)
     result = {
@@ -367,12 +433,13 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, seconds: float) -> 
             "trial": trial.number,
             "val_top1": trial.value,
             "params": best.params,
+            "settings": sweep.settings.sweep.settings | settings_of(trial),
             "scale": sweep.base.clip.scale,
             "seed": seed,
             "checkpoint": f"refits/{sweep.labels['richkd']}-seed{seed}/best",
             "recorded": {"val_top1": metrics["best_val_top1"], "test_top1": metrics["test/top1"]},
         },
-        "leading": [f"trial-{ranked.number:03d}" for ranked in search.ranked()[:LEADING]],
+        "leading": [f"trial-{search.label(ranked.number)}" for ranked in search.ranked()[:LEADING]],
         "summary": summary,
         "seconds": seconds,
         "machine": {"cores": os.cpu_count(), "platform": platform.platform()},
@@ -416,10 +483,10 @@ def show(result: dict[str, Any]) -> None:
             f"{gap['wins']} of {gap['n']} wins"
         )
     line("")
-    line("best setting", f"{describe(best['params'])} at clip.scale {best['scale']}")
+    line("best setting", f"{describe(best['settings'])} at clip.scale {best['scale']}")
     line("", f"trial {best['trial']}, {best['val_top1']:.2f} % on validation")
     line("checkpoint", _short(best["checkpoint"]))
-    line("restore it", f"python -m tune best {Path(result['sweep']).name} --copy-to student")
+    line("restore it", f"python -m tune best {called(Path(result['sweep']))} --copy-to student")
     for what, text in result["mlflow"]["lines"].items():
         line(what, text)
     if result["failed"]:

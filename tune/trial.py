@@ -5,6 +5,7 @@ from typing import Any
 
 import ray.tune
 
+from richkd.command import NO_SPACE
 from richkd.config import from_dict
 from richkd.errors import RichkdError
 
@@ -16,13 +17,14 @@ def trial(job: dict[str, Any]) -> None:
     end the process, and with it the caches that the next trial would find.
 
     Args:
-        job: `config` (resolved, as a dict), `folder`, and `test`: whether the test rows are read at the end.
+        job: `config` (resolved, as a dict), `folder`, `threads`, and `test`: whether the test rows are read
+            at the end.
     """
     import torch
 
     from richkd import distill
 
-    torch.set_num_threads(1)  # parallelism is at the level of trials
+    torch.set_num_threads(job["threads"])
     try:
         outcome = distill.run(
             from_dict(job["config"]),
@@ -33,6 +35,14 @@ def trial(job: dict[str, Any]) -> None:
         tested = distill.test(outcome) if job["test"] else {}
     except RichkdError as error:
         ray.tune.report({"run": {"failed": f"{type(error).__name__}: {error}"}})
+        return
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        # no fault of the trial's: it goes on when there is space
+        ray.tune.report(
+            {"run": {"stopped": f"the disk is full ({error.filename or job['folder']})"}}
+        )
         return
     teacher = outcome.teacher
     known = {f"identity/{k}": v for k, v in teacher.identities.items()} if teacher else {}

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from richkd import cache
 from richkd.files import read_json, to_json, write_synced
+from richkd.progress import Progress
 from richkd.zeroshot import miniature, openclip, prompts
-
-Progress = Callable[[str, int, int], None]
 
 __all__ = ["Encoder", "ZeroShot", "image_features", "load", "text_matrix"]
 

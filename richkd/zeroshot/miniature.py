@@ -22,8 +22,7 @@ from torch import Tensor
 from richkd import cache
 from richkd.errors import DataError
 from richkd.files import sha256_of, to_json, write_synced
-
-Progress = Callable[[str, int, int], None]
+from richkd.progress import Progress
 
 TEMPLATES = (
     "a photo of the digit {}",
