@@ -52,7 +52,8 @@ def test_spread_is_the_mean_and_the_sample_deviation(values):
 
 def test_one_value_has_no_deviation():
     assert spread([91.25]) == {"mean": 91.25, "sd": None, "n": 1}
-    assert difference({3: 91.0}, {3: 90.0}) == {"mean": 1.0, "se": None, "wins": 1, "n": 1}
+    unknown = dict.fromkeys(("se", "low", "high"))
+    assert difference({3: 91.0}, {3: 90.0}) == {"mean": 1.0, "wins": 1, "n": 1, **unknown}
 
 
 @given(st.lists(st.tuples(percent, percent), min_size=2, max_size=20))
@@ -65,12 +66,14 @@ def test_a_difference_is_paired_by_seed(pairs):
     assert found["se"] == pytest.approx(stats.sem(ours - theirs), abs=1e-6)
 
 
-def test_a_difference_over_its_error_is_the_paired_t_statistic():
+def test_a_difference_has_the_statistic_and_the_interval_of_the_paired_t_test():
     rng = np.random.default_rng(1)
     ours, theirs = rng.normal(92, 1, 8), rng.normal(90, 1, 8)
     found = difference(dict(enumerate(ours)), dict(enumerate(theirs)))
-    t = stats.ttest_rel(ours, theirs).statistic
-    assert found["mean"] / found["se"] == pytest.approx(t)
+    test = stats.ttest_rel(ours, theirs)
+    assert found["mean"] / found["se"] == pytest.approx(test.statistic)
+    interval = test.confidence_interval(0.95)
+    assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
 
 
 def test_only_seeds_that_both_have_are_compared():

@@ -25,6 +25,7 @@ from richkd.evaluate import accuracy
 from richkd.files import read_json
 from tune import sweep as sweeps
 from tune.best import best, find_sweep
+from tune.tracking import Tracker
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -329,6 +330,23 @@ def test_a_signal_stops_a_sweep_and_the_line_that_it_prints_finishes_it(
     for path in folder.rglob("metrics.jsonl"):  # no epoch twice
         epochs = [json.loads(line)["epoch"] for line in path.read_text().splitlines()]
         assert epochs == list(range(1, len(epochs) + 1))
+
+
+def test_a_password_is_handed_on_and_written_down_nowhere(monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(
+        sweeps, "carry_out", lambda _, asked, tracking, **__: seen.update({tracking: asked})
+    )
+    uri = "http://me:secret@host:5"
+    sweeps.start(read([f"tracking.uri={uri}", f"storage={tmp_path}"]))
+    assert list(seen) == [uri]
+    assert "secret" not in json.dumps(seen[uri])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert Tracker.recall(seen[uri]["tracking"]) == uri
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@other:5")
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI must give the password") as caught:
+        Tracker.recall(seen[uri]["tracking"])
+    assert "secret" not in str(caught.value)
 
 
 BAD = {

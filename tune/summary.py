@@ -27,15 +27,28 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 def difference(values: dict[int, float], others: dict[int, float]) -> dict[str, Any] | None:
-    """Return the paired difference over the seeds that both have: mean, standard error, wins, n."""
+    """Return the paired difference over the seeds that both have.
+
+    Returns:
+        `mean`, `se` (standard error), `low` and `high` (95 % t interval), `wins`, `n`; None without a common
+        seed, and no error and no interval with a single one.
+    """
     seeds = sorted(values.keys() & others.keys())
     if not seeds:
         return None
     gaps = [values[seed] - others[seed] for seed in seeds]
-    se = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
+    mean = statistics.fmean(gaps)
+    se = half = None
+    if len(gaps) > 1:
+        from scipy.stats import t
+
+        se = statistics.stdev(gaps) / len(gaps) ** 0.5
+        half = float(t.ppf(0.975, len(gaps) - 1)) * se
     return {
-        "mean": statistics.fmean(gaps),
+        "mean": mean,
         "se": se,
+        "low": None if half is None else mean - half,
+        "high": None if half is None else mean + half,
         "wins": sum(g > 0 for g in gaps),
         "n": len(gaps),
     }

@@ -15,7 +15,7 @@ import platform
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from tune.settings import digest as sweep_digest
 from tune.space import of_baseline, read_space
 from tune.study import MAIN, Search, settings_of
 from tune.summary import columns, read_refits, summarise, winner
-from tune.tracking import Tracker
+from tune.tracking import Tracker, public
 from tune.warmstart import Point, place, printed
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -185,17 +185,20 @@ def start(layers: Layers, *, address: str | None = None) -> dict[str, Any]:
         f"{base.data.source}-{base.student.name}-%y%m%d-%H%M%S"
     )
     folder = Path(base.storage).resolve() / name
-    sweep = Sweep(folder, layers)
+    sweep, tracking = Sweep(folder, layers), Tracker.address(settings.tracking.uri)
     asked = {
         "name": name,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "digest": sweep_digest(settings, base),
-        "layers": layers.to_list(),
-        "tracking": Tracker.address(settings.tracking.uri),
+        "layers": [
+            [key, public(value) if key == "tracking.uri" else value, origin]
+            for key, value, origin in layers.to_list()
+        ],
+        "tracking": public(tracking),
     }
     if (folder / "sweep.json").exists():
         raise _exists(folder)
-    return carry_out(sweep, asked, new=True, address=address)
+    return carry_out(sweep, asked, tracking, new=True, address=address)
 
 
 def resume(folder: Path, *, address: str | None = None) -> dict[str, Any]:
@@ -206,7 +209,7 @@ def resume(folder: Path, *, address: str | None = None) -> dict[str, Any]:
         return result
     asked = read_json(folder / "sweep.json")
     sweep = Sweep(folder, Layers.from_list(asked["layers"]))
-    return carry_out(sweep, asked, new=False, address=address)
+    return carry_out(sweep, asked, Tracker.recall(asked["tracking"]), new=False, address=address)
 
 
 def _exists(folder: Path) -> ConfigError:
@@ -229,13 +232,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def carry_out(
-    sweep: Sweep, asked: dict[str, Any], *, new: bool, address: str | None
+    sweep: Sweep, asked: dict[str, Any], tracking: str, *, new: bool, address: str | None
 ) -> dict[str, Any]:
     """Do what is left of a sweep and summarise it.
 
     Args:
         sweep: The sweep.
         asked: What `sweep.json` says, or will say.
+        tracking: Address of MLflow, with its credentials.
         new: Whether the folder is made here.
         address: Of a Ray cluster.
 
@@ -246,6 +250,10 @@ def carry_out(
     """
     began = time.monotonic()
     folder, stop = sweep.folder, Stop()
+
+    def seconds() -> float:
+        return asked.get("seconds", 0.0) + time.monotonic() - began
+
     with stop.installed(), Display(folder.name) as display:
         display.line(f"sweep {folder.name} in {_short(folder)}")
         first = prepare(sweep, stoppable(display.progress, stop))
@@ -256,26 +264,25 @@ def carry_out(
                     raise _exists(folder)
                 write_atomic(folder / "config.yaml", dump(sweep.base).encode())
                 write_json(folder / "sweep.json", asked)
+            logbook = Logbook(folder, tracking, sweep.settings.tracking.experiment)
             try:
-                result = search_and_refit(sweep, asked, first, stop, display, address, began)
+                result = search_and_refit(sweep, logbook, first, stop, display, address, seconds)
             finally:
-                seconds = asked.get("seconds", 0.0) + time.monotonic() - began
-                write_json(folder / "sweep.json", asked | {"seconds": seconds})
+                write_json(folder / "sweep.json", asked | {"seconds": seconds()})
     show(result)
     return result
 
 
 def search_and_refit(
     sweep: Sweep,
-    asked: dict[str, Any],
+    logbook: Logbook,
     first: dict[str, list[Point]],
     stop: Stop,
     display: Display,
     address: str | None,
-    began: float,
+    seconds: Callable[[], float],
 ) -> dict[str, Any]:
     """Run what the agenda says and return the result; MLflow hears of the end, whatever it is."""
-    logbook = Logbook(sweep.folder, asked["tracking"], sweep.settings.tracking.experiment)
     try:
         dataset = load(sweep.base.data)
         logbook.open(sweep.settings, sweep.base, sweep.space, environment(), dataset)
@@ -287,8 +294,7 @@ def search_and_refit(
             if stop.signum is not None:
                 raise Interrupted(stop.signum, "interrupted")
             raise Stopped(agenda.reason)
-        seconds = asked.get("seconds", 0.0) + time.monotonic() - began
-        return conclude(sweep, agenda, logbook, seconds)
+        return conclude(sweep, agenda, logbook, seconds())
     except Stopped as stopped:
         logbook.close("KILLED")
         stopped.args = (f"{stopped}; go on with: python -m tune resume {called(sweep.folder)}",)
@@ -479,8 +485,8 @@ def show(result: dict[str, Any]) -> None:
     gap = summary.get("difference_tuned")
     if gap and gap["se"] is not None:
         line(
-            f"as found against kd tuned by as many trials: {gap['mean']:+.2f} (s.e. {gap['se']:.2f}), "
-            f"{gap['wins']} of {gap['n']} wins"
+            f"as found against kd tuned by as many trials: {gap['mean']:+.2f} (95 % interval {gap['low']:+.2f} to "
+            f"{gap['high']:+.2f}), {gap['wins']} of {gap['n']} wins"
         )
     line("")
     line("best setting", f"{describe(best['settings'])} at clip.scale {best['scale']}")

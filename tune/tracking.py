@@ -121,6 +121,22 @@ class Tracker:
             )
         return f"sqlite:///{Path(path).absolute().as_posix()}"
 
+    @staticmethod
+    def recall(written: str) -> str:
+        """Return the address that was written down without credentials, with those of MLFLOW_TRACKING_URI.
+
+        Raises:
+            ConfigError: If the environment names another address.
+        """
+        if "***@" not in written:
+            return written
+        given = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if public(given) != written:
+            raise ConfigError(
+                f"MLFLOW_TRACKING_URI must give the password of {written}, which is written down nowhere; set it."
+            )
+        return given
+
     def start(self) -> None:
         """Start the thread, which imports MLflow and opens the experiment; returns at once."""
         for name, value in ENVIRONMENT.items():
@@ -223,7 +239,7 @@ class Tracker:
     @property
     def public_uri(self) -> str:
         """The address without credentials."""
-        return _public(self.uri)
+        return public(self.uri)
 
     @property
     def experiment_id(self) -> str | None:
@@ -546,7 +562,7 @@ def _json(ids: list[str]) -> str:
     return quote(json.dumps(ids, separators=(",", ":")))
 
 
-def _public(text: str) -> str:
+def public(text: str) -> str:
     """Return `text` without the credentials of addresses in it, be there an @ or a slash in a password."""
     return re.sub(r"://([^/\s]+|[^/@\s]*:[^@\s]*)@", "://***@", text)
 
@@ -557,5 +573,5 @@ def _reason(error: BaseException) -> str:
     while inner is not None:
         told = inner if isinstance(inner, OSError) else told
         inner = inner.__cause__ or inner.__context__
-    first = _public((str(told).splitlines() or [""])[0])[:300]
+    first = public((str(told).splitlines() or [""])[0])[:300]
     return f"{type(told).__name__}: {first}"
