@@ -37,6 +37,7 @@ def verb(outcome: object, **flags: str) -> dict[str, Verb]:
         (Stopped("x"), 75),
         (Interrupted(signal.SIGINT, "x"), 130),
         (Interrupted(signal.SIGTERM, "x"), 143),
+        (KeyboardInterrupt(), 130),
         (OSError(errno.ENOSPC, "No space left on device", "f"), 75),
         (OSError(errno.EROFS, "Read-only file system", "f"), 2),
     ],
