@@ -8,12 +8,11 @@ epoch), `last/` (the newest checkpoint, from which a run goes on) and `best/` (t
 validation accuracy). Test rows are not read here but once, by `test`, after the run.
 """
 
-import contextlib
 import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from richkd.errors import ConfigError, Interrupted, NonFiniteError
 from richkd.evaluate import accuracy, evaluate
 from richkd.files import make_folder, read_json, write_atomic, write_json
 from richkd.progress import Progress, stoppable
+from richkd.threads import one_thread
 
 ADVICE = "lower train.lr or loss.logit, or raise loss.temperature"  # of a run that diverged
 TERMS = ("loss_ce", "loss_logit", "loss", "target_entropy")
@@ -140,20 +140,6 @@ def trained_teacher(config: Config, task: Task, progress: Progress | None = None
             ) from error
 
     return cache.folder(task.cache, "teachers", key, build, progress=progress) / "run" / "last"
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread of the CPU: the last bits of a sum depend on how it is shared out.
-
-    So whoever fills a cache, a command or a trial, fills it with the same values.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def step(
