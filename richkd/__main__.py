@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from richkd import config as configuration
-from richkd.command import Done, Stop, Verb, main
+from richkd.command import NO_SPACE, Done, Verb, main, say
 from richkd.config import Config
-from richkd.errors import ConfigError, Interrupted
-from richkd.progress import Progress, lines
+from richkd.errors import ConfigError, Interrupted, Stopped
+from richkd.progress import Progress, lines, stoppable
 
 
 @contextlib.contextmanager
@@ -64,49 +64,58 @@ def percent(found: dict[str, float]) -> dict[str, float]:
 def distill(arguments: argparse.Namespace) -> Done:
     """Distil one student."""
     config = one_run(arguments.words)
-    name = (
-        arguments.name or f"{config.method.name}-seed{config.seed}-{time.strftime('%y%m%d-%H%M%S')}"
-    )
-    if "/" in name or name.startswith("."):
-        raise ConfigError(
-            f"--name must be a plain folder name but got {name!r}; leave out slashes."
-        )
+    name = arguments.name
+    if name is None:
+        name = f"{config.method.name}-seed{config.seed}-{time.strftime('%y%m%d-%H%M%S')}"
+    configuration.check_name("--name", name)
     folder = Path(config.storage) / name
+    if arguments.resume and not (folder / "run.json").exists():
+        raise ConfigError(
+            f"--resume goes on with the run in {folder}, but there is none; give its --name, or leave --resume out."
+        )
 
     from richkd import distill as training
 
-    print(f"{config.method.name} on {config.data.source}, into {folder}")
+    say(f"{config.method.name} on {config.data.source}, into {folder}")
     if config.loss.logit:
-        print(
+        say(
             f"alpha {config.fusion.alpha:g} at clip.scale {config.clip.scale}, T {config.loss.temperature:g} of "
             f"the {config.loss.temperature_of} logits, weight {config.loss.logit:g}"
         )
 
     def row(metrics: dict[str, Any], _checkpoint: Path) -> None:
-        print(
+        say(
             f"epoch {metrics['epoch']:4d}/{config.train.epochs}  loss {metrics['train/loss']:7.3f}  "
             f"val top1 {metrics['val/top1']:6.2f} %  best {metrics['best_val_top1']:6.2f} %  "
-            f"{metrics['images_per_second']:7.0f} images/s",
-            flush=True,
+            f"{metrics['images_per_second']:7.0f} images/s"
         )
 
-    stop = Stop()
-    with stop.installed():
-        try:
-            with progress_bar() as progress:
-                outcome = training.run(
-                    config,
-                    folder,
-                    report=row,
-                    resume=arguments.resume,
-                    stop=stop,
-                    progress=progress,
-                )
-        except Interrupted as interrupted:
-            line = shlex.join(["distill", *arguments.words, "--name", name, "--resume"])
-            message = f"{interrupted}; go on with: python -m richkd {line}"
-            raise Interrupted(interrupted.signum, message) from None
-    tested = training.test(outcome)
+    def how_to_go_on() -> str:
+        line = ["distill", *arguments.words]
+        if (folder / "run.json").exists():
+            line += ["--name", name, "--resume"]
+        return f"go on with: python -m richkd {shlex.join(line)}"
+
+    try:
+        with progress_bar() as progress:
+            outcome = training.run(
+                config,
+                folder,
+                report=row,
+                resume=arguments.resume,
+                stop=arguments.stop,
+                progress=progress,
+            )
+        tested = training.test(outcome)
+    except Interrupted as interrupted:
+        message = f"{interrupted}; {how_to_go_on()}"
+        raise Interrupted(interrupted.signum, message) from None
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise Stopped(
+            f"the disk is full ({error.filename or folder}); free some space and {how_to_go_on()}"
+        ) from error
     found = outcome.metrics
     answer = {
         "run": str(folder),
@@ -118,19 +127,17 @@ def distill(arguments: argparse.Namespace) -> Done:
     for who in ("teacher", "clip", "fused"):
         if f"{who}/top1" in tested:
             answer[who] = {"top1": tested[f"{who}/top1"]}
-            print(f"{who:<10} test top1 {answer[who]['top1']:6.2f} %")
+            say(f"{who:<10} test top1 {answer[who]['top1']:6.2f} %")
     _print_found(answer)
     return Done(answer)
 
 
 def _print_found(answer: dict[str, Any]) -> None:
-    print(
+    say(
         f"student    test top1 {answer['test']['top1']:6.2f} %  top5 {answer['test']['top5']:6.2f} %"
     )
-    print(
-        f"           val  top1 {answer['val']['top1']:6.2f} %  top5 {answer['val']['top5']:6.2f} %"
-    )
-    print(f"checkpoint {answer['checkpoint']}")
+    say(f"           val  top1 {answer['val']['top1']:6.2f} %  top5 {answer['val']['top5']:6.2f} %")
+    say(f"checkpoint {answer['checkpoint']}")
 
 
 def evaluate(arguments: argparse.Namespace) -> Done:
@@ -163,18 +170,18 @@ def cache(arguments: argparse.Namespace) -> Done:
 
     task = training.open_task(config)
     with progress_bar() as progress:
-        teacher = training.open_teacher(config, task, progress)
+        teacher = training.open_teacher(config, task, stoppable(progress, arguments.stop))
     answer = {
         "cache": str(task.cache),
         "train": len(task.dataset.train),
         "test": len(task.dataset.test),
     }
-    print(f"cached for {config.data.source} in {task.cache}")
+    say(f"cached for {config.data.source} in {task.cache}")
     rows = task.split.validation
     for who, logits in (teacher.shown("train") if teacher else {}).items():
         top1 = training.accuracy(logits[rows].cpu(), task.labels[rows])["top1"]
         answer[who] = {"val_top1": top1}
-        print(f"{who:<10} val top1 {top1:6.2f} %")
+        say(f"{who:<10} val top1 {top1:6.2f} %")
     return Done(answer)
 
 

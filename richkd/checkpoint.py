@@ -26,6 +26,7 @@ from richkd.files import read_json, sync, to_json, write_synced
 
 FORMAT = 1
 WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.safetensors", "manifest.json"
+FILES = (WEIGHTS, STATE, MANIFEST)
 ADVICE = "take another checkpoint of the run (`best` or `last`), or make it again."
 
 
@@ -128,7 +129,8 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def _siblings(folder: Path) -> tuple[Path, Path]:
-    return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    name, parent = folder.absolute().name, folder.absolute().parent  # `.` has no name of its own
+    return parent / f".{name}.new", parent / f".{name}.old"
 
 
 def _places(folder: Path) -> tuple[Path, ...]:

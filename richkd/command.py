@@ -20,7 +20,10 @@ from typing import Any, NamedTuple, NoReturn
 from richkd.errors import ConfigError, Interrupted, RichkdError, Stopped
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-NO_ACCESS = (errno.EACCES, errno.EROFS, errno.EPERM)
+NO_ACCESS = (
+    *(errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 class Done(NamedTuple):
@@ -35,7 +38,8 @@ class Verb:
     """One word of a command line.
 
     Attributes:
-        run: Carries it out, given the parsed arguments: `words` and one attribute a flag.
+        run: Carries it out, given the parsed arguments: `words`, one attribute a flag, and `stop`, which
+            says whether a signal came.
         help: What it does, in a line.
         words: What its words are, for the usage.
         flags: Flag without dashes -> what it does; with `=NAME` behind it takes a value.
@@ -64,7 +68,7 @@ class Stop:
             raise Interrupted(signum, "stopped at once; the last finished epoch is kept")
         self.signum = signum
         # not print: its lock may be held by the code that this interrupts
-        os.write(2, b"\nstopping at the next checkpoint; once more to stop at once\n")
+        os.write(2, b"\nstopping as soon as nothing is lost; once more to stop at once\n")
 
     def install(self) -> None:
         """Handle SIGINT and SIGTERM from now on, also after a library has put its own handlers in place."""
@@ -111,36 +115,48 @@ def _usage(program: str, about: str, verbs: dict[str, Verb]) -> str:
     return "\n".join([*lines, "", f"{program} VERB --help shows a verb's flags."])
 
 
+def say(text: str) -> None:
+    """Print a line of output; where its reader has gone (`| head`), say no more and go on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        silence()
+
+
+def silence() -> None:
+    """Send what would still be written to standard output nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(program: str, about: str, verbs: dict[str, Verb], argv: list[str]) -> int:
     """Run one verb and return the exit code; errors that were foreseen are one line on standard error."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_usage(program, about, verbs), file=sys.stdout if argv else sys.stderr)
-        return 0 if argv else 2
-    as_json = "--json" in argv
-    answer: dict[str, Any] = {}
+        if argv:
+            say(_usage(program, about, verbs))
+            return 0
+        print(_usage(program, about, verbs), file=sys.stderr)
+        return 2
+    as_json, stop = "--json" in argv, Stop()
+    # the last line of standard output is the JSON object's alone
+    stdout = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     try:
-        if argv[0] not in verbs:
-            near = get_close_matches(argv[0], verbs, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(verbs)}."
-            raise ConfigError(f"there is no verb {argv[0]}; {hint}")
-        verb = verbs[argv[0]]
-        arguments = _parse(program, argv[0], verb, argv[1:])
-        # the last line of standard output is the JSON object's alone
-        stdout = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-        with stdout, _plain_warnings(program):
+        with stop.installed(), stdout, _plain_warnings(program):
+            if argv[0] not in verbs:
+                near = get_close_matches(argv[0], verbs, 1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(verbs)}."
+                raise ConfigError(f"there is no verb {argv[0]}; {hint}")
+            verb = verbs[argv[0]]
+            arguments = _parse(program, argv[0], verb, argv[1:])
+            arguments.stop = stop
             answer, code = verb.run(arguments)
-    except BrokenPipeError:  # the reader has gone; say nothing to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:  # before or after what can be gone on with
-        print(f"{program}: interrupted", file=sys.stderr)
-        answer, code = {"error": "interrupted"}, 128 + signal.SIGINT
+    except SystemExit as left:  # argparse has shown its help
+        answer, code = {}, int(left.code or 0)
     except (RichkdError, OSError) as problem:
         error = _foreseen(problem)
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         answer, code = {"error": str(error)}, error.exit_code
     if as_json:
-        print(json.dumps(answer), flush=True)
+        say(json.dumps(answer))
     return code
 
 
@@ -162,9 +178,7 @@ def _foreseen(problem: RichkdError | OSError) -> RichkdError:
         return problem
     where = f" ({problem.filename})" if problem.filename else ""
     if problem.errno in NO_SPACE:
-        return Stopped(
-            f"the disk is full{where}; free some space and go on with the same command and --resume."
-        )
+        return Stopped(f"the disk is full{where}; free some space and run the same command again.")
     if problem.errno in NO_ACCESS:
-        return ConfigError(f"{problem.strerror}{where}; choose another storage or cache.")
+        return ConfigError(f"{problem.strerror}{where}; choose another storage, cache or folder.")
     raise problem

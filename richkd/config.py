@@ -9,6 +9,7 @@ aliases, no interpolation.
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
@@ -34,7 +35,9 @@ SWEEP_SECTIONS = (
 )  # no matter of a single run
 TABLES = ("sweep.space.", "sweep.settings.")  # their keys are dotted keys themselves
 UNHASHED = ("device", "storage", "cache")  # change no result
-MAX_BYTES, MAX_DEPTH = 1_000_000, 8
+MAX_BYTES, MAX_DEPTH, MAX_KEYS, MAX_NAME = 1_000_000, 8, 10_000, 200
+
+UNUSABLE = {"Cc", "Cs", "Zl", "Zp"}  # Unicode: control, half a pair, line and paragraph break
 
 T = TypeVar("T")
 
@@ -301,13 +304,19 @@ def _values(node: yaml.Node, loader: _Loader, origin: str, depth: int = 0) -> An
         return [_plain(_values(item, loader, origin, depth + 1)) for item in node.value]
     if isinstance(node, yaml.MappingNode):
         found: list[Entry] = []
+        seen: set[str] = set()
+        if len(node.value) > MAX_KEYS:
+            raise ConfigError(
+                f"{where}: a mapping may have {MAX_KEYS} keys but has {len(node.value)}."
+            )
         for key_node, value_node in node.value:
             line = f"{origin}:{key_node.start_mark.line + 1}"
             key = key_node.value
             if not isinstance(key, str):
                 raise ConfigError(f"{line}: a key must be text but got a list or a mapping.")
-            if any(entry.key == key for entry in found):
+            if key in seen:
                 raise ConfigError(f"{line}: {key} is given twice; leave one out.")
+            seen.add(key)
             found.append(Entry(key, _values(value_node, loader, origin, depth + 1), line))
         return found
     value = loader.construct_object(node)
@@ -341,10 +350,12 @@ def _parse(text: str, origin: str) -> Any:
         loader = _Loader(text)
         node = loader.get_single_node()
         return None if node is None else _values(node, loader, origin)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{origin}: nested too deep; a layer may be {MAX_DEPTH} deep.") from error
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # also of a tag that does not fit
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or str(error).split(";")[0]
         raise ConfigError(f"{origin}{line}: not valid YAML: {problem}.") from error
 
 
@@ -420,6 +431,31 @@ def _say(hint: Any) -> str:
     return words.get(get_origin(hint) or hint, str(hint))
 
 
+def _takes_text(hint: Any) -> bool:
+    return hint is str or any(part is str for part in get_args(hint)) or get_origin(hint) is tuple
+
+
+def check_text(what: str, text: str) -> None:
+    """Raise ConfigError if `text` holds what OmegaConf would act on, or signs that no path can hold."""
+    if "${" in text or text == "???":
+        raise ConfigError(f"{what}: {text!r} is not a plain value; write the value itself.")
+    if not UNUSABLE.isdisjoint(map(unicodedata.category, text)):
+        raise ConfigError(f"{what} must be text on one line but got {text!r}.")
+
+
+def check_name(what: str, name: str) -> None:
+    """Raise ConfigError unless `name` can be the name of a folder everywhere."""
+    check_text(what, name)
+    if not name.strip() or "/" in name or "\\" in name or name[0] == ".":
+        raise ConfigError(
+            f"{what} must be a plain folder name but got {name!r}; use letters, digits, - and _."
+        )
+    if len(name.encode()) > MAX_NAME:
+        raise ConfigError(
+            f"{what} may have {MAX_NAME} bytes but has {len(name.encode())}; shorten it."
+        )
+
+
 def _unknown(entry: Entry, known: dict[str, Any]) -> ConfigError:
     where = f"{entry.origin}: " if entry.origin else ""
     sections = [key for key in known if key.startswith(f"{entry.key}.")]
@@ -444,23 +480,29 @@ def _resolve(schema: type[T], entries: tuple[Entry, ...]) -> T:
         OmegaConf.set_readonly(OmegaConf.select(node, part) if part else node, False)
     filled: dict[str, dict[str, Any]] = {key: {} for key in tables}
     for entry in entries:
-        if isinstance(entry.value, str) and "${" in entry.value:
-            raise ConfigError(f"{entry.key}: {entry.value!r} holds ${{; write the value.")
+        where = f"{entry.origin}: " if entry.origin else ""
+        if isinstance(entry.value, str):
+            check_text(f"{where}{entry.key}", entry.value)
         table = next((key for key in tables if entry.key.startswith(f"{key}.")), None)
         if table is not None:
             filled[table][entry.key.removeprefix(f"{table}.")] = entry.value
             continue
         if entry.key not in known:
-            if entry.value is None and any(key.startswith(f"{entry.key}.") for key in known):
-                continue  # a section whose keys are all commented out
+            if (
+                entry.value is None
+                and entry.origin
+                and any(key.startswith(f"{entry.key}.") for key in known)
+            ):
+                continue  # a section of a layer whose keys are all commented out
             raise _unknown(entry, known)
         if entry.value in (None, [], {}) and entry.key in tables:
             filled[entry.key].clear()  # `sweep.space={}` empties what layers below filled
             continue
         try:
+            if isinstance(entry.value, str) and not _takes_text(known[entry.key]):
+                raise ValueError("OmegaConf would read 010, or 1_000, as a number")
             OmegaConf.update(node, entry.key, entry.value, merge=False)
-        except (OmegaConfBaseException, ValueError, TypeError) as error:
-            where = f"{entry.origin}: " if entry.origin else ""
+        except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
             raise ConfigError(
                 f"{where}{entry.key} must be {_say(known[entry.key])} but got {entry.value!r}."
             ) from error

@@ -25,11 +25,13 @@ from richkd.data import Batches, Dataset, Split, Views, load, split
 from richkd.data.batches import stream_seed
 from richkd.errors import ConfigError, Interrupted, NonFiniteError
 from richkd.evaluate import accuracy, evaluate
-from richkd.files import make_folder, read_json, write_atomic, write_json
+from richkd.files import check_writable, make_folder, read_record, write_atomic, write_json
 from richkd.progress import Progress, stoppable
+from richkd.student import network_of
 from richkd.threads import one_thread
 
 ADVICE = "lower train.lr or loss.logit, or raise loss.temperature"  # of a run that diverged
+TESTED = ("test/", "teacher/", "clip/", "fused/")  # of the test rows
 TERMS = ("loss_ce", "loss_logit", "loss", "target_entropy")
 
 Report = Callable[[dict[str, float], Path], None]
@@ -110,10 +112,10 @@ def open_teacher(
         own = teachers.open_task(config.teacher, trained, task.dataset, task.train, task.test)
     rows = torch.from_numpy(task.split.validation)
     if own is not None and own.table is not None:
-        teachers.warn_near_chance("teacher.logits", own.table[rows], task.labels[rows])
+        teachers.check_sense("teacher.logits", own.table[rows], task.labels[rows])
     if clip is not None:
         source = "clip.prompts" if config.clip.logits is None else "clip.logits"
-        teachers.warn_near_chance(source, clip.train[rows], task.labels[rows])
+        teachers.check_sense(source, clip.train[rows], task.labels[rows])
     return teachers.FusedTeacher(config, task.split, task.labels, own, clip)
 
 
@@ -261,7 +263,9 @@ def run(
             f"{folder} holds a run already; go on with it (--resume), or give another --name."
         )
     state = {"state": "running", "digest": digest(config)}
-    check_same(folder, state)
+    before = check_same(folder, state)
+    tested = {k: v for k, v in before.get("metrics", {}).items() if k.startswith(TESTED)}
+    check_writable(folder, "storage")
     task = open_task(config)
     student = initial_student(config, task.dataset).to(task.device)
     student = student.to(memory_format=torch.channels_last)
@@ -335,7 +339,8 @@ def run(
         "best_val_top5": best["top5"],
         "images_per_second": speeds[len(speeds) // 2],
     }
-    state |= {"state": "finished", "seconds": time.monotonic() - started, "metrics": metrics}
+    state |= {"state": "finished", "seconds": time.monotonic() - started}
+    state["metrics"] = metrics | tested
     write_json(folder / "run.json", state)
     return Outcome(folder=folder, metrics=metrics, network=student, teacher=teacher, task=task)
 
@@ -345,17 +350,18 @@ def better(found: dict[str, float], best: dict[str, float]) -> bool:
     return (found["top1"], -found["loss"]) > (best["top1"], -best["loss"])
 
 
-def check_same(folder: Path, state: dict) -> None:
-    """Raise ConfigError if `run.json` of a run to go on with names other settings, data or teachers."""
+def check_same(folder: Path, state: dict) -> dict:
+    """Return `run.json` of a run to go on with; a ConfigError if it names other settings, data or teachers."""
     if not (folder / "run.json").exists():
-        return
-    before = read_json(folder / "run.json")
+        return {}
+    before = read_record(folder / "run.json", "digest", "data", "teachers")
     for key, what in (("digest", "settings"), ("data", "data"), ("teachers", "teachers")):
         if key in state and before[key] != state[key]:
             raise ConfigError(
                 f"{folder} was made with other {what} ({before[key]}, now {state[key]}); compare its config.yaml "
                 "and the files that it names, or start anew with another --name."
             )
+    return before
 
 
 def mend(folder: Path, student: nn.Module, meta: dict) -> list[dict[str, float]]:
@@ -423,19 +429,22 @@ def restore(folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer) 
 
 
 def test(outcome: Outcome) -> dict[str, float]:
-    """Read the test rows, once, with the best epoch's student and with its teachers; keep it in `run.json`.
+    """Read the test rows with the best epoch's student and with its teachers, once: it is kept in `run.json`.
 
     Returns:
         `test/top1`, `test/top5`, `test/loss` of the student, and `teacher/top1`, `clip/top1` and
         `fused/top1` where the run had them: the teachers on the same test rows, un-augmented.
     """
+    state = read_record(outcome.folder / "run.json", "metrics")
+    known = {key: value for key, value in state["metrics"].items() if key.startswith(TESTED)}
+    if known:
+        return known
     task, teacher = outcome.task, outcome.teacher
     labels = torch.from_numpy(task.dataset.test.labels)
     found = evaluate(outcome.network, task.test, torch.arange(len(labels)), labels)
     metrics = {f"test/{name}": value for name, value in found.items()}
     for name, logits in (teacher.shown("test") if teacher is not None else {}).items():
         metrics[f"{name}/top1"] = accuracy(logits.cpu(), labels)["top1"]
-    state = read_json(outcome.folder / "run.json")
     state["metrics"] |= metrics
     write_json(outcome.folder / "run.json", state)
     return metrics
@@ -452,6 +461,7 @@ def retest(folder: Path) -> tuple[dict[str, dict[str, float]], float, dict]:
         ConfigError: If the data that the checkpoint's config names is not the data it was made with.
     """
     saved = checkpoint.load(folder)
+    network = network_of(saved)
     # on whatever this machine has: the accuracy is the student's, not the machine's
     config = replace(from_dict(saved.meta["config"]), device="auto")
     task = open_task(config)
@@ -460,8 +470,11 @@ def retest(folder: Path) -> tuple[dict[str, dict[str, float]], float, dict]:
             f"{folder} was made with another version of {task.dataset.name} (digest {saved.meta['data'][:12]}, "
             f"now {task.dataset.digest[:12]}); its accuracy cannot be checked here."
         )
-    network = initial_student(config, task.dataset)
-    network.load_state_dict(saved.weights)
+    if tuple(saved.meta["names"]) != task.dataset.names:
+        raise ConfigError(
+            f"{folder} knows {len(saved.meta['names'])} classes but {task.dataset.name} has "
+            f"{len(task.dataset.names)}; it is no student of this task."
+        )
     network = network.to(task.device, memory_format=torch.channels_last)
     validation, labels = (
         torch.from_numpy(task.split.validation),

@@ -36,6 +36,18 @@ def make_folder(path: Path, field: str) -> None:
         ) from error
 
 
+def check_writable(path: Path, field: str) -> None:
+    """Raise ConfigError unless the config key `field` leads to what can be made, or written; makes nothing."""
+    above = next(
+        part for part in (path.absolute(), *path.absolute().parents) if os.path.lexists(part)
+    )
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = "cannot be written" if above.is_dir() else "is no folder"
+        raise ConfigError(
+            f"{field} must lead to a folder that can be made but {above} {what}; choose another."
+        )
+
+
 def write_synced(path: Path, content: bytes) -> None:
     """Write a new file and flush it. It is visible while it is written: for folders that are not yet."""
     with open(path, "xb") as file:
@@ -98,6 +110,16 @@ def read_json(path: Path) -> Any:
         raise CorruptError(
             f"{path} cannot be decoded: {error}; restore it or remove it."
         ) from error
+
+
+def read_record(path: Path, *keys: str) -> dict[str, Any]:
+    """Read a JSON object that has `keys`; a CorruptError if it is something else."""
+    record = read_json(path)
+    if not isinstance(record, dict) or not record.keys() >= set(keys):
+        raise CorruptError(
+            f"{path} must be an object with {', '.join(keys) or 'keys'} but is not; restore it or remove it."
+        )
+    return record
 
 
 def sha256_of(path: Path) -> str:

@@ -14,26 +14,29 @@ from torch import Tensor, nn
 
 from richkd import checkpoint, models
 from richkd.data.views import normalise
-from richkd.errors import ConfigError
-from richkd.files import read_json
+from richkd.errors import ConfigError, CorruptError
+from richkd.files import read_record
+
+META = {
+    "config",
+    "names",
+    "channels",
+    "size",
+    "mean",
+    "std",
+}  # without them no image can be classified
 
 
 class Student(nn.Module):
     """A network with the normalisation that it was trained with.
 
     Args:
-        meta: What `distill` wrote into the checkpoint: config, class names, channels, mean, std.
+        saved: As `distill` wrote it, with class names, mean and deviation.
     """
 
-    def __init__(self, meta: dict) -> None:
+    def __init__(self, saved: checkpoint.Checkpoint) -> None:
         super().__init__()
-        wanted = meta["config"]["student"]
-        self.network = models.build(
-            wanted["name"],
-            len(meta["names"]),
-            channels=meta["channels"],
-            shortcut=wanted["shortcut"],
-        )
+        self.network, meta = network_of(saved), saved.meta
         self.names = tuple(meta["names"])
         self.register_buffer("mean", torch.tensor([255 * m for m in meta["mean"]]))
         self.register_buffer("std", torch.tensor([255 * s for s in meta["std"]]))
@@ -43,17 +46,66 @@ class Student(nn.Module):
         return self.network(normalise(images.permute(0, 2, 3, 1), self.mean, self.std))
 
 
+def check_meta(saved: checkpoint.Checkpoint) -> None:
+    """Raise ConfigError unless a checkpoint says what one of a student says."""
+    missing = META - saved.meta.keys()
+    if (
+        missing
+        or not isinstance(saved.meta["config"], dict)
+        or "student" not in saved.meta["config"]
+    ):
+        raise ConfigError(
+            f"{saved.folder} must be the checkpoint of a student but lacks {', '.join(sorted(missing)) or 'student'}; "
+            "name another."
+        )
+
+
+def network_of(saved: checkpoint.Checkpoint) -> nn.Module:
+    """Return the network of a run's checkpoint with its weights.
+
+    Raises:
+        ConfigError: If it is a checkpoint of something else, or of another version.
+    """
+    check_meta(saved)
+    meta = saved.meta
+    wanted = meta["config"]["student"]
+    try:
+        network = models.build(
+            wanted["name"],
+            len(meta["names"]),
+            channels=meta["channels"],
+            shortcut=wanted["shortcut"],
+        )
+        network.load_state_dict(saved.weights)
+    except (KeyError, TypeError, RuntimeError) as error:  # of torch: names or shapes differ
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{saved.folder} must be the checkpoint of a student but is not ({reason}); name another."
+        ) from error
+    return network
+
+
 def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint that a checkpoint folder, a run or a sweep stands for: its best one."""
     if (path / "summary.json").exists():
-        summary = read_json(path / "summary.json")
-        return path / summary["best"]["checkpoint"]
+        return best_of(path)
     for name in ("best", "last"):
         if checkpoint.exists(path / name):
             return path / name
     if checkpoint.exists(path):
         return path
     raise ConfigError(f"{path} holds no checkpoint; give a checkpoint, a run or a finished sweep.")
+
+
+def best_of(sweep: Path) -> Path:
+    """Return the checkpoint that a sweep's summary names; one outside the sweep is refused."""
+    best = read_record(sweep / "summary.json", "best")["best"]
+    named = best.get("checkpoint") if isinstance(best, dict) else None
+    if not isinstance(named, str) or not (sweep / named).resolve().is_relative_to(sweep.resolve()):
+        raise CorruptError(
+            f"{sweep / 'summary.json'} must name a checkpoint in the sweep's folder but names {named!r}; restore it."
+        )
+    return sweep / named
 
 
 def load_student(path: str | Path) -> Student:
@@ -63,7 +115,4 @@ def load_student(path: str | Path) -> Student:
         ConfigError: If there is no checkpoint of richkd at `path`.
         CorruptError: If a file's checksum is not the recorded one.
     """
-    saved = checkpoint.load(find_checkpoint(Path(path)))
-    student = Student(saved.meta)
-    student.network.load_state_dict(saved.weights)
-    return student.eval()
+    return Student(checkpoint.load(find_checkpoint(Path(path)))).eval()

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from richkd import checkpoint, fusion, models, zeroshot
+from richkd import checkpoint, fusion, zeroshot
 from richkd.config import Clip, Config, Teacher, Train
 from richkd.data import Dataset, Split, Views
 from richkd.errors import ConfigError, CorruptError, DataError
 from richkd.evaluate.accuracy import accuracy, network_logits
 from richkd.files import sha256_of
 from richkd.progress import Progress
-from richkd.student import find_checkpoint
+from richkd.student import check_meta, find_checkpoint, network_of
 from richkd.zeroshot import prompts
 
 
@@ -44,6 +45,14 @@ def read_logits(spec: str, rows: int, classes: int, *, field: str) -> Tensor:
         CorruptError: If the file cannot be decoded.
     """
     path, key = _file_of(spec)
+
+    def fits(shape: tuple[int, ...]) -> None:
+        if shape != (rows, classes):
+            raise DataError(
+                f"{field} must hold one row a training image and one column a class, {(rows, classes)}, "
+                f"but {spec} has {shape}."
+            )
+
     if not path.is_file():
         raise ConfigError(
             f"{field} must name a file (.npy, .npz:KEY or .safetensors:KEY) but {spec} is missing."
@@ -51,21 +60,21 @@ def read_logits(spec: str, rows: int, classes: int, *, field: str) -> Tensor:
     if path.suffix not in (".npy", ".npz", ".safetensors") or (path.suffix == ".npy" and key):
         raise ConfigError(f"{field} must end in .npy, .npz:KEY or .safetensors:KEY but got {spec}.")
     try:
-        values = _entry(path, key)
+        values = _entry(path, key, fits)
     except KeyError as error:
         raise ConfigError(
             f"{field}={spec} names no entry of the file; it has {error.args[0]}."
         ) from error
+    except DataError:
+        raise
     except Exception as error:  # each format has its own exceptions for a torn or foreign file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorruptError(
             f"{field}: {path} cannot be decoded: {reason}; write it anew."
         ) from error
-    if tuple(values.shape) != (rows, classes):
-        raise DataError(
-            f"{field} must hold one row a training image and one column a class, {(rows, classes)}, "
-            f"but {spec} has {tuple(values.shape)}."
-        )
+    if isinstance(values, np.dtype):
+        raise DataError(f"{field} must hold floating-point logits but {spec} has {values}.")
+    fits(tuple(values.shape))
     if not values.dtype.is_floating_point:
         raise DataError(
             f"{field} must hold floating-point logits but {spec} has {values.dtype}; are they labels?"
@@ -86,8 +95,11 @@ def _file_of(spec: str) -> tuple[Path, str]:
     return Path(name or spec), key
 
 
-def _entry(path: Path, key: str) -> Tensor:
-    """Read one array; a KeyError says which entries there are."""
+def _entry(path: Path, key: str, fits: Callable[[tuple[int, ...]], None]) -> Tensor | np.dtype:
+    """Read one array, or only its type if that is no number; a KeyError says which entries there are.
+
+    `fits` raises for a wrong shape, before content that may be very large is unpacked.
+    """
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
@@ -95,15 +107,23 @@ def _entry(path: Path, key: str) -> Tensor:
             if key not in archive.keys():
                 raise KeyError(", ".join(archive.keys()))
             return archive.get_tensor(key)
-    with open(path, "rb") as file:
-        if path.suffix == ".npy":
-            values = np.lib.format.read_array(file, allow_pickle=False)
-        else:
-            with np.load(file, allow_pickle=False) as archive:
-                if key not in archive.files:
-                    raise KeyError(", ".join(archive.files))
-                values = archive[key]
-    return torch.from_numpy(values.astype(values.dtype.newbyteorder("=")))
+    if path.suffix == ".npy":
+        values = np.load(path, mmap_mode="r", allow_pickle=False)  # shape first, content later
+    else:
+        # opened here, since NumPy leaves a torn file open
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            if key not in archive.files:
+                raise KeyError(", ".join(archive.files))
+            with archive.zip.open(f"{key}.npy") as member:
+                version = np.lib.format.read_magic(member)
+                header = np.lib.format.read_array_header_1_0
+                if version != (1, 0):
+                    header = np.lib.format.read_array_header_2_0
+                fits(header(member)[0])
+            values = archive[key]
+    if values.dtype.kind not in "fiub" or values.dtype.itemsize > 8:
+        return values.dtype
+    return torch.from_numpy(np.array(values, values.dtype.newbyteorder("=")))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -163,6 +183,7 @@ def open_task(
         )
     try:
         saved = checkpoint.load(trained or find_checkpoint(Path(config.checkpoint)))
+        check_meta(saved)
     except ConfigError as error:
         raise ConfigError(f"teacher.checkpoint: {error}") from error
     if saved.meta["channels"] != dataset.channels:
@@ -186,11 +207,7 @@ def open_task(
         name: part.normalised_by(saved.meta["mean"], saved.meta["std"])
         for name, part in views.items()
     }
-    wanted = saved.meta["config"]["student"]
-    network = models.build(
-        wanted["name"], len(dataset.names), channels=dataset.channels, shortcut=wanted["shortcut"]
-    )
-    network.load_state_dict(saved.weights)
+    network = network_of(saved)
     return TaskTeacher(
         identity=_short(saved.sha256),
         network=network.eval().requires_grad_(False).to(train_views.mean.device),
@@ -262,14 +279,21 @@ def _short(sha256: str) -> str:
     return sha256[:12]
 
 
-def warn_near_chance(source: str, logits: Tensor, labels: Tensor) -> None:
-    """Warn if a teacher is little better than a guess on rows whose labels are known.
+def check_sense(source: str, logits: Tensor, labels: Tensor) -> None:
+    """Look at a teacher's logits of rows whose labels are known; warns if they are little better than a guess.
 
     Args:
         source: Config key that the logits come from.
         logits: `(N, K)`.
         labels: `(N,)`.
+
+    Raises:
+        DataError: If they are the same for all classes.
     """
+    if fusion.spread(logits) == 0:
+        raise DataError(
+            f"{source} gives each image the same logit for all classes; compute them anew."
+        )
     top1, chance = accuracy(logits.cpu(), labels)["top1"], 100 / logits.shape[1]
     if top1 < 1.5 * chance:
         warnings.warn(

@@ -5,11 +5,13 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
-from richkd import command
 from richkd.__main__ import ABOUT, VERBS
 from richkd.command import Done, Stop, Verb, main
 from richkd.errors import ConfigError, CorruptError, Interrupted, NonFiniteError, Stopped
@@ -21,7 +23,8 @@ def verb(outcome: object, **flags: str) -> dict[str, Verb]:
         print("chatter")
         if isinstance(outcome, BaseException):
             raise outcome
-        return Done({"words": arguments.words, "flags": vars(arguments)}, outcome)
+        flags = {key: value for key, value in vars(arguments).items() if key != "stop"}
+        return Done({"words": arguments.words, "flags": flags}, outcome)
 
     return {"go": Verb(run=run, help="goes", flags=flags)}
 
@@ -37,7 +40,6 @@ def verb(outcome: object, **flags: str) -> dict[str, Verb]:
         (Stopped("x"), 75),
         (Interrupted(signal.SIGINT, "x"), 130),
         (Interrupted(signal.SIGTERM, "x"), 143),
-        (KeyboardInterrupt(), 130),
         (OSError(errno.ENOSPC, "No space left on device", "f"), 75),
         (OSError(errno.EROFS, "Read-only file system", "f"), 2),
     ],
@@ -124,6 +126,21 @@ def test_the_first_signal_is_remembered_and_the_second_ends(signum, capfd):
     assert "stopping" in capfd.readouterr().err
 
 
-def test_a_reader_that_has_gone_is_no_traceback(monkeypatch):
-    monkeypatch.setattr(command.os, "dup2", lambda *_: None)
-    assert main("program", "", verb(BrokenPipeError()), ["go"]) == 1
+@pytest.mark.parametrize("words", [["--help"], ["distill", "--help"], ["best", "none", "--json"]])
+def test_a_reader_that_has_gone_is_no_traceback(words, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    package = "tune" if "best" in words else "richkd"
+    ended = subprocess.run(
+        [sys.executable, "-m", package, *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    os.close(writer)
+    assert ended.returncode == (2 if "best" in words else 0)
+    assert "Traceback" not in ended.stderr
+    assert "BrokenPipe" not in ended.stderr

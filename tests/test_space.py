@@ -27,9 +27,9 @@ def resolve(settings: dict[str, Any]) -> Config:
         ("clip.scale", {"choice": ["model", 100]}, CategoricalDistribution(("model", 100))),
         ("clip.scale", {"loguniform": [1, 100]}, FloatDistribution(1.0, 100.0, log=True)),
         (
-            "data.labelled_per_class",
-            {"choice": [None, 5]},
-            CategoricalDistribution((None, 5)),
+            "clip.pretrained",
+            {"choice": [None, "openai"]},
+            CategoricalDistribution((None, "openai")),
         ),
     ],
 )
@@ -95,3 +95,9 @@ def test_plain_distillation_is_searched_without_fusion_and_clip():
     keys = ("fusion.alpha", "clip.prompts", "clip.scale", "loss.temperature", "train.lr")
     space = {key: FloatDistribution(0.1, 1.0) for key in keys}
     assert list(of_baseline(space)) == ["loss.temperature", "train.lr"]
+
+
+@pytest.mark.parametrize("key", ["seed", "method.name", "data.seed", "data.validation", "storage"])
+def test_what_is_compared_cannot_be_searched(key):
+    with pytest.raises(ConfigError, match=f"{key} cannot be searched"):
+        read_space({key: {"choice": [1, 2]}}, resolve)

@@ -17,12 +17,12 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
-from richkd import load_student
+from richkd import checkpoint, load_student
 from richkd.config import Layers, digest, from_dict, read, read_layer
 from richkd.data import load
 from richkd.errors import ConfigError, CorruptError, RichkdError
 from richkd.evaluate import accuracy
-from richkd.files import read_json
+from richkd.files import read_json, write_json
 from tune import sweep as sweeps
 from tune.best import best, find_sweep
 from tune.tracking import Tracker
@@ -267,6 +267,76 @@ def test_a_damaged_best_is_not_handed_over(swept, tmp_path):
     with pytest.raises(CorruptError, match="weights.safetensors"):
         best(copy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def copied(swept, tmp_path) -> Path:
+    """A copy of the finished sweep, to be damaged."""
+    return Path(shutil.copytree(swept[0]["sweep"], tmp_path / "runs" / "small"))
+
+
+@pytest.mark.parametrize(
+    "summary",
+    [
+        [],
+        {"best": {}},
+        {"best": {"checkpoint": "../../elsewhere"}},
+        {"best": {"checkpoint": "refits/richkd-l-seed0/best", "recorded": {"val_top1": 1}}},
+    ],
+)
+def test_a_summary_that_is_not_ours_is_refused(copied, summary):
+    (copied / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(CorruptError, match="summary.json"):
+        best(copied)
+
+
+def test_only_the_files_of_a_checkpoint_are_handed_over(copied, tmp_path):
+    source = copied / read_json(copied / "summary.json")["best"]["checkpoint"]
+    (source / "extra.py").write_text("print()")
+    best(copied, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(checkpoint.FILES)
+
+
+def test_a_student_of_other_weights_is_refused(copied):
+    source = copied / read_json(copied / "summary.json")["best"]["checkpoint"]
+    saved = checkpoint.load(source)
+    for meta in ({}, saved.meta | {"config": {}}, saved.meta | {"names": ["a", "b"]}):
+        checkpoint.save(source, saved.weights, saved.state, meta)
+        with pytest.raises(ConfigError, match="must be the checkpoint of a student"):
+            load_student(copied)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "overwritten"])
+def test_a_sweep_does_not_go_on_without_its_study(cluster, copied, damage):
+    (copied / "summary.json").unlink()
+    study = copied / "study.db"
+    content = study.read_bytes()
+    study.unlink()
+    if damage != "gone":
+        study.write_bytes(content[:5000] if damage == "cut" else b"x" * 200 + content[200:])
+    with pytest.raises(CorruptError, match=r"study.db .*start a new sweep"):
+        sweeps.resume(copied)
+
+
+@pytest.mark.parametrize("record", [[], {}, {"layers": [[1]], "tracking": ""}])
+def test_a_sweep_whose_record_is_not_ours_is_refused_and_passed_over(swept, copied, record):
+    (copied / "summary.json").unlink()
+    (copied / "sweep.json").write_text(json.dumps(record))
+    with pytest.raises(CorruptError, match="sweep.json"):
+        sweeps.resume(copied)
+    whole = copied.with_name("whole")
+    shutil.copytree(swept[0]["sweep"], whole)
+    if "layers" not in record:
+        with pytest.warns(UserWarning, match="passed over"):
+            assert find_sweep(None, copied.parent) == whole
+
+
+def test_without_a_name_the_best_is_that_of_the_latest_finished_sweep(swept, copied):
+    whole = Path(shutil.copytree(swept[0]["sweep"], copied.with_name("whole")))
+    (copied / "summary.json").unlink()
+    write_json(copied / "sweep.json", read_json(copied / "sweep.json") | {"started": "9"})
+    assert find_sweep(None, copied.parent) == copied
+    assert find_sweep(None, copied.parent, finished=True) == whole
 
 
 def test_a_sweep_is_found_by_name_folder_run_id_and_as_the_latest(swept):

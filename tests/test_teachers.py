@@ -110,7 +110,9 @@ def test_another_shape_is_refused_by_both(tmp_path, suffix, shape):
 @SUFFIXES
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, bool, np.complex64])
 def test_what_is_no_real_number_is_refused(tmp_path, suffix, dtype):
-    with pytest.raises(DataError, match="floating-point logits but .* has torch"):
+    with pytest.raises(
+        DataError, match="floating-point logits but .* has (torch|complex|<U|void|object)"
+    ):
         read(write(tmp_path, suffix, np.ones((ROWS, CLASSES), dtype)))
 
 
@@ -157,8 +159,8 @@ class Bomb:
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
 def test_pickled_objects_are_never_run(tmp_path, monkeypatch, suffix):
     monkeypatch.chdir(tmp_path)
-    spec = write(tmp_path, suffix, np.array([[Bomb()]], object))
-    with pytest.raises(RichkdError, match="allow_pickle=False|Object arrays"):
+    spec = write(tmp_path, suffix, np.full((ROWS, CLASSES), Bomb(), object))
+    with pytest.raises(RichkdError, match="allow_pickle=False|Object arrays|Python objects"):
         read(spec)
     assert not Path("exploded").exists()
 

@@ -548,6 +548,8 @@ def test_the_address_is_what_was_given_or_the_variable_or_this_folders_database(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "mlruns")
     with pytest.raises(ConfigError):
         Tracker.address(None)
+    with pytest.raises(ConfigError, match="must begin with one of sqlite, http"):
+        Tracker.address("foo://x")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from richkd import config
-from richkd.command import Done, Verb, main
+from richkd.command import Done, Verb, main, say
 from richkd.errors import ConfigError
 
 
@@ -37,7 +37,7 @@ def sweep(arguments: argparse.Namespace) -> Done:
     config.build(layers)  # most mistakes are refused here, before the slow imports
     from tune.sweep import start
 
-    answer = start(layers, address=arguments.address)
+    answer = start(layers, address=arguments.address, stop=arguments.stop)
     return Done(answer, 3 if answer["failed"] else 0)
 
 
@@ -46,7 +46,7 @@ def resume(arguments: argparse.Namespace) -> Done:
     folder = _one_sweep(arguments.words)
     from tune.sweep import resume as go_on
 
-    answer = go_on(folder, address=arguments.address)
+    answer = go_on(folder, address=arguments.address, stop=arguments.stop)
     return Done(answer, 3 if answer["failed"] else 0)
 
 
@@ -55,20 +55,21 @@ def best(arguments: argparse.Namespace) -> Done:
     folder = _one_sweep(arguments.words, finished=True)
     from tune.best import best as verify
 
-    answer = verify(folder, Path(arguments.copy_to) if arguments.copy_to else None)
+    copy_to = arguments.copy_to
+    if copy_to is not None and not copy_to.strip():
+        raise ConfigError("--copy-to must name a new folder but is empty.")
+    answer = verify(folder, None if copy_to is None else Path(copy_to))
     recorded, found = answer["recorded"], answer["found"]
-    print(f"checkpoint {answer['checkpoint']}")
-    print("checksums  as recorded")
+    say(f"checkpoint {answer['checkpoint']}")
+    say("checksums  as recorded")
     for part in ("val", "test"):
         key = f"{part}_top1"
-        print(f"{part:<5}top1  recorded {recorded[key]:.2f} %, found {found[key]:.2f} %")
-    print(
-        "verified   " + ("yes" if answer["verified"] else "NO: it does not reproduce its accuracy")
-    )
+        say(f"{part:<5}top1  recorded {recorded[key]:.2f} %, found {found[key]:.2f} %")
+    say("verified   " + ("yes" if answer["verified"] else "NO: it does not reproduce its accuracy"))
     if "copy" in answer:
-        print(f"copy       {answer['copy']}")
+        say(f"copy       {answer['copy']}")
     place = answer.get("copy", answer["checkpoint"])
-    print(f'use it     from richkd import load_student; student = load_student("{place}")')
+    say(f'use it     from richkd import load_student; student = load_student("{place}")')
     return Done(answer, 0 if answer["verified"] else 1)
 
 

@@ -98,6 +98,7 @@ class Agenda:
         }
         self.stopping = False
         self.reason: str | None = None  # why it is stopping, if not by a signal
+        self.error: Exception | None = None  # of the driver itself, as on a full disk
         self.total = sum(search.trials for search in searches) + len(refits) * seeds
         self._collect()
 
@@ -115,6 +116,11 @@ class Agenda:
     def stop(self, reason: str | None = None) -> None:
         """Give out nothing more, and let what runs end at its next epoch."""
         self.stopping, self.reason = True, self.reason or reason
+
+    def broke(self, error: Exception) -> None:
+        """Stop because of an error of the driver, which is raised when what runs has ended."""
+        self.error = self.error or error
+        self.stop()
 
     def _next_trial(self) -> Job | None:
         for search in self.searches:

@@ -2,12 +2,14 @@
 
 import shlex
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 from richkd import checkpoint, distill
-from richkd.errors import ConfigError
-from richkd.files import read_json
+from richkd.errors import ConfigError, CorruptError
+from richkd.files import make_folder, read_record
+from richkd.student import best_of
 
 
 def called(folder: Path) -> str:
@@ -27,25 +29,35 @@ def find_sweep(wanted: str | None, storage: Path, *, finished: bool = False) -> 
     Raises:
         ConfigError: If there is none.
     """
-    folders = [path.parent for path in storage.glob("*/sweep.json")]
+    started = {path.parent: _started(path) for path in storage.glob("*/sweep.json")}
+    folders = list(started)
     if wanted is None:
         done = [folder for folder in folders if (folder / "summary.json").exists()]
         if not folders:
             raise ConfigError(f"there is no sweep in {storage}; start one: python -m tune sweep.")
         if finished and done:
             folders = done
-        return max(folders, key=lambda folder: read_json(folder / "sweep.json")["started"])
+        return max(folders, key=lambda folder: started[folder])
     for folder in (storage / wanted, Path(wanted)):
         if (folder / "sweep.json").exists():
             return folder
     for folder in folders:
         ids = folder / "mlflow.json"
-        if ids.exists() and read_json(ids).get(folder.name) == wanted:
+        if ids.exists() and read_record(ids).get(folder.name) == wanted:
             return folder
     names = ", ".join(sorted(folder.name for folder in folders)) or "none"
     raise ConfigError(
         f"SWEEP must be a name, a folder or an MLflow run id but got {wanted!r}; {storage} has {names}."
     )
+
+
+def _started(path: Path) -> str:
+    """Return when a sweep started; one whose record is damaged counts as the oldest, with a warning."""
+    try:
+        return str(read_record(path, "started")["started"])
+    except CorruptError as error:
+        warnings.warn(f"passed over: {error}", stacklevel=2)
+        return ""
 
 
 def best(folder: Path, copy_to: Path | None = None) -> dict[str, Any]:
@@ -68,17 +80,23 @@ def best(folder: Path, copy_to: Path | None = None) -> dict[str, Any]:
         )
     if copy_to is not None and copy_to.exists():
         raise ConfigError(f"--copy-to {copy_to} exists already; name a new folder.")
-    chosen = read_json(folder / "summary.json")["best"]
-    source = folder / chosen["checkpoint"]
+    source = best_of(folder)
+    recorded = read_record(folder / "summary.json", "best")["best"].get("recorded")
+    if not isinstance(recorded, dict) or recorded.keys() != {"val_top1", "test_top1"}:
+        raise CorruptError(
+            f"{folder / 'summary.json'} records no accuracy of its best checkpoint; restore it."
+        )
     found, _, _ = distill.retest(source)
     answer = {
         "sweep": folder.name,
         "checkpoint": str(source),
-        "recorded": chosen["recorded"],
+        "recorded": recorded,
         "found": {f"{part}_top1": values["top1"] for part, values in found.items()},
     }
-    gaps = [abs(answer["found"][key] - value) for key, value in answer["recorded"].items()]
-    answer["verified"] = max(gaps) < 1e-6  # percent; a single row is at least 1e-5
+    answer["verified"] = all(
+        isinstance(value, int | float) and abs(answer["found"][key] - value) < 1e-6
+        for key, value in recorded.items()
+    )  # percent; a single row is at least 1e-5
     if copy_to is not None:
         hand_over(source, copy_to)
         answer["copy"] = str(copy_to)
@@ -89,9 +107,11 @@ def hand_over(source: Path, target: Path) -> None:
     """Copy a checkpoint; the copy is verified before it appears under its name."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(partial.parent, "--copy-to")
     try:
-        shutil.copytree(source, partial)
+        partial.mkdir()
+        for name in checkpoint.FILES:  # and nothing that somebody laid beside them
+            shutil.copy(source / name, partial / name)
         checkpoint.load(partial)
         partial.rename(target)
     finally:

@@ -8,6 +8,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from richkd.command import silence
 from richkd.progress import lines
 from tune.agenda import Agenda, Job
 
@@ -39,11 +40,20 @@ def describe(params: dict[str, Any]) -> str:
     return " ".join(f"{name} {say(value)}" for name, value in named if name != "seed")
 
 
+class Terminal(Console):
+    """The console of a sweep, which goes on where the reader of its output has gone."""
+
+    def on_broken_pipe(self) -> None:
+        """Say no more; rich itself would end the process."""
+        self.quiet = True
+        silence()
+
+
 class Display:
     """Listens to an agenda and draws it; also shows the progress of preparations."""
 
     def __init__(self, title: str, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Terminal(highlight=False, soft_wrap=True)
         self.title, self.started_at = title, time.monotonic()
         self.rows: dict[str, dict[str, Any]] = {}
         self.best: tuple[float, str] | None = None

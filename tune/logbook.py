@@ -10,7 +10,8 @@ from typing import Any
 
 from richkd.config import Config, digest, dump, flatten, to_dict
 from richkd.data import Dataset
-from richkd.files import read_json, write_json
+from richkd.distill import TESTED
+from richkd.files import read_record, write_json
 from tune.agenda import Job
 from tune.best import called
 from tune.settings import Settings
@@ -19,7 +20,6 @@ from tune.space import Space
 from tune.tracking import Tracker
 
 STATUS = {"finished": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
-TESTED = ("test/", "teacher/", "clip/", "fused/")
 HIDDEN = ("sweep.space", "sweep.settings", "sweep.name", "storage", "cache", "device", "tracking")
 CLOSE_SECONDS = 60.0  # a healthy store needs about 5 for a hundred runs on two cores
 
@@ -36,7 +36,7 @@ class Logbook:
     def __init__(self, folder: Path, uri: str, experiment: str) -> None:
         self.folder, self.name, self.experiment = folder, folder.name, experiment
         self.ids = folder / "mlflow.json"
-        known = read_json(self.ids) if self.ids.exists() else {}
+        known = read_record(self.ids) if self.ids.exists() else {}
         self.tracker = Tracker(uri, experiment, known=known)
         self.closed = False
         self.fixed: tuple[str, ...] = ()  # keys that the sweep sets in all trials

@@ -12,6 +12,7 @@ from ray.tune.search import Searcher
 
 from richkd.command import Stop
 from richkd.config import to_dict
+from richkd.errors import Interrupted
 from tune.agenda import Agenda, Job
 
 
@@ -26,7 +27,13 @@ class JobSearcher(Searcher):
         """Return the next job, None if it has to wait for others, FINISHED at the end."""
         if self.stop.signum is not None:
             self.agenda.stop()
-        job = self.agenda.next()
+        try:
+            job = self.agenda.next()
+        except Interrupted:  # a second signal: at once
+            raise
+        except Exception as error:  # Tune would end in a traceback of its own
+            self.agenda.broke(error)
+            job = None
         if job is None:
             return Searcher.FINISHED if self.agenda.over else None
         return {
@@ -78,7 +85,14 @@ class JobScheduler(FIFOScheduler):
             self.agenda.stop(metrics["stopped"])
         if metrics.keys() & {"failed", "finished", "stopped"}:
             return TrialScheduler.CONTINUE
-        return TrialScheduler.CONTINUE if self.agenda.epoch(job, metrics) else TrialScheduler.STOP
+        try:
+            goes_on = self.agenda.epoch(job, metrics)
+        except Interrupted:
+            raise
+        except Exception as error:
+            self.agenda.broke(error)
+            return TrialScheduler.STOP
+        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """Pass the end on."""
@@ -97,4 +111,9 @@ class JobScheduler(FIFOScheduler):
     def _ended(self, trial: Trial, error: str | None) -> None:
         job = self._job(trial)
         metrics = self.latest.pop(job.id, {})
-        self.agenda.ended(job, metrics, error or metrics.get("failed"))
+        try:
+            self.agenda.ended(job, metrics, error or metrics.get("failed"))
+        except Interrupted:
+            raise
+        except Exception as problem:
+            self.agenda.broke(problem)

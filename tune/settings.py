@@ -5,9 +5,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from richkd.config import Config, in_range, one_of
+from richkd.config import Config, check_name, in_range, one_of
 from richkd.config import digest as config_digest
-from richkd.errors import ConfigError
 
 MANY = 1_000_000
 
@@ -31,12 +30,8 @@ class Sweep:
         in_range("sweep.min_epochs", self.min_epochs, 1, MANY)
         in_range("sweep.reduction", self.reduction, 2, MANY)
         one_of("sweep.scheduler", self.scheduler, ("asha", "none"))
-        if self.name is not None and (
-            not self.name.strip() or any(c in "/\\\n" for c in self.name) or self.name[0] == "."
-        ):
-            raise ConfigError(
-                f"sweep.name must be a plain folder name but got {self.name!r}; leave out slashes."
-            )
+        if self.name is not None:
+            check_name("sweep.name", self.name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

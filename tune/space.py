@@ -31,6 +31,9 @@ DISTRIBUTIONS: dict[str, Callable[[list], BaseDistribution]] = {
     "choice": CategoricalDistribution,
 }
 
+FIXED = ("seed", "method.name", "device", "storage", "cache", "teacher.logits", "clip.logits")
+FIXED_SECTIONS = ("data.",)
+
 Space = dict[str, BaseDistribution]
 
 
@@ -42,11 +45,16 @@ def read_space(space: dict[str, Any], resolve: Callable[[dict[str, Any]], Config
         resolve: Lays dotted keys over the base config; raises ConfigError for what the config refuses.
 
     Raises:
-        ConfigError: If a key is unknown, a distribution is unknown or malformed, or a bound is no value
+        ConfigError: If a key is unknown or changes what is compared, a distribution is unknown or malformed, or a bound is no value
             that the config takes.
     """
     found = {}
     for key, entry in space.items():
+        if key in FIXED or key.startswith(FIXED_SECTIONS):
+            raise ConfigError(
+                f"sweep.space: {key} cannot be searched: its trials could not be compared with each other; set it "
+                "for the whole sweep."
+            )
         if not isinstance(entry, dict) or len(entry) != 1 or next(iter(entry)) not in DISTRIBUTIONS:
             raise ConfigError(
                 f"sweep.space: {key} must be one of {', '.join(DISTRIBUTIONS)} with its bounds, as in "

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from richkd.files import read_json
+from richkd.files import read_record
 
 TEACHERS = {"teacher": "task teacher", "clip": "zero-shot CLIP", "fused": "fused teacher"}
 STUDENTS = {
@@ -64,7 +64,7 @@ def read_refits(folder: Path, labels: dict[str, str]) -> dict[str, dict[int, dic
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for method, label in labels.items():
         for path in folder.glob(f"{label}-seed*/run.json"):
-            state = read_json(path)
+            state = read_record(path, "state")
             if state["state"] == "finished" and "test/top1" in state["metrics"]:
                 seed = int(path.parent.name.removeprefix(f"{label}-seed"))
                 found.setdefault(method, {})[seed] = state["metrics"]

@@ -12,8 +12,8 @@ from the study and from the run folders, never from Ray's own state.
 import contextlib
 import os
 import platform
+import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,16 +22,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from richkd import distill, fusion
-from richkd.command import Stop
-from richkd.config import Config, Layers, build, dump, flatten, to_dict
+from richkd.command import NO_SPACE, Stop
+from richkd.config import Config, Layers, build, digest, dump, flatten, to_dict
 from richkd.data import load
-from richkd.errors import ConfigError, Interrupted, RichkdError, Stopped
-from richkd.files import make_folder, read_json, write_atomic, write_json
+from richkd.errors import ConfigError, CorruptError, Interrupted, RichkdError, Stopped
+from richkd.files import check_writable, make_folder, read_record, write_atomic, write_json
 from richkd.methods import METHODS
 from richkd.progress import Progress, stoppable
 from tune.agenda import Agenda, Job, Refits
 from tune.best import called
-from tune.display import Display, describe
+from tune.display import Display, Terminal, describe
 from tune.environment import environment
 from tune.logbook import Logbook
 from tune.scheduler import pruner
@@ -44,7 +44,20 @@ from tune.tracking import Tracker, public
 from tune.warmstart import Point, place, printed
 
 PROJECT = Path(__file__).resolve().parent.parent
-NAMED = ("student.name", "clip.prompts")  # looked up when a run starts: each choice is tried before
+NAMED = (
+    "student.name",
+    "teacher.name",
+    "clip.prompts",
+)  # looked up when a run starts: each choice is tried before
+SUMMARY = (
+    "best",
+    "summary",
+    "mlflow",
+    "failed",
+    "failures",
+    "seconds",
+    "machine",
+)  # that `show` reads
 LEADING = 5  # trials that the link to MLflow's comparison shows; more would make it very long
 
 # Ray's own result files, progress output, handlers and snapshots: ours do without, or have their own.
@@ -175,7 +188,9 @@ def prepare(sweep: Sweep, progress: Progress) -> dict[str, list[Point]]:
     }
 
 
-def start(layers: Layers, *, address: str | None = None) -> dict[str, Any]:
+def start(
+    layers: Layers, *, address: str | None = None, stop: Stop | None = None
+) -> dict[str, Any]:
     """Start the sweep that `layers` describe and carry it out.
 
     Nothing is written before all that is asked for is known to be usable.
@@ -198,18 +213,25 @@ def start(layers: Layers, *, address: str | None = None) -> dict[str, Any]:
     }
     if (folder / "sweep.json").exists():
         raise _exists(folder)
-    return carry_out(sweep, asked, tracking, new=True, address=address)
+    return carry_out(sweep, asked, tracking, new=True, address=address, stop=stop or Stop())
 
 
-def resume(folder: Path, *, address: str | None = None) -> dict[str, Any]:
+def resume(folder: Path, *, address: str | None = None, stop: Stop | None = None) -> dict[str, Any]:
     """Go on with an interrupted sweep; a finished one gives its summary again."""
     if (folder / "summary.json").exists():
-        result = located(folder, read_json(folder / "summary.json"))
+        result = located(folder, read_record(folder / "summary.json", *SUMMARY))
         show(result)
         return result
-    asked = read_json(folder / "sweep.json")
-    sweep = Sweep(folder, Layers.from_list(asked["layers"]))
-    return carry_out(sweep, asked, Tracker.recall(asked["tracking"]), new=False, address=address)
+    asked = read_record(folder / "sweep.json", "layers", "tracking")
+    try:
+        layers = Layers.from_list(asked["layers"])
+    except TypeError as error:
+        raise CorruptError(
+            f"{folder / 'sweep.json'} holds no layers that can be read; restore it, or start a new sweep."
+        ) from error
+    sweep = Sweep(folder, layers)
+    tracking = Tracker.recall(asked["tracking"])
+    return carry_out(sweep, asked, tracking, new=False, address=address, stop=stop or Stop())
 
 
 def _exists(folder: Path) -> ConfigError:
@@ -232,7 +254,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def carry_out(
-    sweep: Sweep, asked: dict[str, Any], tracking: str, *, new: bool, address: str | None
+    sweep: Sweep,
+    asked: dict[str, Any],
+    tracking: str,
+    *,
+    new: bool,
+    address: str | None,
+    stop: Stop,
 ) -> dict[str, Any]:
     """Do what is left of a sweep and summarise it.
 
@@ -242,6 +270,7 @@ def carry_out(
         tracking: Address of MLflow, with its credentials.
         new: Whether the folder is made here.
         address: Of a Ray cluster.
+        stop: Says whether a signal came.
 
     Raises:
         Interrupted: On SIGINT or SIGTERM, after the running trials have stopped at a checkpoint.
@@ -249,12 +278,13 @@ def carry_out(
         RichkdError: If no trial succeeded.
     """
     began = time.monotonic()
-    folder, stop = sweep.folder, Stop()
+    folder = sweep.folder
+    check_writable(folder, "storage")
 
     def seconds() -> float:
         return asked.get("seconds", 0.0) + time.monotonic() - began
 
-    with stop.installed(), Display(folder.name) as display:
+    with Display(folder.name) as display:
         display.line(f"sweep {folder.name} in {_short(folder)}")
         first = prepare(sweep, stoppable(display.progress, stop))
         make_folder(folder, "storage")
@@ -268,7 +298,8 @@ def carry_out(
             try:
                 result = search_and_refit(sweep, logbook, first, stop, display, address, seconds)
             finally:
-                write_json(folder / "sweep.json", asked | {"seconds": seconds()})
+                with contextlib.suppress(OSError):  # a full disk
+                    write_json(folder / "sweep.json", asked | {"seconds": seconds()})
     show(result)
     return result
 
@@ -290,53 +321,86 @@ def search_and_refit(
         display.agenda = agenda
         if not agenda.over:
             run_on_ray(sweep, agenda, stop, address)
+        if agenda.error is not None:
+            raise agenda.error
         if agenda.stopping:
             if stop.signum is not None:
                 raise Interrupted(stop.signum, "interrupted")
             raise Stopped(agenda.reason)
         return conclude(sweep, agenda, logbook, seconds())
-    except Stopped as stopped:
-        logbook.close("KILLED")
-        stopped.args = (f"{stopped}; go on with: python -m tune resume {called(sweep.folder)}",)
-        raise
-    except BaseException:
-        logbook.close("FAILED")
-        raise
+    except BaseException as error:
+        stopped = Stopped("the disk is full; free some space") if is_full(error) else error
+        with contextlib.suppress(OSError):
+            logbook.close("KILLED" if isinstance(stopped, Stopped) else "FAILED")
+        if isinstance(stopped, Stopped):
+            stopped.args = (f"{stopped}; go on with: python -m tune resume {called(sweep.folder)}",)
+        raise stopped from error.__cause__
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a full disk is at the bottom of an error; SQLite has its own word for it."""
+    while error is not None:
+        if getattr(error, "errno", None) in NO_SPACE or "disk is full" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def open_searches(sweep: Sweep, first: dict[str, list[Point]]) -> list[Search]:
+    """Return the search of the method and that of plain distillation, as far as `study.db` knows them.
+
+    Raises:
+        CorruptError: If the database is damaged, or is gone though trials ran.
+    """
+    from optuna.exceptions import StorageInternalError
+    from optuna.storages import RDBStorage
+    from sqlalchemy.exc import DatabaseError
+
+    wanted, database = sweep.settings.sweep, sweep.folder / "study.db"
+    advice = "restore it, or start a new sweep"
+    if (sweep.folder / "trials").exists() and not database.exists():
+        raise CorruptError(f"{database} is missing, and with it which trials ran; {advice}.")
+    try:
+        storage = RDBStorage(f"sqlite:///{database}")
+        return [
+            Search(
+                label,
+                storage,
+                space,
+                first[label],
+                wanted.trials if space else 1,  # nothing to search: one trial says it all
+                wanted.startup,
+                pruner(wanted),
+                sweep.base.seed,
+            )
+            for label, space in ((MAIN, sweep.space), ("kd", of_baseline(sweep.space)))
+        ]
+    except (DatabaseError, StorageInternalError) as error:
+        if is_full(error):
+            raise
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise CorruptError(f"{database} cannot be read ({reason}); {advice}.") from error
 
 
 def plan(sweep: Sweep, first: dict[str, list[Point]], listeners: list) -> Agenda:
     """Return the agenda: both searches, then the refits of the five students that are compared."""
-    from optuna.storages import RDBStorage
-
-    wanted = sweep.settings.sweep
-    storage = RDBStorage(f"sqlite:///{sweep.folder / 'study.db'}")
-    richkd, kd = (
-        Search(
-            label,
-            storage,
-            space,
-            first[label],
-            wanted.trials if space else 1,  # nothing to search: one trial says it all
-            wanted.startup,
-            pruner(wanted),
-            sweep.base.seed,
-        )
-        for label, space in ((MAIN, sweep.space), ("kd", of_baseline(sweep.space)))
-    )
+    searches, found = open_searches(sweep, first), sweep.settings.sweep.settings
     refits = [
         Refits(method="richkd_paper", settings=printed(sweep.base.method.name)),
         Refits(method="kd", settings=printed("kd")),
         Refits(method="ce", settings=printed("ce")),
-        Refits(method="richkd", settings=wanted.settings, search=richkd),
-        Refits(method="kd_tuned", settings=wanted.settings, search=kd),
+        Refits(method="richkd", settings=found, search=searches[0]),
+        Refits(method="kd_tuned", settings=found, search=searches[1]),
     ]
 
     def finished(job: Job) -> bool:
         path = job.folder / "run.json"
-        return path.exists() and "test/top1" in read_json(path).get("metrics", {})
+        known = read_record(path, "digest") if path.exists() else {"digest": None}
+        same = known["digest"] == digest(job.config)
+        return same and "test/top1" in known.get("metrics", {})
 
     return Agenda(
-        [richkd, kd],
+        searches,
         refits,
         sweep.settings.refit.seeds,
         trial_of=sweep.trial,
@@ -354,7 +418,10 @@ def run_on_ray(sweep: Sweep, agenda: Agenda, stop: Stop, address: str | None) ->
     from tune.runner import JobScheduler, JobSearcher
     from tune.trial import trial
 
-    ours = not ray.is_initialized()
+    ours, scratch = (
+        not ray.is_initialized(),
+        sweep.folder / ".ray",
+    )  # Ray's own notes, which nobody reads
     if ours:
         for variable, value in ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
@@ -371,20 +438,23 @@ def run_on_ray(sweep: Sweep, agenda: Agenda, stop: Stop, address: str | None) ->
     try:
         resources = sweep.settings.resources
         slots, wanted = fit(resources, ray.cluster_resources(), gpu=sweep.base.device != "cpu")
-        with tempfile.TemporaryDirectory(prefix="richkd-ray-") as scratch:
-            ray.tune.Tuner(
-                ray.tune.with_resources(trial, wanted),
-                tune_config=ray.tune.TuneConfig(
-                    search_alg=JobSearcher(agenda, stop, resources.cpus_per_worker),
-                    scheduler=JobScheduler(agenda, stop),
-                    num_samples=agenda.total,
-                    max_concurrent_trials=min(slots, resources.max_concurrent or slots),
-                    reuse_actors=True,
-                    trial_dirname_creator=lambda trial: trial.trial_id,
-                ),
-                run_config=ray.tune.RunConfig(name="sweep", storage_path=scratch, verbose=0),
-            ).fit()
+        shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
+        ray.tune.Tuner(
+            ray.tune.with_resources(trial, wanted),
+            tune_config=ray.tune.TuneConfig(
+                search_alg=JobSearcher(agenda, stop, resources.cpus_per_worker),
+                scheduler=JobScheduler(agenda, stop),
+                num_samples=agenda.total,
+                max_concurrent_trials=min(slots, resources.max_concurrent or slots),
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=ray.tune.RunConfig(
+                name=scratch.name, storage_path=str(scratch.parent), verbose=0
+            ),
+        ).fit()
     finally:
+        shutil.rmtree(scratch, ignore_errors=True)
         if ours:
             ray.shutdown()
             stop.install()  # Ray puts the default handlers back
@@ -463,10 +533,12 @@ def located(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """Print the summary that a person reads."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal(highlight=False, soft_wrap=True)
+    console.width = max(
+        console.width, 80
+    )  # a narrower one wraps lines, where a table would lose its end
 
     def line(what: str, text: str = "", style: str | None = None) -> None:
         console.print(f"{what:<14}{text}" if text else what, style=style, markup=False)

@@ -45,6 +45,7 @@ KEY_LENGTH = 250  # MLflow's own limit
 NONFINITE = "richkd.nonfinite"
 TABLES = "mlflow.loggedArtifacts"  # the tag by which the UI finds tables
 THREAD = "mlflow"
+SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 
 # MLflow's own waits are 7 retries from 2 s and 120 s a request: four minutes for a closed port, and a
 # failure is not heard of before they are over. The retries are `Tracker._attempt`'s.
@@ -106,11 +107,18 @@ class Tracker:
             ConfigError: If it names a folder or a database that is no file.
         """
         uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+        if uri == "databricks":
+            return uri
         scheme = uri.partition(":")[0] if ":" in uri else ""
-        if uri != "databricks" and (len(scheme) < 2 or scheme == "file"):  # C:\ is a folder too
+        if len(scheme) < 2 or scheme == "file":  # C:\ is a folder too
             raise ConfigError(
                 f"tracking.uri must be a server or a database but got {uri!r}: MLflow no longer keeps "
                 "runs in plain files; use sqlite:///mlflow.db or the address of a server."
+            )
+        if scheme.partition("+")[0] not in SCHEMES:
+            raise ConfigError(
+                f"tracking.uri must begin with one of {', '.join(SCHEMES)} but got {public(uri)!r}; use "
+                "sqlite:///mlflow.db or the address of a server."
             )
         if scheme != "sqlite":
             return uri

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from richkd.data.subsets import Split
 from richkd.data.views import Views
+from richkd.errors import DataError
 
 STREAMS = {"initialisation": 0, "order": 1, "augmentation": 2}
 
@@ -39,6 +40,11 @@ class Batches:
     ) -> None:
         self.labels = torch.from_numpy(split.labels)
         self.transfer = torch.from_numpy(split.transfer)
+        if batch_size > len(self.transfer):
+            raise DataError(
+                f"train.batch_size and teacher.batch_size must not exceed the {len(self.transfer)} rows that are learnt from "
+                f"but got {batch_size}; lower it."
+            )
         known = self.labels[self.transfer] >= 0
         self.labelled, self.unlabelled = self.transfer[known], self.transfer[~known]
         self.views, self.batch_size, self.seed = views, batch_size, seed

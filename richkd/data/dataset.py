@@ -9,14 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from richkd.config import UNUSABLE
 from richkd.errors import DataError
-
-UNUSABLE = {
-    "Cc",
-    "Cs",
-    "Zl",
-    "Zp",
-}  # Unicode categories: control, half a pair, line and paragraph break
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

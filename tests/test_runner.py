@@ -1,0 +1,124 @@
+"""Between the agenda and Ray Tune: what a trial reports, and that no error of ours becomes Tune's."""
+
+import errno
+from types import SimpleNamespace
+
+import pytest
+import ray.tune
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from richkd import distill
+from richkd.command import Stop
+from richkd.config import Config, to_dict
+from richkd.errors import ConfigError, DataError, Interrupted
+from tune.runner import JobScheduler, JobSearcher
+from tune.settings import Resources
+from tune.sweep import fit, is_full
+from tune.trial import trial
+
+JOB = {"config": to_dict(Config()), "folder": "folder", "test": False, "threads": 1}
+
+
+class Broken:
+    """An agenda that cannot write."""
+
+    over = False
+
+    def __init__(self, error: Exception) -> None:
+        self.problem, self.error = error, None
+        self.running = {"trial-000": SimpleNamespace(id="trial-000")}
+
+    def fail(self, *_: object) -> None:
+        """Do nothing but fail."""
+        raise self.problem
+
+    next = epoch = ended = fail
+
+    def broke(self, error: Exception) -> None:
+        """Hear of it."""
+        self.error, self.over = error, True
+
+
+def told(monkeypatch, error: Exception) -> list[dict]:
+    """Return what a trial reports whose run raises `error`."""
+    reports: list[dict] = []
+
+    def run(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(distill, "run", run)
+    monkeypatch.setattr(ray.tune, "report", lambda metrics: reports.append(metrics["run"]))
+    trial(JOB)
+    return reports
+
+
+def test_a_failure_that_is_known_is_reported_and_the_process_lives(monkeypatch):
+    assert told(monkeypatch, DataError("no labels")) == [{"failed": "DataError: no labels"}]
+
+
+def test_a_full_disk_stops_a_trial_and_fails_it_not(monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device", "weights")
+    assert told(monkeypatch, full) == [{"stopped": "the disk is full (weights)"}]
+
+
+def test_what_is_unforeseen_is_not_swallowed(monkeypatch):
+    with pytest.raises(OSError, match="Input/output"):
+        told(monkeypatch, OSError(errno.EIO, "Input/output error"))
+
+
+def test_an_error_of_the_driver_ends_the_sweep_and_not_tune():
+    error = OSError(errno.ENOSPC, "No space left on device")
+    agenda = Broken(error)
+    some = SimpleNamespace(config={"id": "trial-000"})
+    scheduler = JobScheduler(agenda, Stop())
+    result = {"run/epoch": 1, "run/val/top1": 90.0}
+    assert scheduler.on_trial_result(None, some, result) == TrialScheduler.STOP
+    scheduler.on_trial_complete(None, some, result)
+    assert JobSearcher(agenda, Stop(), 1).suggest("x") == Searcher.FINISHED
+    assert agenda.error is error
+
+
+def test_a_second_signal_passes_through():
+    some = SimpleNamespace(config={"id": "trial-000"})
+    scheduler = JobScheduler(Broken(Interrupted(2, "at once")), Stop())
+    with pytest.raises(Interrupted):
+        scheduler.on_trial_result(None, some, {"run/epoch": 1})
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (RuntimeError("(sqlite3.OperationalError) database or disk is full"), True),
+        (ValueError("no"), False),
+    ],
+)
+def test_a_full_disk_is_found_at_the_bottom_of_an_error(error, full):
+    try:
+        try:
+            raise error
+        except Exception as inner:
+            raise RuntimeError("outer") from inner
+    except RuntimeError as outer:
+        assert is_full(outer) is full
+
+
+@pytest.mark.parametrize(
+    ("resources", "cluster", "gpu", "slots", "wanted"),
+    [
+        (Resources(), {"CPU": 2.0}, True, 2, {"cpu": 1}),
+        (Resources(cpus_per_worker=3), {"CPU": 8.0}, True, 2, {"cpu": 3}),
+        (Resources(), {"CPU": 16.0, "GPU": 2.0}, True, 2, {"cpu": 1, "gpu": 1.0}),
+        (Resources(trials_per_gpu=4), {"CPU": 6.0, "GPU": 2.0}, True, 6, {"cpu": 1, "gpu": 0.25}),
+        (Resources(), {"CPU": 16.0, "GPU": 2.0}, False, 16, {"cpu": 1}),
+    ],
+)
+def test_as_many_trials_run_at_once_as_fit(resources, cluster, gpu, slots, wanted):
+    assert fit(resources, cluster, gpu=gpu) == (slots, wanted)
+
+
+def test_a_trial_that_fits_nowhere_is_refused():
+    with pytest.raises(ConfigError, match="resources.cpus_per_worker must fit into .* 2 CPUs"):
+        fit(Resources(cpus_per_worker=3), {"CPU": 2.0}, gpu=True)
