@@ -430,4 +430,4 @@ def test_whatever_is_saved_is_loaded(tmp_path_factory, weights, state, meta):
 @pytest.mark.parametrize("folder", ["/", ".", ""])
 def test_a_folder_without_a_name_of_its_own_holds_no_checkpoint(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert not checkpoint.exists(Path(folder))
+    assert not checkpoint.exists(pathlib.Path(folder))

@@ -10,6 +10,7 @@ from the study and from the run folders, never from Ray's own state.
 """
 
 import contextlib
+import logging
 import os
 import platform
 import shutil
@@ -435,6 +436,8 @@ def run_on_ray(sweep: Sweep, agenda: Agenda, stop: Stop, address: str | None) ->
         except SystemExit as left:  # Ray's handler, in place until ours is again
             raise Interrupted(signal.SIGTERM, "interrupted while Ray started") from left
         stop.install()
+        # of its own notes, which nobody reads: on a full disk it would say a screen about them
+        logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     try:
         resources = sweep.settings.resources
         slots, wanted = fit(resources, ray.cluster_resources(), gpu=sweep.base.device != "cpu")
