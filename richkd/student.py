@@ -17,14 +17,8 @@ from richkd.data.views import normalise
 from richkd.errors import ConfigError, CorruptError
 from richkd.files import read_record
 
-META = {
-    "config",
-    "names",
-    "channels",
-    "size",
-    "mean",
-    "std",
-}  # without them no image can be classified
+# without them no image can be classified
+META = {"config", "names", "channels", "size", "mean", "std"}
 
 
 class Student(nn.Module):

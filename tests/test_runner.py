@@ -12,9 +12,9 @@ from richkd import distill
 from richkd.command import Stop
 from richkd.config import Config, to_dict
 from richkd.errors import ConfigError, DataError, Interrupted
-from tune.runner import JobScheduler, JobSearcher
+from tune.runner import JobScheduler, JobSearcher, fit
 from tune.settings import Resources
-from tune.sweep import fit, is_full
+from tune.sweep import is_full
 from tune.trial import trial
 
 JOB = {"config": to_dict(Config()), "folder": "folder", "test": False, "threads": 1}

@@ -1,19 +1,40 @@
-"""The agenda as Ray Tune sees it: a searcher that hands out jobs and a scheduler that hears of them.
+"""The agenda on Ray Tune: a searcher that hands out jobs and a scheduler that hears of them.
 
 Both are thin: every decision is the agenda's. Tune snapshots what it is given; nothing of ours is in its
 snapshots, since a sweep goes on from its study and its folders.
 """
 
+import logging
+import os
+import shutil
+import signal
+from pathlib import Path
 from typing import Any
 
+import ray
+import ray.tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from richkd.command import Stop
 from richkd.config import to_dict
-from richkd.errors import Interrupted
+from richkd.errors import ConfigError, Interrupted
 from tune.agenda import Agenda, Job
+from tune.environment import PROJECT
+from tune.settings import Resources
+from tune.trial import trial as trainable
+
+# Ray's own result files, progress output, handlers and snapshots: ours do without, or have their own.
+ENVIRONMENT = {
+    "PYTHONPATH": str(PROJECT),
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
+}
 
 
 class JobSearcher(Searcher):
@@ -117,3 +138,88 @@ class JobScheduler(FIFOScheduler):
             raise
         except Exception as problem:
             self.agenda.broke(problem)
+
+
+def run(
+    agenda: Agenda,
+    stop: Stop,
+    resources: Resources,
+    scratch: Path,
+    *,
+    gpu: bool,
+    address: str | None,
+) -> None:
+    """Let Ray Tune run the agenda's jobs, each in a process that goes on to the next.
+
+    Args:
+        agenda: What there is to do.
+        stop: Says whether a signal came.
+        resources: What a job takes.
+        scratch: Folder of Ray's own notes, which nobody reads; removed in the end.
+        gpu: Whether a GPU is used where there is one.
+        address: Of a running cluster; without it a local one is started, unless there is one.
+    """
+    ours = not ray.is_initialized()
+    if ours:
+        for variable, value in ENVIRONMENT.items():
+            os.environ.setdefault(variable, value)
+        try:
+            ray.init(
+                address=address,
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        except SystemExit as left:  # Ray's handler, in place until ours is again
+            raise Interrupted(signal.SIGTERM, "interrupted while Ray started") from left
+        stop.install()
+        # of its own notes, which nobody reads: on a full disk it would say a screen about them
+        logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
+    try:
+        slots, wanted = fit(resources, ray.cluster_resources(), gpu=gpu)
+        shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
+        ray.tune.Tuner(
+            ray.tune.with_resources(trainable, wanted),
+            tune_config=ray.tune.TuneConfig(
+                search_alg=JobSearcher(agenda, stop, resources.cpus_per_worker),
+                scheduler=JobScheduler(agenda, stop),
+                num_samples=agenda.total,
+                max_concurrent_trials=min(slots, resources.max_concurrent or slots),
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=ray.tune.RunConfig(
+                name=scratch.name, storage_path=str(scratch.parent), verbose=0
+            ),
+        ).fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if ours:
+            ray.shutdown()
+            stop.install()  # Ray puts the default handlers back
+
+
+def fit(
+    resources: Resources, cluster: dict[str, float], *, gpu: bool
+) -> tuple[int, dict[str, float]]:
+    """Return how many trials fit into the cluster at once, and what each takes.
+
+    Args:
+        resources: What is asked for.
+        cluster: CPUs and GPUs that there are, as Ray says.
+        gpu: Whether a GPU is used where there is one.
+
+    Raises:
+        ConfigError: If not even one fits.
+    """
+    wanted: dict[str, float] = {"cpu": resources.cpus_per_worker}
+    slots = int(cluster.get("CPU", 0) // resources.cpus_per_worker)
+    if gpu and cluster.get("GPU", 0):
+        wanted["gpu"] = 1 / resources.trials_per_gpu
+        slots = min(slots, int(cluster["GPU"]) * resources.trials_per_gpu)
+    if slots < 1:
+        raise ConfigError(
+            f"resources.cpus_per_worker must fit into the cluster's {cluster.get('CPU', 0):g} CPUs but is "
+            f"{resources.cpus_per_worker}; lower it."
+        )
+    return slots, wanted

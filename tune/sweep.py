@@ -10,11 +10,8 @@ from the study and from the run folders, never from Ray's own state.
 """
 
 import contextlib
-import logging
 import os
 import platform
-import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,7 +33,7 @@ from tune.display import Display, Terminal, describe
 from tune.environment import environment
 from tune.logbook import Logbook
 from tune.scheduler import pruner
-from tune.settings import Resources, Settings
+from tune.settings import Settings
 from tune.settings import digest as sweep_digest
 from tune.space import of_baseline, read_space
 from tune.study import MAIN, Search, settings_of
@@ -44,33 +41,11 @@ from tune.summary import columns, read_refits, summarise, winner
 from tune.tracking import Tracker, public
 from tune.warmstart import Point, place, printed
 
-PROJECT = Path(__file__).resolve().parent.parent
-NAMED = (
-    "student.name",
-    "teacher.name",
-    "clip.prompts",
-)  # looked up when a run starts: each choice is tried before
-SUMMARY = (
-    "best",
-    "summary",
-    "mlflow",
-    "failed",
-    "failures",
-    "seconds",
-    "machine",
-)  # that `show` reads
+# names that are looked up when a run starts: each choice is tried before any trial
+NAMED = ("student.name", "teacher.name", "clip.prompts")
 LEADING = 5  # trials that the link to MLflow's comparison shows; more would make it very long
-
-# Ray's own result files, progress output, handlers and snapshots: ours do without, or have their own.
-ENVIRONMENT = {
-    "PYTHONPATH": str(PROJECT),
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
-}
+# what `show` reads of a summary
+SUMMARY = ("best", "summary", "mlflow", "failed", "failures", "seconds", "machine")
 
 
 class Sweep:
@@ -321,7 +296,10 @@ def search_and_refit(
         agenda = plan(sweep, first, [display, logbook])
         display.agenda = agenda
         if not agenda.over:
-            run_on_ray(sweep, agenda, stop, address)
+            from tune.runner import run  # Ray takes seconds to import
+
+            scratch, resources = sweep.folder / ".ray", sweep.settings.resources
+            run(agenda, stop, resources, scratch, gpu=sweep.base.device != "cpu", address=address)
         if agenda.error is not None:
             raise agenda.error
         if agenda.stopping:
@@ -409,84 +387,6 @@ def plan(sweep: Sweep, first: dict[str, list[Point]], listeners: list) -> Agenda
         finished=finished,
         listeners=listeners,
     )
-
-
-def run_on_ray(sweep: Sweep, agenda: Agenda, stop: Stop, address: str | None) -> None:
-    """Let Ray Tune run the agenda's jobs, each in a process that goes on to the next."""
-    import ray
-    import ray.tune
-
-    from tune.runner import JobScheduler, JobSearcher
-    from tune.trial import trial
-
-    ours, scratch = (
-        not ray.is_initialized(),
-        sweep.folder / ".ray",
-    )  # Ray's own notes, which nobody reads
-    if ours:
-        for variable, value in ENVIRONMENT.items():
-            os.environ.setdefault(variable, value)
-        try:
-            ray.init(
-                address=address,
-                include_dashboard=None if address else False,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-        except SystemExit as left:  # Ray's handler, in place until ours is again
-            raise Interrupted(signal.SIGTERM, "interrupted while Ray started") from left
-        stop.install()
-        # of its own notes, which nobody reads: on a full disk it would say a screen about them
-        logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
-    try:
-        resources = sweep.settings.resources
-        slots, wanted = fit(resources, ray.cluster_resources(), gpu=sweep.base.device != "cpu")
-        shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
-        ray.tune.Tuner(
-            ray.tune.with_resources(trial, wanted),
-            tune_config=ray.tune.TuneConfig(
-                search_alg=JobSearcher(agenda, stop, resources.cpus_per_worker),
-                scheduler=JobScheduler(agenda, stop),
-                num_samples=agenda.total,
-                max_concurrent_trials=min(slots, resources.max_concurrent or slots),
-                reuse_actors=True,
-                trial_dirname_creator=lambda trial: trial.trial_id,
-            ),
-            run_config=ray.tune.RunConfig(
-                name=scratch.name, storage_path=str(scratch.parent), verbose=0
-            ),
-        ).fit()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if ours:
-            ray.shutdown()
-            stop.install()  # Ray puts the default handlers back
-
-
-def fit(
-    resources: Resources, cluster: dict[str, float], *, gpu: bool
-) -> tuple[int, dict[str, float]]:
-    """Return how many trials fit into the cluster at once, and what each takes.
-
-    Args:
-        resources: What is asked for.
-        cluster: CPUs and GPUs that there are, as Ray says.
-        gpu: Whether a GPU is used where there is one.
-
-    Raises:
-        ConfigError: If not even one fits.
-    """
-    wanted: dict[str, float] = {"cpu": resources.cpus_per_worker}
-    slots = int(cluster.get("CPU", 0) // resources.cpus_per_worker)
-    if gpu and cluster.get("GPU", 0):
-        wanted["gpu"] = 1 / resources.trials_per_gpu
-        slots = min(slots, int(cluster["GPU"]) * resources.trials_per_gpu)
-    if slots < 1:
-        raise ConfigError(
-            f"resources.cpus_per_worker must fit into the cluster's {cluster.get('CPU', 0):g} CPUs but is "
-            f"{resources.cpus_per_worker}; lower it."
-        )
-    return slots, wanted
 
 
 def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, seconds: float) -> dict[str, Any]:
