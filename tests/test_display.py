@@ -174,3 +174,9 @@ def test_settings_are_told_in_few_characters(params, text):
 @pytest.mark.parametrize(("value", "text"), [(0.5, "0.5"), (3, "3"), ("a", "a"), (None, "None")])
 def test_a_value_is_said_shortly(value, text):
     assert say(value) == text
+
+
+def test_a_temperature_says_what_it_is_relative_to():
+    found = {"fusion.alpha": 0.61907, "loss.temperature": 2.39, "loss.logit": 4, "seed": 3}
+    assert describe(found) == "alpha 0.619 T 2.39 w 4"
+    assert describe(found | {"loss.temperature_of": "task"}) == "alpha 0.619 T 2.39 of task w 4"

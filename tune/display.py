@@ -18,7 +18,6 @@ SHORT = {
     "loss.temperature": "T",
     "loss.logit": "w",
     "clip.prompts": "prompts",
-    "loss.temperature_of": "T of",
 }
 STYLES = {
     "finished": "green",
@@ -35,9 +34,14 @@ def say(value: Any) -> str:
 
 
 def describe(params: dict[str, Any]) -> str:
-    """Return searched parameters in one short line."""
-    named = ((SHORT.get(key, key.rpartition(".")[2]), value) for key, value in params.items())
-    return " ".join(f"{name} {say(value)}" for name, value in named if name != "seed")
+    """Return settings in one short line; a temperature says what it is relative to, if `params` do."""
+    parts = []
+    for key, value in params.items():
+        if key not in ("seed", "loss.temperature_of"):
+            parts.append(f"{SHORT.get(key, key.rpartition('.')[2])} {say(value)}")
+        if key == "loss.temperature" and "loss.temperature_of" in params:
+            parts.append(f"of {params['loss.temperature_of']}")
+    return " ".join(parts)
 
 
 class Terminal(Console):

@@ -412,7 +412,7 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, seconds: float) -> 
             "trial": trial.number,
             "val_top1": trial.value,
             "params": best.params,
-            "settings": sweep.settings.sweep.settings | settings_of(trial),
+            "settings": settings_of(trial) | sweep.settings.sweep.settings | settings_of(trial),
             "scale": sweep.base.clip.scale,
             "seed": seed,
             "checkpoint": f"refits/{sweep.labels['richkd']}-seed{seed}/best",
