@@ -78,9 +78,10 @@ def distill(arguments: argparse.Namespace) -> Done:
 
     say(f"{config.method.name} on {config.data.source}, into {folder}")
     if config.loss.logit:
+        fused = f"alpha {config.fusion.alpha:g} at clip.scale {config.clip.scale}, "
         say(
-            f"alpha {config.fusion.alpha:g} at clip.scale {config.clip.scale}, T {config.loss.temperature:g} of "
-            f"the {config.loss.temperature_of} logits, weight {config.loss.logit:g}"
+            f"{fused if config.fusion.alpha < 1 else ''}T {config.loss.temperature:g} of the "
+            f"{config.loss.temperature_of} logits, weight {config.loss.logit:g}"
         )
 
     def row(metrics: dict[str, Any], _checkpoint: Path) -> None:
@@ -150,7 +151,9 @@ def evaluate(arguments: argparse.Namespace) -> Done:
     from richkd import distill as training
     from richkd.student import find_checkpoint
 
-    checkpoint = find_checkpoint(Path(arguments.words[0]))
+    path = Path(arguments.words[0])
+    named = Path(configuration.Config().storage) / path  # a run may be called by its name
+    checkpoint = find_checkpoint(path if path.exists() or not named.exists() else named)
     found, speed, _ = training.retest(checkpoint)
     answer = {
         "run": str(checkpoint.parent),

@@ -467,6 +467,8 @@ def _unknown(entry: Entry, known: dict[str, Any]) -> ConfigError:
     near = get_close_matches(entry.key, known, 1, cutoff=0.5)
     tops = dict.fromkeys(key.split(".")[0] for key in known)
     hint = f"did you mean {near[0]}?" if near else f"keys begin with {', '.join(tops)}."
+    if f"sweep.{entry.key}".startswith(TABLES):
+        hint = f"did you mean sweep.{entry.key}?"
     return ConfigError(f"{where}there is no key {entry.key}; {hint}")
 
 

@@ -284,6 +284,7 @@ def run(
     state |= {"data": task.dataset.digest, "teachers": teacher.identities if teacher else {}}
     check_same(folder, state)
     state |= {"torch": torch.__version__, "python": platform.python_version()}
+    state |= {"threads": torch.get_num_threads()}  # on a CPU, the last bits depend on it
     if teacher is not None:
         state |= {"temperature": teacher.temperature, "clip_factor": teacher.factor}
     make_folder(folder, "storage")

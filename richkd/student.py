@@ -32,11 +32,18 @@ class Student(nn.Module):
         super().__init__()
         self.network, meta = network_of(saved), saved.meta
         self.names = tuple(meta["names"])
+        self.channels, self.size = meta["channels"], tuple(meta["size"])
         self.register_buffer("mean", torch.tensor([255 * m for m in meta["mean"]]))
         self.register_buffer("std", torch.tensor([255 * s for s in meta["std"]]))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits `(N, K)` of uint8 `images` `(N, C, H, W)`."""
+        wanted = (self.channels, *self.size)
+        if images.dtype != torch.uint8 or images.shape[1:] != wanted:
+            raise ValueError(
+                f"images must be uint8 of shape (N, {', '.join(map(str, wanted))}) but got {images.dtype} of "
+                f"{tuple(images.shape)}."
+            )
         return self.network(normalise(images.permute(0, 2, 3, 1), self.mean, self.std))
 
 

@@ -298,6 +298,7 @@ def test_a_sweep_that_is_stopped_goes_on_and_every_job_ends_exactly_once(stop_af
     assert left == {job for job in stopped if job.startswith("trial")}
 
     again, later = script.agenda()
+    assert again.before == sum(state != "stopped" for _, state in log.ends)
     script.drive(again)
     assert left <= set(later.started_)
     ended = [job for job, state in log.ends + later.ends if state != "stopped"]

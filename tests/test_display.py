@@ -2,15 +2,17 @@
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from richkd.config import Config, Train
+from richkd.config import Config, Fusion, Loss, Train
 from tune.agenda import Job
-from tune.display import Display, describe, say
+from tune.display import Display, describe, say, settings_of
 
 PARAMS = {
     "fusion.alpha": 0.123456789,
@@ -45,7 +47,7 @@ def fill(display: Display, jobs: int = 20, **more: dict) -> None:
     for number in range(jobs):
         one = job(number, "refit" if number % 4 == 3 else "trial", **more)
         display.started(one)
-        display.epoch(one, {"epoch": 120, "val/top1": 90.0 + number / 10})
+        display.epoch(one, {"epoch": 120, "best_val_top1": 90.0 + number / 10})
         state = STATES[number % len(STATES)]
         if state != "running":
             metrics = {"best_val_top1": 91.0 + number / 10} if state == "finished" else {}
@@ -100,7 +102,7 @@ def test_brackets_in_names_are_shown_as_they_are(name):
         display.live.refresh()
     shown = lines(out.file.getvalue())
     assert any(line.strip() == name for line in shown)
-    assert any(f"prompts {name}" in line for line in shown)
+    assert any(line.startswith("trial-kd-000") and name in line for line in shown)
 
 
 def test_the_terminal_is_left_clean_and_its_cursor_shown():
@@ -161,7 +163,7 @@ def test_progress_of_nothing_divides_by_nothing():
 @pytest.mark.parametrize(
     ("params", "text"),
     [
-        (PARAMS, "alpha 0.123 T 7.99 w 15.1 prompts digits-written"),
+        (PARAMS, "alpha 0.123 T 7.99 w 15.1 digits-written"),
         ({"train.lr": 0.00012345, "train.epochs": 20}, "lr 0.000123 epochs 20"),
         ({"fusion.alpha": 1.0, "seed": 3}, "alpha 1"),
         ({}, ""),
@@ -180,3 +182,28 @@ def test_a_temperature_says_what_it_is_relative_to():
     found = {"fusion.alpha": 0.61907, "loss.temperature": 2.39, "loss.logit": 4, "seed": 3}
     assert describe(found) == "alpha 0.619 T 2.39 w 4"
     assert describe(found | {"loss.temperature_of": "task"}) == "alpha 0.619 T 2.39 of task w 4"
+
+
+def test_a_temperature_of_fused_logits_is_marked_where_fusion_makes_it_another():
+    one = job(0, params={"loss.temperature": 3.0})
+    fused = replace(one.config, fusion=Fusion(alpha=0.7))
+    assert settings_of(replace(one, config=fused)) == "T 3 of fused"
+    assert settings_of(replace(one, config=replace(fused, fusion=Fusion(alpha=1.0)))) == "T 3"
+    relative = replace(fused, loss=Loss(temperature_of="task"))
+    assert settings_of(replace(one, config=relative)) == "T 3"
+
+
+class Known:
+    """An agenda that an earlier driver has worked on."""
+
+    total, before, stopping = 72, 5, False
+    searches = (
+        SimpleNamespace(best=lambda: SimpleNamespace(value=92.75, number=3), label="{:03d}".format),
+    )
+
+
+def test_what_an_earlier_driver_did_is_counted():
+    with Display("digits", console(80, terminal=True)) as display:
+        display.follow(Known())
+        fill(display, 1)
+        assert display.header().startswith("6 of 72 runs, best 92.75 % (trial-003), 0:0")

@@ -246,6 +246,9 @@ def test_a_loaded_student_takes_raw_pixels(make, tmp_path):
         logits = student(torch.from_numpy(test.pixels).permute(0, 3, 1, 2))
     assert accuracy(logits, torch.from_numpy(test.labels))["top1"] == found["test/top1"]
     assert student.names[0] == "zero"
+    for wrong in (torch.zeros(2, 1, 8, 8), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"uint8 of shape \(N, 1, 8, 8\)"):
+            student(wrong)
     assert not student.training
 
 

@@ -204,6 +204,18 @@ def test_the_best_is_the_highest_and_a_tie_goes_to_the_lower_loss(storage):
     assert search.best().value == 92.0
 
 
+def test_the_leading_trials_are_the_complete_ones_and_then_the_best_of_those_stopped(storage):
+    search = open_search(storage, trials=4)
+    numbers = [search.ask()[0] for _ in range(4)]
+    for number, top1 in zip(numbers, (80.0, 95.0, 90.0, 85.0), strict=True):
+        search.epoch(number, 1, top1)
+    search.tell(numbers[1], TrialState.PRUNED, {})
+    search.tell(numbers[3], TrialState.PRUNED, {})
+    succeed(search, numbers[0], 80.0)
+    succeed(search, numbers[2], 90.0)
+    assert search.leading(3) == [numbers[2], numbers[0], numbers[1]]
+
+
 def test_a_pruned_or_failed_trial_is_never_the_best(storage):
     search = open_search(storage, trials=3)
     for top1, state in ((99.0, TrialState.PRUNED), (98.0, TrialState.FAIL)):

@@ -99,6 +99,7 @@ class Agenda:
         self.stopping = False
         self.reason: str | None = None  # why it is stopping, if not by a signal
         self.error: Exception | None = None  # of the driver itself, as on a full disk
+        self.before = sum(search.ended for search in searches)  # jobs done by an earlier driver
         self.total = sum(search.trials for search in searches) + len(refits) * seeds
         self._collect()
 
@@ -145,7 +146,9 @@ class Agenda:
                 self.failed[f"refit-{refits.method}"] = "its search has no finished trial"
                 continue
             jobs = (self.refit_of(refits, seed, settings) for seed in range(self.seeds))
-            self.ready += [job for job in jobs if not self.finished(job)]
+            left = [job for job in jobs if not self.finished(job)]
+            self.before += self.seeds - len(left)
+            self.ready += left
 
     @staticmethod
     def settings_of(refits: Refits) -> dict[str, Any] | None:

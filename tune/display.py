@@ -17,7 +17,7 @@ SHORT = {
     "fusion.alpha": "alpha",
     "loss.temperature": "T",
     "loss.logit": "w",
-    "clip.prompts": "prompts",
+    "clip.prompts": "",  # the name of a set says it
 }
 STYLES = {
     "finished": "green",
@@ -38,10 +38,19 @@ def describe(params: dict[str, Any]) -> str:
     parts = []
     for key, value in params.items():
         if key not in ("seed", "loss.temperature_of"):
-            parts.append(f"{SHORT.get(key, key.rpartition('.')[2])} {say(value)}")
+            parts.append(f"{SHORT.get(key, key.rpartition('.')[2])} {say(value)}".strip())
         if key == "loss.temperature" and "loss.temperature_of" in params:
             parts.append(f"of {params['loss.temperature_of']}")
     return " ".join(parts)
+
+
+def settings_of(job: Job) -> str:
+    """Return what distinguishes a job; with T of the fused logits, which is not comparable, marked."""
+    loss, alpha = job.config.loss, job.config.fusion.alpha
+    marked = (
+        {"loss.temperature_of": "fused"} if loss.temperature_of == "fused" and alpha < 1 else {}
+    )
+    return describe(job.params | marked)
 
 
 class Terminal(Console):
@@ -65,6 +74,12 @@ class Display:
         self.live: Live | None = None
         self.preparing = ""
         self.lines = lines(self.line)
+
+    def follow(self, agenda: Agenda) -> None:
+        """Count this agenda's jobs, those of an earlier driver included."""
+        self.agenda, search = agenda, agenda.searches[0]
+        if (best := search.best()) is not None:
+            self.best = (best.value, f"trial-{search.label(best.number)}")
 
     def __enter__(self) -> "Display":
         if self.console.is_terminal:
@@ -103,8 +118,8 @@ class Display:
 
     def epoch(self, job: Job, metrics: dict[str, Any]) -> None:
         """Update a row."""
-        if "val/top1" in metrics:
-            self.rows[job.id] |= {"epoch": metrics["epoch"], "top1": metrics["val/top1"]}
+        if "best_val_top1" in metrics:
+            self.rows[job.id] |= {"epoch": metrics["epoch"], "top1": metrics["best_val_top1"]}
 
     def ended(self, job: Job, state: str, metrics: dict[str, Any]) -> None:
         """Finish a row; a plain stream gets its one line."""
@@ -118,7 +133,7 @@ class Display:
             top1 = "-" if row["top1"] is None else f"{row['top1']:.2f}"
             seconds = time.monotonic() - row["at"]
             self.line(
-                f"{job.id:<28} {state:<9} val {top1:>6}  {describe(job.params)}  ({seconds:.1f} s)"
+                f"{job.id:<28} {state:<9} val {top1:>6}  {settings_of(job)}  ({seconds:.1f} s)"
             )
 
     def header(self) -> str:
@@ -126,13 +141,15 @@ class Display:
         states = [row["state"] for row in list(self.rows.values())]  # drawn by a thread of its own
         elapsed = int(time.monotonic() - self.started_at)
         done = sum(state not in ("running", "stopped") for state in states)
-        total = self.agenda.total if self.agenda else 0
+        total = 0
+        if self.agenda:
+            done, total = done + self.agenda.before, self.agenda.total
         parts = [f"{done} of {total} runs"]
         parts += [f"{states.count(s)} {s}" for s in ("pruned", "failed") if states.count(s)]
         if self.best:
             parts.append(f"best {self.best[0]:.2f} % ({self.best[1]})")
         if self.agenda and self.agenda.stopping:
-            parts.append("stopping")
+            parts.append("stopping (again: at once)")
         return f"{', '.join(parts)}, {elapsed // 60}:{elapsed % 60:02d}"
 
     def draw(self) -> Table | Text:
@@ -157,6 +174,6 @@ class Display:
                 Text(row["state"], style=STYLES[row["state"]]),
                 f"{row['epoch']}/{job.config.train.epochs}",
                 "" if row["top1"] is None else f"{row['top1']:.2f}",
-                Text(describe(job.params)),
+                Text(settings_of(job)),
             )
         return table

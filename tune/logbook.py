@@ -77,7 +77,7 @@ class Logbook:
         tags = {
             "richkd.kind": job.kind,
             "richkd.sweep": self.name,
-            "richkd.trial": job.number,
+            f"richkd.{'trial' if job.kind == 'trial' else 'seed'}": job.number,
             "richkd.method": job.method,
             "richkd.state": "running",
             "richkd.digest": digest(job.config),
@@ -89,7 +89,9 @@ class Logbook:
 
     def epoch(self, job: Job, metrics: dict[str, Any]) -> None:
         """Keep an epoch's metrics."""
-        values = {key: value for key, value in metrics.items() if key != "epoch"}
+        # the UI compares runs by the metric that it got first
+        first = {"best_val_top1": metrics["best_val_top1"]} if "best_val_top1" in metrics else {}
+        values = first | {key: value for key, value in metrics.items() if key != "epoch"}
         self.tracker.log(self._key(job), values, metrics["epoch"])
 
     def ended(self, job: Job, state: str, metrics: dict[str, Any]) -> None:
@@ -126,9 +128,9 @@ class Logbook:
         for name, entry in summary.items():
             if entry and not name.startswith("difference"):
                 metrics[f"summary/{name}"] = entry.get("mean", entry.get("top1"))
-        for name in ("difference", "difference_tuned"):
+        for name, other in (("difference", "kd"), ("difference_tuned", "kd_tuned")):
             if summary.get(name):
-                metrics[f"summary/{name}"] = summary[name]["mean"]
+                metrics[f"summary/richkd_minus_{other}"] = summary[name]["mean"]
         self.tracker.log(self.name, metrics, 0)
         self.tracker.table(
             self.name,

@@ -117,8 +117,12 @@ class Search:
     @property
     def over(self) -> bool:
         """Whether every trial has ended."""
-        ended = sum(t.state in ENDED for t in self.study.get_trials(deepcopy=False))
-        return ended >= self.trials and not self.running
+        return self.ended >= self.trials and not self.running
+
+    @property
+    def ended(self) -> int:
+        """Number of trials that have ended."""
+        return sum(trial.state in ENDED for trial in self.study.get_trials(deepcopy=False))
 
     def ranked(self) -> list[FrozenTrial]:
         """Return the complete trials, highest validation accuracy first, ties by lower loss."""
@@ -133,6 +137,16 @@ class Search:
         """Return why trials failed, by number."""
         failed = self.study.get_trials(deepcopy=False, states=[TrialState.FAIL])
         return {trial.number: trial.user_attrs.get("error", "unknown") for trial in failed}
+
+    def leading(self, count: int) -> list[int]:
+        """Return the numbers of the best trials, complete ones first, then by the last accuracy heard of."""
+        stopped = [
+            (-trial.intermediate_values[max(trial.intermediate_values)], trial.number)
+            for trial in self.study.get_trials(deepcopy=False, states=[TrialState.PRUNED])
+            if trial.intermediate_values
+        ]
+        numbers = [trial.number for trial in self.ranked()]
+        return (numbers + [number for _, number in sorted(stopped)])[:count]
 
     def states(self) -> dict[str, int]:
         """Return how many trials ended in which state."""

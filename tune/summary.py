@@ -10,12 +10,12 @@ from typing import Any
 
 from richkd.files import read_record
 
-TEACHERS = {"teacher": "task teacher", "clip": "zero-shot CLIP", "fused": "fused teacher"}
+TEACHERS = {"teacher": "task teacher", "clip": "zero-shot CLIP", "fused": "fused teacher, as found"}
 STUDENTS = {
-    "ce": "student, labels only",
-    "kd": "kd, RichKD's weights",
+    "ce": "labels only",
+    "kd": "kd, T 3, weight 3",
     "kd_tuned": "kd, tuned",
-    "richkd_paper": "richkd-l, the paper's",
+    "richkd_paper": "richkd-l, as printed",
     "richkd": "richkd-l, as found",
 }
 

@@ -116,7 +116,8 @@ class Sweep:
         label = self.labels[refits.method]
         config = self.resolve(settings | {"seed": seed}, method)
         shown = flatten(to_dict(config))
-        keys = [key for key in self.space if key in settings or refits.method == "richkd"]
+        fused = method == base
+        keys = [key for key in self.space if key in settings or fused]
         return Job(
             id=f"refit-{label}-seed{seed}",
             kind="refit",
@@ -294,7 +295,7 @@ def search_and_refit(
         dataset = load(sweep.base.data)
         logbook.open(sweep.settings, sweep.base, sweep.space, environment(), dataset)
         agenda = plan(sweep, first, [display, logbook])
-        display.agenda = agenda
+        display.follow(agenda)
         if not agenda.over:
             from tune.runner import run  # Ray takes seconds to import
 
@@ -308,7 +309,10 @@ def search_and_refit(
             raise Stopped(agenda.reason)
         return conclude(sweep, agenda, logbook, seconds())
     except BaseException as error:
-        stopped = Stopped("the disk is full; free some space") if is_full(error) else error
+        # what a signal handler raises inside Ray comes wrapped; so does a full disk inside SQLite
+        stopped = next((one for one in causes(error) if isinstance(one, Stopped)), error)
+        if is_full(error):
+            stopped = Stopped("the disk is full; free some space")
         with contextlib.suppress(OSError):
             logbook.close("KILLED" if isinstance(stopped, Stopped) else "FAILED")
         if isinstance(stopped, Stopped):
@@ -316,13 +320,19 @@ def search_and_refit(
         raise stopped from error.__cause__
 
 
-def is_full(error: BaseException | None) -> bool:
-    """Whether a full disk is at the bottom of an error; SQLite has its own word for it."""
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what led to it, back to the first."""
     while error is not None:
-        if getattr(error, "errno", None) in NO_SPACE or "disk is full" in str(error):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a full disk is among the causes of an error; SQLite has its own word for it."""
+    return any(
+        getattr(one, "errno", None) in NO_SPACE or "disk is full" in str(one)
+        for one in causes(error)
+    )
 
 
 def open_searches(sweep: Sweep, first: dict[str, list[Point]]) -> list[Search]:
@@ -400,6 +410,7 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, seconds: float) -> 
             f"no trial of {sweep.folder.name} gave a student: {reasons or 'all were stopped early'}."
         )
     best = sweep.trial(search, trial.number, trial.params, settings_of(trial))
+    shown = flatten(to_dict(best.config))
     metrics = refits["richkd"][seed]
     summary = summarise(refits)
     result = {
@@ -412,13 +423,14 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, seconds: float) -> 
             "trial": trial.number,
             "val_top1": trial.value,
             "params": best.params,
-            "settings": settings_of(trial) | sweep.settings.sweep.settings | settings_of(trial),
+            "settings": {key: shown[key] for key in (*sweep.space, "loss.temperature_of")},
+            "origin": origin(sweep, settings_of(trial)),
             "scale": sweep.base.clip.scale,
             "seed": seed,
             "checkpoint": f"refits/{sweep.labels['richkd']}-seed{seed}/best",
             "recorded": {"val_top1": metrics["best_val_top1"], "test_top1": metrics["test/top1"]},
         },
-        "leading": [f"trial-{search.label(ranked.number)}" for ranked in search.ranked()[:LEADING]],
+        "leading": [f"trial-{search.label(number)}" for number in search.leading(LEADING)],
         "summary": summary,
         "seconds": seconds,
         "machine": {"cores": os.cpu_count(), "platform": platform.platform()},
@@ -426,6 +438,15 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, seconds: float) -> 
     result["mlflow"] = logbook.conclude(result, columns(summary))
     write_json(sweep.folder / "summary.json", result)
     return located(sweep.folder, result)
+
+
+def origin(sweep: Sweep, settings: dict[str, Any]) -> str | None:
+    """Return what the best setting is, if the search did not find it but was given it."""
+    if settings == printed(sweep.base.method.name):
+        return "the paper's own setting; nothing that was tried is better"
+    if settings == printed("kd") | {"fusion.alpha": 1.0}:
+        return "plain distillation; no fusion that was tried is better"
+    return None
 
 
 def located(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -456,7 +477,10 @@ def show(result: dict[str, Any]) -> None:
     n = summary["richkd"]["n"]
     line("")
     console.print(table)
-    line(f"mean ± standard deviation over {n} seeds; differences paired by seed")
+    if n > 1:
+        line(f"mean ± standard deviation over {n} seeds; differences paired by seed")
+    else:
+        line("a single seed: it can mislead by points; see refit.seeds")
     gap = summary.get("difference_tuned")
     if gap and gap["se"] is not None:
         line(
@@ -466,6 +490,8 @@ def show(result: dict[str, Any]) -> None:
     line("")
     line("best setting", f"{describe(best['settings'])} at clip.scale {best['scale']}")
     line("", f"trial {best['trial']}, {best['val_top1']:.2f} % on validation")
+    if best["origin"]:
+        line("", best["origin"])
     line("checkpoint", _short(best["checkpoint"]))
     line("restore it", f"python -m tune best {called(Path(result['sweep']))} --copy-to student")
     for what, text in result["mlflow"]["lines"].items():
