@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from richkd import config as configuration
-from richkd.command import NO_SPACE, Done, Verb, main, say
+from richkd.command import Done, Verb, main, say
 from richkd.config import Config
 from richkd.errors import ConfigError, Interrupted, Stopped
+from richkd.files import NO_SPACE
 from richkd.progress import Progress, lines, stoppable
 
 

@@ -18,8 +18,8 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple, NoReturn
 
 from richkd.errors import ConfigError, Interrupted, RichkdError, Stopped
+from richkd.files import NO_SPACE
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NO_ACCESS = (
     *(errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENAMETOOLONG, errno.ELOOP),

@@ -446,7 +446,7 @@ def check_text(what: str, text: str) -> None:
 def check_name(what: str, name: str) -> None:
     """Raise ConfigError unless `name` can be the name of a folder everywhere."""
     check_text(what, name)
-    if not name.strip() or "/" in name or "\\" in name or name[0] == ".":
+    if not name.strip() or set(name) & set("/\\?=") or name[0] in ".-":
         raise ConfigError(
             f"{what} must be a plain folder name but got {name!r}; use letters, digits, - and _."
         )

@@ -10,6 +10,8 @@ from typing import Any
 
 from richkd.errors import ConfigError, CorruptError, NonFiniteError
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
 
 def sync(path: Path) -> None:
     """Flush a file or a folder to the disk; a rename survives a power cut once its folder is flushed."""
@@ -29,7 +31,7 @@ def make_folder(path: Path, field: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_SPACE:
             raise
         raise ConfigError(
             f"{field} must lead to a folder that can be made but {path} cannot ({error.strerror}); choose another."

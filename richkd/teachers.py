@@ -130,7 +130,7 @@ def _entry(path: Path, key: str, fits: Callable[[tuple[int, ...]], None]) -> Ten
 class TaskTeacher:
     """The user's own teacher: a network run on what the student sees, or given logits."""
 
-    identity: str  # changes with its outputs; a record for the reader
+    identity: str  # changes with its outputs; a run goes on with the same one only
     train_views: Views
     test_views: Views
     network: nn.Module | None = None
@@ -219,7 +219,7 @@ def open_task(
 class ClipTeacher:
     """Zero-shot logits of every row at the model's own scale."""
 
-    identity: str  # changes with its outputs; a record for the reader
+    identity: str  # changes with its outputs; a run goes on with the same one only
     train: Tensor  # (N, K)
     test: Tensor | None  # (M, K); None if only given logits are known
     logit_scale: float | None  # None if only given logits are known

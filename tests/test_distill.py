@@ -127,9 +127,9 @@ def test_a_run_that_died_between_two_writes_goes_on(make, tmp_path, monkeypatch,
         row["epoch"]: row["val/top1"] == row["best_val_top1"]
         for row in lines(tmp_path / "straight")
     }
-    if before != "best" or is_best[epoch]:
-        with pytest.raises(Died):
-            distill.run(make(), folder, report=report)
+    assert before != "best" or is_best[epoch]  # else nothing would die
+    with pytest.raises(Died):
+        distill.run(make(), folder, report=report)
     monkeypatch.undo()
     again = distill.run(make(), folder, resume=True)
     assert lines(folder) == lines(tmp_path / "straight")

@@ -51,7 +51,13 @@ def command(*words: str, cwd: Path, **more: str) -> subprocess.Popen:
 def cluster():
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     yield
     ray.shutdown()
 
@@ -428,6 +434,11 @@ BAD = {
     "clip.prompts=rich12": ["clip.prompts", "does not know", "blurry"],
     "storage=/proc/version/runs": ["storage", "/proc/version"],
     "sweep.name=a/b": ["sweep.name", "a/b"],
+    "sweep.name=a=b": ["sweep.name", "a=b"],
+    "sweep.name=-a": ["sweep.name", "-a"],
+    "sweep.settings.fusion.alpha=0.5": ["method.name=kd", "fusion.alpha"],
+    "sweep.settings.train.epochs=5": ["sweep.settings", "train.epochs"],
+    "resources.cpus_per_worker=1000": ["resources.cpus_per_worker", "1000"],
     "student.name=cnn9": ["student.name", "cnn9", "cnn8"],
     "method.name=kd": ["method.name", "richkd-l"],
     "tracking.uri=mlruns": ["tracking.uri", "sqlite"],

@@ -25,6 +25,12 @@ def _one_sweep(words: list[str], *, finished: bool = False) -> Path:
     from tune.best import find_sweep
 
     names = [word for word in words if "=" not in word]
+    for word in words:
+        if "=" in word and not word.startswith("storage="):
+            raise ConfigError(
+                f"of a sweep that exists only storage=FOLDER can be said, where it lies, but got {word}; what it runs "
+                "is settled."
+            )
     if len(names) > 1:
         raise ConfigError(f"one SWEEP at a time but got {', '.join(names)}.")
     storage = _storage([word for word in words if "=" in word])
@@ -73,17 +79,19 @@ def best(arguments: argparse.Namespace) -> Done:
     return Done(answer, 0 if answer["verified"] else 1)
 
 
-ADDRESS = {"address=HOST:PORT": "a running Ray cluster; without it a local one is started"}
+ADDRESS = {
+    "address=HOST:PORT": "a running Ray cluster, as RAY_ADDRESS; else a local one is started"
+}
 
 VERBS = {
     "sweep": Verb(run=sweep, help="search, refit over seeds, compare", flags=ADDRESS),
     "resume": Verb(
-        run=resume, help="go on with a sweep", words="[SWEEP] [key=value ...]", flags=ADDRESS
+        run=resume, help="go on with a sweep", words="[SWEEP] [storage=FOLDER]", flags=ADDRESS
     ),
     "best": Verb(
         run=best,
         help="verify the best checkpoint",
-        words="[SWEEP] [key=value ...]",
+        words="[SWEEP] [storage=FOLDER]",
         flags={"copy-to=DIR": "copy the checkpoint into a new folder"},
     ),
 }

@@ -22,7 +22,7 @@ from richkd.config import to_dict
 from richkd.errors import ConfigError, Interrupted
 from tune.agenda import Agenda, Job
 from tune.environment import PROJECT
-from tune.settings import Resources
+from tune.settings import Resources, check_fits
 from tune.trial import trial as trainable
 
 # Ray's own result files, progress output, handlers and snapshots: ours do without, or have their own.
@@ -167,11 +167,17 @@ def run(
             ray.init(
                 address=address,
                 include_dashboard=None if address else False,
+                runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}},
                 log_to_driver=False,
                 logging_level="ERROR",
             )
         except SystemExit as left:  # Ray's handler, in place until ours is again
             raise Interrupted(signal.SIGTERM, "interrupted while Ray started") from left
+        except (ValueError, ConnectionError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"--address {address} cannot be used ({reason}); give HOST:PORT of a running Ray cluster, or none."
+            ) from error
         stop.install()
         # of its own notes, which nobody reads: on a full disk it would say a screen about them
         logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
@@ -193,10 +199,8 @@ def run(
             ),
         ).fit()
     finally:
+        # a cluster of our own ends with the process: `ray.shutdown` would undo our signal handlers now
         shutil.rmtree(scratch, ignore_errors=True)
-        if ours:
-            ray.shutdown()
-            stop.install()  # Ray puts the default handlers back
 
 
 def fit(
@@ -212,14 +216,10 @@ def fit(
     Raises:
         ConfigError: If not even one fits.
     """
+    check_fits(resources, cluster)
     wanted: dict[str, float] = {"cpu": resources.cpus_per_worker}
     slots = int(cluster.get("CPU", 0) // resources.cpus_per_worker)
     if gpu and cluster.get("GPU", 0):
         wanted["gpu"] = 1 / resources.trials_per_gpu
         slots = min(slots, int(cluster["GPU"]) * resources.trials_per_gpu)
-    if slots < 1:
-        raise ConfigError(
-            f"resources.cpus_per_worker must fit into the cluster's {cluster.get('CPU', 0):g} CPUs but is "
-            f"{resources.cpus_per_worker}; lower it."
-        )
     return slots, wanted

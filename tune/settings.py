@@ -7,6 +7,7 @@ from typing import Any
 
 from richkd.config import Config, check_name, in_range, one_of
 from richkd.config import digest as config_digest
+from richkd.errors import ConfigError
 
 MANY = 1_000_000
 
@@ -86,6 +87,15 @@ class Settings:
     warmstart: Warmstart = field(default_factory=Warmstart)
     resources: Resources = field(default_factory=Resources)
     tracking: Tracking = field(default_factory=Tracking)
+
+
+def check_fits(resources: Resources, cluster: dict[str, float]) -> None:
+    """Raise ConfigError if not even one trial fits into the CPUs of a cluster."""
+    if resources.cpus_per_worker > cluster.get("CPU", 0):
+        raise ConfigError(
+            f"resources.cpus_per_worker must fit into the cluster's {cluster.get('CPU', 0):g} CPUs but is "
+            f"{resources.cpus_per_worker}; lower it."
+        )
 
 
 def digest(settings: Settings, base: Config) -> str:

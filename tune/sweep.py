@@ -19,12 +19,19 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from richkd import distill, fusion
-from richkd.command import NO_SPACE, Stop
+from richkd import cache, distill, fusion
+from richkd.command import Stop
 from richkd.config import Config, Layers, build, digest, dump, flatten, to_dict
 from richkd.data import load
 from richkd.errors import ConfigError, CorruptError, Interrupted, RichkdError, Stopped
-from richkd.files import check_writable, make_folder, read_record, write_atomic, write_json
+from richkd.files import (
+    NO_SPACE,
+    check_writable,
+    make_folder,
+    read_record,
+    write_atomic,
+    write_json,
+)
 from richkd.methods import METHODS
 from richkd.progress import Progress, stoppable
 from tune.agenda import Agenda, Job, Refits
@@ -33,7 +40,7 @@ from tune.display import Display, Terminal, describe
 from tune.environment import environment
 from tune.logbook import Logbook
 from tune.scheduler import pruner
-from tune.settings import Settings
+from tune.settings import Settings, check_fits
 from tune.settings import digest as sweep_digest
 from tune.space import of_baseline, read_space
 from tune.study import MAIN, Search, settings_of
@@ -43,6 +50,7 @@ from tune.warmstart import Point, place, printed
 
 # names that are looked up when a run starts: each choice is tried before any trial
 NAMED = ("student.name", "teacher.name", "clip.prompts")
+OF_A_METHOD = ("loss.", "fusion.", "clip.")
 LEADING = 5  # trials that the link to MLflow's comparison shows; more would make it very long
 # what `show` reads of a summary
 SUMMARY = ("best", "summary", "mlflow", "failed", "failures", "seconds", "machine")
@@ -60,6 +68,7 @@ class Sweep:
         self.folder, self.layers = folder.resolve(), layers
         self.settings = build(layers, Settings)
         self.base = build(layers)
+        self.cache = str(cache.root(self.base.cache))
         if "fusion.alpha" in METHODS[self.base.method.name].fixed:
             raise ConfigError(
                 f"method.name={self.base.method.name} has no fusion to search; use method.name=richkd-l "
@@ -71,7 +80,19 @@ class Sweep:
                 "sweep.space is empty but a sweep searches something; name keys as conf/digits.yaml does, or run "
                 "`python -m richkd distill` for a single run."
             )
-        self.resolve(self.settings.sweep.settings)
+        for key in self.settings.sweep.settings:
+            if not key.startswith(OF_A_METHOD):
+                raise ConfigError(
+                    f"sweep.settings may hold keys of {', '.join(OF_A_METHOD)} but holds {key}, and then trials would "
+                    "differ from the refits that they are compared with; set it for the whole sweep."
+                )
+        for method in (None, "kd"):
+            self.resolve(self.settings.sweep.settings, method)
+        if "?" in str(self.folder):
+            raise ConfigError(
+                f"storage and sweep.name must not hold a question mark, which SQLite cannot take, but got "
+                f"{self.folder}; choose another."
+            )
         name = self.base.method.name
         self.labels = {
             "ce": "ce",
@@ -90,7 +111,8 @@ class Sweep:
                 method,
                 {"method.name": method} | {key: preset.settings[key] for key in preset.fixed},
             )
-        return build(layers.over("trial", settings))
+        # absolute, for workers that have another environment
+        return build(layers.over("trial", settings).over("", {"cache": self.cache}))
 
     def trial(
         self, search: Search, number: int, params: dict[str, Any], settings: dict[str, Any]
@@ -190,6 +212,8 @@ def start(
     }
     if (folder / "sweep.json").exists():
         raise _exists(folder)
+    if address is None and "RAY_ADDRESS" not in os.environ:
+        check_fits(settings.resources, {"CPU": os.cpu_count() or 1})
     return carry_out(sweep, asked, tracking, new=True, address=address, stop=stop or Stop())
 
 
@@ -266,17 +290,22 @@ def carry_out(
         first = prepare(sweep, stoppable(display.progress, stop))
         make_folder(folder, "storage")
         with locked(folder):
+            if asked.get("open"):
+                display.line(
+                    "the driver before this one was killed: what it had not sent yet is missing in MLflow, and only there"
+                )
             if new:
                 if (folder / "sweep.json").exists():  # of another start, a moment ago
                     raise _exists(folder)
                 write_atomic(folder / "config.yaml", dump(sweep.base).encode())
-                write_json(folder / "sweep.json", asked)
+            write_json(folder / "sweep.json", asked | {"open": True})
             logbook = Logbook(folder, tracking, sweep.settings.tracking.experiment)
             try:
                 result = search_and_refit(sweep, logbook, first, stop, display, address, seconds)
             finally:
                 with contextlib.suppress(OSError):  # a full disk
-                    write_json(folder / "sweep.json", asked | {"seconds": seconds()})
+                    done = {"seconds": seconds(), "open": False}
+                    write_json(folder / "sweep.json", asked | done)
     show(result)
     return result
 
@@ -307,6 +336,8 @@ def search_and_refit(
             if stop.signum is not None:
                 raise Interrupted(stop.signum, "interrupted")
             raise Stopped(agenda.reason)
+        if not agenda.over:  # as on SIGUSR1, on which Tune stops by itself
+            raise Stopped("Ray Tune ended before the sweep did")
         return conclude(sweep, agenda, logbook, seconds())
     except BaseException as error:
         # what a signal handler raises inside Ray comes wrapped; so does a full disk inside SQLite

@@ -5,9 +5,9 @@ from typing import Any
 
 import ray.tune
 
-from richkd.command import NO_SPACE
 from richkd.config import from_dict
 from richkd.errors import RichkdError
+from richkd.files import NO_SPACE
 
 
 def trial(job: dict[str, Any]) -> None:
