@@ -584,6 +584,7 @@ def test_links_open_the_runs_the_sweep_and_the_comparison(start, client, databas
     values = dict(part.split("=") for part in query.split("&"))
     assert json.loads(unquote(values["runs"])) == [tracker.run_id(trial) for trial in trials]
     assert json.loads(unquote(values["experiments"])) == [experiment]
+    assert query.startswith("runs=")  # the page finds nothing behind another key
     assert "compare" not in tracker.links(sweep, [])
     monkeypatch.chdir(Path(database.removeprefix("sqlite:///")).parent)
     assert tracker.links(sweep, trials)["command"] == "mlflow ui"

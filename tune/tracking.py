@@ -290,7 +290,8 @@ class Tracker:
             links["sweep"] = f"{runs}/{parent}{view}"
         if ids := [run_id for child in children if (run_id := self.run_id(child)) is not None]:
             links["compare"] = (
-                f"{root}/compare-runs{view}&runs={_json(ids)}&experiments={_json([self.experiment_id])}"
+                f"{root}/compare-runs?runs={_json(ids)}&experiments={_json([self.experiment_id])}"
+                f"&{view.removeprefix('?')}"
             )
         return links
 
