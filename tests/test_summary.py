@@ -181,7 +181,7 @@ def test_the_table_says_what_the_summary_holds():
     assert rows == [
         ("zero-shot CLIP", "80.00 ± 0.00", "", ""),
         ("fused teacher, as found", "80.00 ± 0.00", "", ""),
-        ("kd, RichKD's weights", "88.50 ± 0.71", "", ""),
+        ("kd, T 3, weight 3", "88.50 ± 0.71", "", ""),
         ("richkd-l, as found", "91.00 ± 1.41", "+2.50 (s.e. 0.50)", "2 of 2"),
     ]
 
