@@ -520,7 +520,7 @@ def test_a_tracker_that_was_not_started_closes_and_one_closed_takes_calls(start)
 
 
 @pytest.mark.parametrize(
-    "uri", ["mlruns", "./mlruns", "/tmp/mlruns", "file:./mlruns", "file:///m", "C:\\runs"]
+    "uri", ["mlruns", "./mlruns", "/m/mlruns", "file:./mlruns", "file:///m", "C:\\runs"]
 )
 def test_a_folder_is_refused_with_what_to_use(uri):
     with pytest.raises(ConfigError, match="use sqlite:///mlflow.db or the address of a server"):
