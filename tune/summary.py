@@ -5,18 +5,42 @@ for all. Differences are paired by seed, their standard error is that of the mea
 """
 
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from richkd.files import read_record
 
 TEACHERS = {"teacher": "task teacher", "clip": "zero-shot CLIP", "fused": "fused teacher, as found"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Student:
+    """One of the students that a sweep compares.
+
+    Attributes:
+        title: Its row in the table.
+        method: None is the sweep's own.
+        suffix: After the method in the names of its runs.
+        search: Whose best setting it runs; None: the setting as printed.
+    """
+
+    title: str
+    method: str | None
+    suffix: str = ""
+    search: str | None = None
+
+    def label(self, own: str) -> str:
+        """Return how its runs are called, where `own` is the sweep's method."""
+        return f"{self.method or own}{self.suffix}"
+
+
 STUDENTS = {
-    "ce": "labels only",
-    "kd": "kd, T 3, weight 3",
-    "kd_tuned": "kd, tuned",
-    "richkd_paper": "richkd-l, as printed",
-    "richkd": "richkd-l, as found",
+    "ce": Student(title="labels only", method="ce"),
+    "kd": Student(title="kd, T 3, weight 3", method="kd"),
+    "kd_tuned": Student(title="kd, tuned", method="kd", suffix="-tuned", search="kd"),
+    "richkd_paper": Student(title="richkd-l, as printed", method=None, suffix="-paper"),
+    "richkd": Student(title="richkd-l, as found", method=None, search="richkd"),
 }
 
 
@@ -119,7 +143,8 @@ def winner(refits: dict[str, dict[int, dict[str, Any]]]) -> int | None:
 def columns(summary: dict[str, Any]) -> dict[str, list]:
     """Return the summary as columns of text, for the terminal and for MLflow."""
     rows: list[tuple[str, str, str, str]] = []
-    for name, label in (TEACHERS | STUDENTS).items():
+    titles = TEACHERS | {name: student.title for name, student in STUDENTS.items()}
+    for name, label in titles.items():
         if name not in summary:
             continue
         entry = summary[name]

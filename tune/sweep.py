@@ -44,7 +44,7 @@ from tune.settings import Settings, check_fits
 from tune.settings import digest as sweep_digest
 from tune.space import of_baseline, read_space
 from tune.study import MAIN, Search, settings_of
-from tune.summary import columns, read_refits, summarise, winner
+from tune.summary import STUDENTS, columns, read_refits, summarise, winner
 from tune.tracking import Tracker, public
 from tune.warmstart import Point, place, printed
 
@@ -93,14 +93,8 @@ class Sweep:
                 f"storage and sweep.name must not hold a question mark, which SQLite cannot take, but got "
                 f"{self.folder}; choose another."
             )
-        name = self.base.method.name
-        self.labels = {
-            "ce": "ce",
-            "kd": "kd",
-            "kd_tuned": "kd-tuned",
-            "richkd_paper": f"{name}-paper",
-            "richkd": name,
-        }
+        own = self.base.method.name
+        self.labels = {name: student.label(own) for name, student in STUDENTS.items()}
 
     def resolve(self, settings: dict[str, Any], method: str | None = None) -> Config:
         """Return the config of a run: the base, a method, and dotted keys on top."""
@@ -133,13 +127,10 @@ class Sweep:
 
     def refit(self, refits: Refits, seed: int, settings: dict[str, Any]) -> Job:
         """Return the job of a refit."""
-        base = self.base.method.name
-        method = {"ce": "ce", "kd": "kd", "kd_tuned": "kd"}.get(refits.method, base)
-        label = self.labels[refits.method]
-        config = self.resolve(settings | {"seed": seed}, method)
+        student, label = STUDENTS[refits.method], self.labels[refits.method]
+        config = self.resolve(settings | {"seed": seed}, student.method or self.base.method.name)
         shown = flatten(to_dict(config))
-        fused = method == base
-        keys = [key for key in self.space if key in settings or fused]
+        keys = [key for key in self.space if key in settings or student.method is None]
         return Job(
             id=f"refit-{label}-seed{seed}",
             kind="refit",
@@ -404,13 +395,16 @@ def open_searches(sweep: Sweep, first: dict[str, list[Point]]) -> list[Search]:
 
 def plan(sweep: Sweep, first: dict[str, list[Point]], listeners: list) -> Agenda:
     """Return the agenda: both searches, then the refits of the five students that are compared."""
-    searches, found = open_searches(sweep, first), sweep.settings.sweep.settings
+    searches = {search.name: search for search in open_searches(sweep, first)}
     refits = [
-        Refits(method="richkd_paper", settings=printed(sweep.base.method.name)),
-        Refits(method="kd", settings=printed("kd")),
-        Refits(method="ce", settings=printed("ce")),
-        Refits(method="richkd", settings=found, search=searches[0]),
-        Refits(method="kd_tuned", settings=found, search=searches[1]),
+        Refits(
+            method=name,
+            settings=printed(student.method or sweep.base.method.name)
+            if student.search is None
+            else sweep.settings.sweep.settings,
+            search=searches.get(student.search),
+        )
+        for name, student in STUDENTS.items()
     ]
 
     def finished(job: Job) -> bool:
@@ -420,7 +414,7 @@ def plan(sweep: Sweep, first: dict[str, list[Point]], listeners: list) -> Agenda
         return same and "test/top1" in known.get("metrics", {})
 
     return Agenda(
-        searches,
+        list(searches.values()),
         refits,
         sweep.settings.refit.seeds,
         trial_of=sweep.trial,
