@@ -9,7 +9,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from richkd.config import Config, Train
-from richkd.errors import ConfigError
+from richkd.errors import ConfigError, Stopped
 from tune.agenda import Agenda, Job, Refits
 from tune.scheduler import pruner
 from tune.settings import Sweep
@@ -211,10 +211,10 @@ def test_a_full_disk_stops_the_sweep_and_fails_no_trial():
     script = Script()
     agenda, log = script.agenda()
     job = agenda.next()
-    agenda.stop("the disk is full")
+    agenda.broke(Stopped("the disk is full"))
     agenda.ended(job, {"stopped": "the disk is full"}, None)
     assert agenda.over
-    assert (agenda.reason, agenda.failed) == ("the disk is full", {})
+    assert (str(agenda.error), agenda.failed) == ("the disk is full", {})
     assert log.ends == [(job.id, "stopped")]
     again, later = script.agenda()
     script.drive(again)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from richkd.config import Config, Fusion, Loss, Train
 from tune.agenda import Job
-from tune.display import Display, describe, say, settings_of
+from tune.display import Display, describe, describe_job, say
 
 PARAMS = {
     "fusion.alpha": 0.123456789,
@@ -187,10 +187,10 @@ def test_a_temperature_says_what_it_is_relative_to():
 def test_a_temperature_of_fused_logits_is_marked_where_fusion_makes_it_another():
     one = job(0, params={"loss.temperature": 3.0})
     fused = replace(one.config, fusion=Fusion(alpha=0.7))
-    assert settings_of(replace(one, config=fused)) == "T 3 of fused"
-    assert settings_of(replace(one, config=replace(fused, fusion=Fusion(alpha=1.0)))) == "T 3"
+    assert describe_job(replace(one, config=fused)) == "T 3 of fused"
+    assert describe_job(replace(one, config=replace(fused, fusion=Fusion(alpha=1.0)))) == "T 3"
     relative = replace(fused, loss=Loss(temperature_of="task"))
-    assert settings_of(replace(one, config=relative)) == "T 3"
+    assert describe_job(replace(one, config=relative)) == "T 3"
 
 
 class Known:

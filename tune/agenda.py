@@ -97,8 +97,7 @@ class Agenda:
             for number, why in search.failures().items()
         }
         self.stopping = False
-        self.reason: str | None = None  # why it is stopping, if not by a signal
-        self.error: Exception | None = None  # of the driver itself, as on a full disk
+        self.error: Exception | None = None  # why it is stopping, if not by a signal
         self.before = sum(search.ended for search in searches)  # jobs done by an earlier driver
         self.total = sum(search.trials for search in searches) + len(refits) * seeds
         self._collect()
@@ -114,12 +113,12 @@ class Agenda:
                 listener.started(job)
         return job
 
-    def stop(self, reason: str | None = None) -> None:
+    def stop(self) -> None:
         """Give out nothing more, and let what runs end at its next epoch."""
-        self.stopping, self.reason = True, self.reason or reason
+        self.stopping = True
 
     def broke(self, error: Exception) -> None:
-        """Stop because of an error of the driver, which is raised when what runs has ended."""
+        """Stop because of an error that is no trial's own, which is raised when what runs has ended."""
         self.error = self.error or error
         self.stop()
 

@@ -29,15 +29,14 @@ def find_sweep(wanted: str | None, storage: Path, *, finished: bool = False) -> 
     Raises:
         ConfigError: If there is none.
     """
-    started = {path.parent: _started(path) for path in storage.glob("*/sweep.json")}
-    folders = list(started)
+    folders = [path.parent for path in storage.glob("*/sweep.json")]
     if wanted is None:
         done = [folder for folder in folders if (folder / "summary.json").exists()]
         if not folders:
             raise ConfigError(f"there is no sweep in {storage}; start one: python -m tune sweep.")
         if finished and done:
             folders = done
-        return max(folders, key=lambda folder: started[folder])
+        return max(folders, key=_started)
     for folder in (storage / wanted, Path(wanted)):
         if (folder / "sweep.json").exists():
             return folder
@@ -51,10 +50,10 @@ def find_sweep(wanted: str | None, storage: Path, *, finished: bool = False) -> 
     )
 
 
-def _started(path: Path) -> str:
+def _started(folder: Path) -> str:
     """Return when a sweep started; one whose record is damaged counts as the oldest, with a warning."""
     try:
-        return str(read_record(path, "started")["started"])
+        return str(read_record(folder / "sweep.json", "started")["started"])
     except CorruptError as error:
         warnings.warn(f"passed over: {error}", stacklevel=2)
         return ""

@@ -44,7 +44,7 @@ def describe(params: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
-def settings_of(job: Job) -> str:
+def describe_job(job: Job) -> str:
     """Return what distinguishes a job; with T of the fused logits, which is not comparable, marked."""
     loss, alpha = job.config.loss, job.config.fusion.alpha
     marked = (
@@ -133,7 +133,7 @@ class Display:
             top1 = "-" if row["top1"] is None else f"{row['top1']:.2f}"
             seconds = time.monotonic() - row["at"]
             self.line(
-                f"{job.id:<28} {state:<9} val {top1:>6}  {settings_of(job)}  ({seconds:.1f} s)"
+                f"{job.id:<28} {state:<9} val {top1:>6}  {describe_job(job)}  ({seconds:.1f} s)"
             )
 
     def header(self) -> str:
@@ -174,6 +174,6 @@ class Display:
                 Text(row["state"], style=STYLES[row["state"]]),
                 f"{row['epoch']}/{job.config.train.epochs}",
                 "" if row["top1"] is None else f"{row['top1']:.2f}",
-                Text(settings_of(job)),
+                Text(describe_job(job)),
             )
         return table

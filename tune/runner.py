@@ -4,10 +4,12 @@ Both are thin: every decision is the agenda's. Tune snapshots what it is given; 
 snapshots, since a sweep goes on from its study and its folders.
 """
 
+import contextlib
 import logging
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from ray.tune.search import Searcher
 
 from richkd.command import Stop
 from richkd.config import to_dict
-from richkd.errors import ConfigError, Interrupted
+from richkd.errors import ConfigError, Interrupted, Stopped
 from tune.agenda import Agenda, Job
 from tune.environment import PROJECT
 from tune.settings import Resources, check_fits
@@ -37,6 +39,17 @@ ENVIRONMENT = {
 }
 
 
+@contextlib.contextmanager
+def guarded(agenda: Agenda) -> Iterator[None]:
+    """Let an error of the driver stop the agenda, which raises it in the end: Tune would bury it in its own."""
+    try:
+        yield
+    except Interrupted:  # a second signal: at once
+        raise
+    except Exception as error:
+        agenda.broke(error)
+
+
 class JobSearcher(Searcher):
     """Gives Tune the agenda's next job."""
 
@@ -48,13 +61,9 @@ class JobSearcher(Searcher):
         """Return the next job, None if it has to wait for others, FINISHED at the end."""
         if self.stop.signum is not None:
             self.agenda.stop()
-        try:
+        job = None
+        with guarded(self.agenda):
             job = self.agenda.next()
-        except Interrupted:  # a second signal: at once
-            raise
-        except Exception as error:  # Tune would end in a traceback of its own
-            self.agenda.broke(error)
-            job = None
         if job is None:
             return Searcher.FINISHED if self.agenda.over else None
         return {
@@ -103,16 +112,12 @@ class JobScheduler(FIFOScheduler):
         if self.stop.signum is not None:
             self.agenda.stop()
         if "stopped" in metrics:
-            self.agenda.stop(metrics["stopped"])
+            self.agenda.broke(Stopped(metrics["stopped"]))
         if metrics.keys() & {"failed", "finished", "stopped"}:
             return TrialScheduler.CONTINUE
-        try:
+        goes_on = False
+        with guarded(self.agenda):
             goes_on = self.agenda.epoch(job, metrics)
-        except Interrupted:
-            raise
-        except Exception as error:
-            self.agenda.broke(error)
-            return TrialScheduler.STOP
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
@@ -132,12 +137,8 @@ class JobScheduler(FIFOScheduler):
     def _ended(self, trial: Trial, error: str | None) -> None:
         job = self._job(trial)
         metrics = self.latest.pop(job.id, {})
-        try:
+        with guarded(self.agenda):
             self.agenda.ended(job, metrics, error or metrics.get("failed"))
-        except Interrupted:
-            raise
-        except Exception as problem:
-            self.agenda.broke(problem)
 
 
 def run(

@@ -324,9 +324,7 @@ def search_and_refit(
         if agenda.error is not None:
             raise agenda.error
         if agenda.stopping:
-            if stop.signum is not None:
-                raise Interrupted(stop.signum, "interrupted")
-            raise Stopped(agenda.reason)
+            raise Interrupted(stop.signum, "interrupted")
         if not agenda.over:  # as on SIGUSR1, on which Tune stops by itself
             raise Stopped("Ray Tune ended before the sweep did")
         return conclude(sweep, agenda, logbook, seconds())
