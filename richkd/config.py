@@ -34,7 +34,11 @@ SWEEP_SECTIONS = (
     "tracking",
 )  # no matter of a single run
 TABLES = ("sweep.space.", "sweep.settings.")  # their keys are dotted keys themselves
-UNHASHED = ("device", "storage", "cache")  # change no result
+# change no result: where things lie and what is used; that data are the same is checked by their digest
+UNHASHED = (
+    *("device", "storage", "cache"),
+    *("data.root", "data.path", "data.download", "data.memory"),
+)
 MAX_BYTES, MAX_DEPTH, MAX_KEYS, MAX_NAME = 1_000_000, 8, 10_000, 200
 
 UNUSABLE = {"Cc", "Cs", "Zl", "Zp"}  # Unicode: control, half a pair, line and paragraph break
@@ -58,14 +62,37 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 class Data:
     """Which images, and which of them are learnt from."""
 
-    source: str = "digits"
-    validation: int = 400  # training rows held out, on which settings and epochs are chosen
+    source: str = "digits"  # digits | cifar100 | folder | arrays
+    root: str | None = None  # of cifar100: torchvision's folder; None: RICHKD_DATA
+    download: bool = False  # of cifar100: whether torchvision may fetch what is not in `root`
+    path: str | None = None  # of folder: the folder; of arrays: the .npz file
+    names: str | None = None  # of folder and arrays: text file with a class name a line
+    size: int = 32  # of folder: pixels of a side that images are brought to
+    pad: int | None = None  # pixels of zero padding before the random crop; None: the source's own
+    flip: bool | None = None  # whether a mirror image keeps its class; None: the source's own
+    unreadable: float = 0.0  # of folder: share of files that may be left out; 0: none
+    folds: int = 5  # where a source has no test rows, one of so many parts of its rows is taken
+    fold: int = 0  # which
+    memory: float = 4.0  # GiB of pixels held by a process; a larger set is read batch by batch
+    validation: int | float = 0.1  # rows held out for settings and epochs, or a share below 1
     seed: int = 0  # of the split and of the labelled subset
     labelled_per_class: int | None = None  # None: every transfer row keeps its label
     labelled_share: float | None = None  # share of labelled rows in each batch; None: as they fall
 
     def __post_init__(self) -> None:
-        in_range("data.validation", self.validation, 1, 10_000_000)
+        in_range("data.size", self.size, 8, 1024)
+        in_range("data.pad", self.pad, 0, 256)
+        in_range("data.unreadable", self.unreadable, 0, 0.5)
+        in_range("data.folds", self.folds, 2, 1000)
+        in_range("data.fold", self.fold, 0, self.folds - 1)
+        in_range("data.memory", self.memory, 0, 1e6)
+        if not 0 < self.validation < 1:
+            in_range("data.validation", self.validation, 1, 10_000_000)
+            if self.validation != int(self.validation):
+                raise ConfigError(
+                    f"data.validation must be a number of rows, or a share below 1, but got {self.validation}."
+                )
+            object.__setattr__(self, "validation", int(self.validation))
         in_range("data.seed", self.seed, 0, 2**31 - 1)
         in_range("data.labelled_per_class", self.labelled_per_class, 1, 10_000_000)
         in_range("data.labelled_share", self.labelled_share, 0.01, 1)
@@ -573,5 +600,5 @@ def dump(config: Any) -> str:
 
 def digest(config: Config) -> str:
     """Return 12 hexadecimal digits that change with everything that changes a result."""
-    kept = {key: value for key, value in to_dict(config).items() if key not in UNHASHED}
+    kept = {k: v for k, v in flatten(to_dict(config)).items() if k not in UNHASHED}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]

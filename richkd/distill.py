@@ -70,7 +70,7 @@ class Outcome:
     task: Task
 
 
-def open_task(config: Config) -> Task:
+def open_task(config: Config, progress: Progress | None = None) -> Task:
     """Load data, cut it, and put the pixels on the device."""
     name = config.device
     if name == "auto":
@@ -78,12 +78,12 @@ def open_task(config: Config) -> Task:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda but this machine has no usable GPU; use device=cpu.")
     device = torch.device(name)
-    dataset = load(config.data)
+    dataset = load(config.data, cache.root(config.cache), progress)
     return Task(
         dataset=dataset,
         split=split(dataset, config.data, config.seed),
-        train=Views(dataset.train, dataset, device),
-        test=Views(dataset.test, dataset, device),
+        train=Views(dataset.train, dataset, device, config.data.memory),
+        test=Views(dataset.test, dataset, device, config.data.memory),
         device=device,
         wanted_cache=config.cache,
     )
@@ -266,10 +266,11 @@ def run(
     before = check_same(folder, state)
     tested = {k: v for k, v in before.get("metrics", {}).items() if k.startswith(TESTED)}
     check_writable(folder, "storage")
-    task = open_task(config)
+    progress = stoppable(progress, stop)
+    task = open_task(config, progress)
     student = initial_student(config, task.dataset).to(task.device)
     student = student.to(memory_format=torch.channels_last)
-    teacher = open_teacher(config, task, stoppable(progress, stop))
+    teacher = open_teacher(config, task, progress)
     everything = len(task.split.labelled) == len(task.split.transfer)
     # without a target unlabelled rows teach nothing, so each batch is filled with labelled ones
     share = 1.0 if teacher is None and not everything else config.data.labelled_share

@@ -148,18 +148,14 @@ class TaskTeacher:
         """Logits `(N, K)` of all un-augmented training rows."""
         if self.network is None:
             return self.table
-        return network_logits(
-            self.network, self.train_views, torch.arange(len(self.train_views.view))
-        )
+        return network_logits(self.network, self.train_views, torch.arange(len(self.train_views)))
 
     @cached_property
     def test(self) -> Tensor | None:
         """Logits `(M, K)` of the test rows; None if only given logits of the training rows are known."""
         if self.network is None:
             return None
-        return network_logits(
-            self.network, self.test_views, torch.arange(len(self.test_views.view))
-        )
+        return network_logits(self.network, self.test_views, torch.arange(len(self.test_views)))
 
 
 def open_task(
@@ -251,9 +247,7 @@ def open_clip_teacher(
     text = zeroshot.text_matrix(clip, templates, dataset.names, cache_root).to(device)
     train, test = (
         fusion.zero_shot_logits(
-            zeroshot.image_features(clip, part.pixels, part.digest, cache_root, progress).to(
-                device
-            ),
+            zeroshot.image_features(clip, part, cache_root, progress).to(device),
             text,
             clip.logit_scale,
             config.reduce,

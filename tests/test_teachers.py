@@ -480,7 +480,7 @@ def test_a_zero_shot_teacher_is_the_product_of_its_features(monkeypatch, tmp_pat
     for name, answer in {
         "load": lambda *_, **__: Model(),
         "text_matrix": lambda *_: text,
-        "image_features": lambda _, __, digest, *___: images[digest],
+        "image_features": lambda _, part, *__: images[part.digest],
     }.items():  # each is held to the arguments of the function that it stands for
         stand_in = create_autospec(getattr(zeroshot, name), side_effect=answer)
         monkeypatch.setattr(zeroshot, name, stand_in)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from richkd import fusion, zeroshot
 from richkd.config import build, read
-from richkd.data import load
+from richkd.data import Images, load
 from richkd.errors import ConfigError, DataError
 from richkd.evaluate import accuracy
 from richkd.zeroshot import miniature as miniatures
@@ -37,34 +37,40 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def pixels() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (70, 40, 48, 3), dtype=np.uint8)
+def images() -> Images:
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 40, 48, 3), dtype=np.uint8)
+    return Images(pixels=pixels, labels=np.zeros(70, int))
 
 
-def test_features_equal_open_clips_own_pipeline(pixels):
+@pytest.fixture
+def pictures(images) -> list[Image.Image]:
+    return list(images.pictures(0, 70))
+
+
+def test_features_equal_open_clips_own_pipeline(pictures):
     torch.manual_seed(0)
     network, _, transform = open_clip.create_model_and_transforms("tiny")
     tokenize = open_clip.get_tokenizer("tiny")
-    images = torch.stack([transform(Image.fromarray(image)) for image in pixels])
+    images = torch.stack([transform(picture) for picture in pictures])
     with torch.no_grad():
         image = network.eval().encode_image(images, normalize=True)
         text = network.encode_text(tokenize(["a cat", "a dog"]), normalize=True)
     ours = openclip.OpenClip("tiny", None, None, CPU)
-    torch.testing.assert_close(ours.encode_images(pixels), image, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours.encode_images(pictures), image, atol=1e-6, rtol=0)
     torch.testing.assert_close(ours.encode_texts(["a cat", "a dog"]), text, atol=1e-6, rtol=0)
     assert ours.logit_scale == pytest.approx(network.logit_scale.exp().item())
 
 
-def test_cached_logits_equal_live_ones(pixels, tmp_path):
+def test_cached_logits_equal_live_ones(images, pictures, tmp_path):
     names, templates = ["cat", "dog", "{}"], prompts.templates("rich4")
     live = openclip.OpenClip("tiny", None, None, CPU)
-    image = live.encode_images(pixels)
+    image = live.encode_images(pictures)
     text = torch.stack([live.encode_texts(row) for row in prompts.captions(templates, names)])
     expected = fusion.zero_shot_logits(image, text, live.logit_scale, "embedding")
     for _ in range(2):  # computed, then read
         clip = zeroshot.load("tiny", None, device=CPU, root=tmp_path)
         found = fusion.zero_shot_logits(
-            zeroshot.image_features(clip, pixels, "digest", tmp_path),
+            zeroshot.image_features(clip, images, tmp_path),
             zeroshot.text_matrix(clip, templates, names, tmp_path),
             clip.logit_scale,
             "embedding",
@@ -72,10 +78,13 @@ def test_cached_logits_equal_live_ones(pixels, tmp_path):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_grey_images_are_read_as_rgb(pixels):
+def test_grey_images_are_read_as_rgb(images):
     clip = openclip.OpenClip("tiny", None, None, CPU)
-    grey = pixels[..., :1]
-    torch.testing.assert_close(clip.encode_images(grey), clip.encode_images(grey.repeat(3, 3)))
+    grey = Images(pixels=images.pixels[..., :1], labels=images.labels)
+    rgb = Images(pixels=grey.pixels.repeat(3, 3), labels=images.labels)
+    torch.testing.assert_close(
+        clip.encode_images(grey.pictures(0, 70)), clip.encode_images(rgb.pictures(0, 70))
+    )
 
 
 def test_building_leaves_the_callers_random_numbers_alone():
@@ -90,11 +99,12 @@ def entries(root: Path, kind: str) -> int:
     return len(list((root / kind).glob("*.json")))
 
 
-def test_cache_entries_differ_with_everything_that_matters(pixels, tmp_path):
+def test_cache_entries_differ_with_everything_that_matters(images, tmp_path):
     clip = zeroshot.load("tiny", None, device=CPU, root=tmp_path)
     for model in (clip, zeroshot.ZeroShot("another", lambda: clip.encoder, tmp_path)):
-        for digest, rows in (("a", 70), ("b", 70), ("a", 69)):
-            zeroshot.image_features(model, pixels[:rows], digest, tmp_path)
+        for rows in (images.pixels, images.pixels[::-1], images.pixels[:69]):
+            seen = Images(pixels=rows, labels=np.zeros(len(rows), int))
+            zeroshot.image_features(model, seen, tmp_path)
         for templates in (("a {}",), ("a {}", "the {}"), ("the {}", "a {}")):
             for names in (["cat", "dog"], ["dog", "cat"]):
                 zeroshot.text_matrix(model, templates, names, tmp_path)
@@ -117,9 +127,9 @@ def test_the_identity_changes_with_model_tag_and_file(tmp_path):
     assert len(names) == 7
 
 
-def test_cached_features_are_opened_without_open_clip(pixels, tmp_path):
+def test_cached_features_are_opened_without_open_clip(images, tmp_path):
     clip = zeroshot.load("tiny", None, device=CPU, root=tmp_path)
-    zeroshot.image_features(clip, pixels, "digest", tmp_path)
+    zeroshot.image_features(clip, images, tmp_path)
     zeroshot.text_matrix(clip, ["a {}"], ["cat", "dog"], tmp_path)
     code = f"""
 import sys
@@ -127,9 +137,11 @@ sys.modules["open_clip"] = None  # an import of it raises
 import numpy as np, torch
 from pathlib import Path
 from richkd import zeroshot
+from richkd.data import Images
 root = Path({str(tmp_path)!r})
 clip = zeroshot.load("tiny", None, device=torch.device("cpu"), root=root)
-zeroshot.image_features(clip, np.zeros((70, 40, 48, 3), np.uint8), "digest", root)
+pixels = np.random.default_rng(0).integers(0, 256, (70, 40, 48, 3), dtype=np.uint8)
+zeroshot.image_features(clip, Images(pixels=pixels, labels=np.zeros(70, int)), root)
 zeroshot.text_matrix(clip, ["a {{}}"], ["cat", "dog"], root)
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
@@ -154,7 +166,7 @@ def test_a_model_that_cannot_be_had_is_one_clear_line(model, pretrained, words, 
 
 
 def test_a_file_of_weights_is_taken_with_the_preprocessing_of_its_tag(
-    pixels, tmp_path, monkeypatch
+    pictures, tmp_path, monkeypatch
 ):
     torch.manual_seed(5)
     network = open_clip.create_model("tiny")
@@ -169,11 +181,11 @@ def test_a_file_of_weights_is_taken_with_the_preprocessing_of_its_tag(
     transform = open_clip.image_transform(
         32, False, tag["mean"], tag["std"], interpolation="bicubic", resize_mode="squash"
     )
-    images = torch.stack([transform(Image.fromarray(image)) for image in pixels])
+    images = torch.stack([transform(picture) for picture in pictures])
     with torch.no_grad():
         expected = network.eval().encode_image(images, normalize=True)
-    torch.testing.assert_close(own.encode_images(pixels), expected, atol=1e-6, rtol=0)
-    assert not torch.allclose(plain.encode_images(pixels), expected, atol=1e-2)
+    torch.testing.assert_close(own.encode_images(pictures), expected, atol=1e-6, rtol=0)
+    assert not torch.allclose(plain.encode_images(pictures), expected, atol=1e-2)
 
 
 def test_foreign_weights_are_refused_and_never_unpickled(tmp_path):
@@ -196,19 +208,22 @@ def test_captions_that_do_not_fit_are_counted():
 @pytest.fixture(scope="module")
 def digits():
     data = load(build(read([])).data)
-    return data, np.concatenate([data.train.pixels, data.test.pixels])
+    everything = [
+        np.concatenate([getattr(part, what) for part in (data.train, data.test)])
+        for what in ("pixels", "labels")
+    ]
+    return data, Images(pixels=everything[0], labels=everything[1])
 
 
 def top1(clip, digits, root, name: str) -> float:
-    data, pixels = digits
+    data, images = digits
     logits = fusion.zero_shot_logits(
-        zeroshot.image_features(clip, pixels, "all digits", root),
+        zeroshot.image_features(clip, images, root),
         zeroshot.text_matrix(clip, prompts.templates(name), data.names, root),
         clip.logit_scale,
         "embedding",
     )
-    labels = torch.from_numpy(np.concatenate([data.train.labels, data.test.labels]))
-    return accuracy(logits, labels)["top1"]
+    return accuracy(logits, torch.from_numpy(images.labels))["top1"]
 
 
 def test_the_miniature_reads_handwriting_that_it_never_saw(miniature, digits, cache_root):

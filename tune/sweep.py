@@ -312,7 +312,7 @@ def search_and_refit(
 ) -> dict[str, Any]:
     """Run what the agenda says and return the result; MLflow hears of the end, whatever it is."""
     try:
-        dataset = load(sweep.base.data)
+        dataset = load(sweep.base.data, cache.root(sweep.base.cache))
         logbook.open(sweep.settings, sweep.base, sweep.space, environment(), dataset)
         agenda = plan(sweep, first, [display, logbook])
         display.follow(agenda)

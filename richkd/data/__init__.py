@@ -1,25 +1,68 @@
 """Images as one indexed uint8 tensor: sources, subsets, batched augmentation, batches."""
 
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
+from richkd import cache
 from richkd.config import Data
+from richkd.data.arrays import arrays
 from richkd.data.batches import Batches
+from richkd.data.cifar import cifar100
 from richkd.data.dataset import Dataset, Images
 from richkd.data.digits import digits
 from richkd.data.subsets import Split, split
 from richkd.data.views import Views
 from richkd.errors import ConfigError
+from richkd.progress import Progress
 
-SOURCES = {"digits": digits}
+SOURCES: dict[str, Callable[[Data, Path, Progress | None], Dataset]] = {
+    "digits": digits,
+    "cifar100": cifar100,
+    "arrays": arrays,
+}
+OWN = {  # keys of one or two sources alone
+    "root": ("cifar100",),
+    "download": ("cifar100",),
+    "path": ("folder", "arrays"),
+    "names": ("folder", "arrays"),
+}
 
 __all__ = ["Batches", "Dataset", "Images", "Split", "Views", "load", "split"]
 
+_loaded: dict[tuple[Data, Path], Dataset] = {}  # the last one
 
-@lru_cache(maxsize=2)
-def load(config: Data) -> Dataset:
-    """Return the data set that `config.source` names, read once a process."""
+
+def load(config: Data, cache_root: Path | None = None, progress: Progress | None = None) -> Dataset:
+    """Return the data set that `config.source` names, read once a process.
+
+    Args:
+        config: Says where it is and what is done with it.
+        cache_root: Where decoded images are kept; None: as without a configured cache.
+        progress: Told how many files are decoded.
+
+    Raises:
+        ConfigError: If there is no such source, or it is not where `config` says.
+        DataError: If its images, labels or names do not fit together.
+        CorruptError: If it is damaged.
+    """
     if config.source not in SOURCES:
         raise ConfigError(
             f"data.source must be one of {', '.join(SOURCES)} but got {config.source!r}."
         )
-    return SOURCES[config.source](config)
+    for key, sources in OWN.items():
+        if getattr(config, key) and config.source not in sources:
+            raise ConfigError(
+                f"data.{key} is a matter of data.source={' or '.join(sources)} but data.source is {config.source}; "
+                "leave it out."
+            )
+    # what only the split reads makes no other data set
+    asked = replace(config, validation=1, seed=0, labelled_per_class=None, labelled_share=None)
+    root = cache.root(None) if cache_root is None else cache_root
+    if (asked, root) not in _loaded:
+        dataset = SOURCES[config.source](config, root, progress)
+        own = {key: getattr(config, key) for key in ("pad", "flip")}
+        dataset = replace(dataset, **{k: v for k, v in own.items() if v is not None})
+        _loaded.clear()
+        _loaded[asked, root] = dataset
+    return _loaded[asked, root]

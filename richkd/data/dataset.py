@@ -1,25 +1,42 @@
-"""A labelled image set held in memory, checked once when it is made.
+"""A labelled image set, checked once when it is made.
 
 Shapes: N images of H x W pixels and C channels, K classes.
 """
 
 import hashlib
 import unicodedata
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from richkd.config import UNUSABLE
+from richkd.data.pictures import decode
 from richkd.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Images:
-    """Rows of pixels `(N, H, W, C)` uint8 with labels `(N,)` int64, -1 where none is known."""
+    """Rows of pixels `(N, H, W, C)` uint8 with labels `(N,)` int64, -1 where none is known.
+
+    Attributes:
+        pixels: In memory, or a memory map of a file.
+        labels: Class of each row.
+        ids: `(N,)`, place of each row among all images of its source, training and test; as they come if None.
+        files: The files that the rows were made of, if they were.
+        digest: SHA-256 of pixels, shape and labels, unless the source knows a better one.
+    """
 
     pixels: np.ndarray
     labels: np.ndarray
-    digest: str = field(init=False)  # SHA-256 of pixels, shape and labels
+    ids: np.ndarray | None = None
+    files: tuple[Path, ...] | None = None
+    digest: str | None = None
 
     def __post_init__(self) -> None:
         pixels, labels = self.pixels, self.labels
@@ -41,13 +58,27 @@ class Images:
                 f"there must be one label an image but got {labels.shape} for {len(pixels)} images."
             )
         object.__setattr__(self, "labels", labels.astype(np.int64))
-        text = hashlib.sha256(str(pixels.shape).encode())
-        text.update(np.ascontiguousarray(pixels))
-        text.update(np.ascontiguousarray(self.labels))
-        object.__setattr__(self, "digest", text.hexdigest())
+        if self.ids is None:
+            object.__setattr__(self, "ids", np.arange(len(labels)))
+        if self.digest is None:
+            text = hashlib.sha256(str(pixels.shape).encode())
+            text.update(np.ascontiguousarray(pixels))
+            text.update(np.ascontiguousarray(self.labels))
+            object.__setattr__(self, "digest", text.hexdigest())
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def pictures(self, start: int, stop: int) -> "Iterator[Image]":
+        """Yield rows `start` to `stop` as CLIP should see them: from their files, in full, where there are any."""
+        from PIL import Image
+
+        for k in range(start, stop):
+            if self.files is not None:
+                yield decode(self.files[k])
+            else:
+                row = self.pixels[k]
+                yield Image.fromarray(row[..., 0] if row.shape[2] == 1 else row)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -60,9 +91,11 @@ class Dataset:
     test: Images
     pad: int  # pixels of zero padding around an image before the random crop
     flip: bool  # whether a mirror image keeps its class
-    mean: tuple[float, ...] = field(init=False)  # of each channel of the training pixels, in 0 to 1
-    std: tuple[float, ...] = field(init=False)
-    digest: str = field(init=False)
+    held_out: np.ndarray | None = None  # training rows that the source itself sets aside
+    unreadable: tuple[str, ...] = ()  # files that were left out, and why
+    mean: tuple[float, ...] | None = None  # of each channel of the training pixels, in 0 to 1
+    std: tuple[float, ...] | None = None
+    digest: str = ""
 
     def __post_init__(self) -> None:
         classes = len(self.names)
@@ -102,13 +135,10 @@ class Dataset:
                 raise DataError(
                     f"each class needs a labelled image but {self.name} has none for {empty!r} among its {part} rows."
                 )
-        pixels = self.train.pixels.reshape(-1, self.train.pixels.shape[3])
-        counts = [np.bincount(channel, minlength=256) / len(pixels) for channel in pixels.T]
-        mean = [float(c @ np.arange(256)) / 255 for c in counts]
-        square = [float(c @ np.arange(256) ** 2) / 255**2 for c in counts]
-        std = [max(s - m * m, 1e-6) ** 0.5 for s, m in zip(square, mean, strict=True)]
-        object.__setattr__(self, "mean", tuple(mean))
-        object.__setattr__(self, "std", tuple(std))
+        if self.mean is None:
+            mean, std = moments(self.train.pixels)
+            object.__setattr__(self, "mean", mean)
+            object.__setattr__(self, "std", std)
         text = repr((self.name, self.names, self.train.digest, self.test.digest))
         object.__setattr__(self, "digest", hashlib.sha256(text.encode()).hexdigest())
 
@@ -121,3 +151,15 @@ class Dataset:
     def size(self) -> tuple[int, int]:
         """Height and width of an image in pixels."""
         return self.train.pixels.shape[1:3]
+
+
+def moments(pixels: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel of uint8 `(N, H, W, C)`, in 0 to 1; exact."""
+    counts = np.zeros((pixels.shape[3], 256), np.int64)
+    for start in range(0, len(pixels), 1024):
+        flat = pixels[start : start + 1024].reshape(-1, pixels.shape[3])
+        counts += [np.bincount(channel, minlength=256) for channel in flat.T]
+    shares = counts / counts.sum(1, keepdims=True)
+    mean = shares @ np.arange(256) / 255
+    std = np.maximum(shares @ np.arange(256) ** 2 / 255**2 - mean**2, 1e-6) ** 0.5
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,16 +1,19 @@
 """The embedded default: the 1,797 handwritten digits that ship with scikit-learn, 8 x 8 pixels, grey."""
 
+from pathlib import Path
+
 import numpy as np
 
 from richkd.config import Data
 from richkd.data.dataset import Dataset, Images
 from richkd.data.subsets import stratified
+from richkd.progress import Progress
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEST_ROWS = 800
 
 
-def digits(config: Data) -> Dataset:
+def digits(config: Data, root: Path, progress: Progress | None) -> Dataset:
     """Return the digits, 997 for training and 800 for testing, cut the same way for every seed."""
     from sklearn.datasets import load_digits
 
@@ -23,7 +26,9 @@ def digits(config: Data) -> Dataset:
         name="digits",
         names=NAMES,
         train=Images(pixels=pixels[train], labels=labels[train]),
-        test=Images(pixels=pixels[test], labels=labels[test]),
+        test=Images(
+            pixels=pixels[test], labels=labels[test], ids=np.arange(len(train), len(labels))
+        ),
         pad=1,  # shifts of one pixel: an eighth of the image, as 4 of 32 for CIFAR
         flip=False,
     )

@@ -71,15 +71,46 @@ def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.n
     return np.sort(np.concatenate(drawn))
 
 
+def fold_of(labels: np.ndarray, config: Data) -> np.ndarray:
+    """Return the test rows of a source that has none of its own: one of `data.folds` stratified parts, sorted.
+
+    They depend on `data.fold` alone, so that all seeds and methods are tested on the same rows, and the folds
+    together hold each labelled row once. Rows without a label are never tested.
+
+    Raises:
+        DataError: If a class has fewer labelled rows than there are folds.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    known = np.flatnonzero(labels >= 0)
+    classes, sizes = np.unique(labels[known], return_counts=True)
+    if len(known) == 0 or sizes.min() < config.folds:
+        fewest = (
+            f"class {classes[sizes.argmin()]} has {sizes.min()}" if len(known) else "there is none"
+        )
+        raise DataError(
+            f"a source without test rows needs data.folds={config.folds} labelled rows of each class but {fewest}; "
+            "lower data.folds, or bring test rows."
+        )
+    folds = StratifiedKFold(config.folds, shuffle=True, random_state=0)
+    return known[list(folds.split(known, labels[known]))[config.fold][1]]
+
+
 def split(dataset: Dataset, config: Data, seed: int) -> Split:
     """Cut validation rows from the training set and choose the labelled part of the rest.
 
     The validation rows depend on `data.seed` alone, so that runs with other seeds are compared on the
-    same ones; the labelled subset depends on `data.seed` and on `seed`, since few labels are a large part
-    of the chance in a few-label result. Rows without a label are never held out.
+    same ones, unless the source itself sets rows aside for that; the labelled subset depends on `data.seed` and
+    on `seed`, since few labels are a large part of the chance in a few-label result. Rows without a label are
+    never held out.
     """
     labels = dataset.train.labels
-    validation = stratified(labels, config.validation, np.random.default_rng([config.seed, 1]))
+    validation = dataset.held_out
+    if validation is None:
+        count = config.validation
+        if count < 1:
+            count = max(round(count * (labels >= 0).sum()), len(dataset.names))
+        validation = stratified(labels, count, np.random.default_rng([config.seed, 1]))
     transfer = np.setdiff1d(np.arange(len(labels)), validation)
     visible = labels.copy()
     visible[validation] = -1

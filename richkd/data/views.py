@@ -1,11 +1,14 @@
 """Batched random crop with padding and flip, as one indexed copy out of a padded uint8 tensor.
 
+A set that fits in memory is padded once; of a larger one each batch is read, padded and cropped the same way.
+
 An image has `(2 pad + 1)^2` crops and, where flips are allowed, twice as many views. A view is named by
 `(dy, dx, flip)`: the crop's offset in the padded image, then whether the crop is mirrored, which is what
 torchvision's RandomCrop(size, padding) followed by RandomHorizontalFlip produces.
 """
 
 import copy
+import math
 from collections.abc import Iterable
 from typing import Self
 
@@ -22,37 +25,51 @@ class Views:
         images: N images of H x W pixels and C channels.
         dataset: Gives padding, flips and normalisation.
         device: Where the pixels lie and where batches are made.
+        memory: GiB that the padded pixels may take; above, batches are read from `images` as they are needed.
     """
 
-    def __init__(self, images: Images, dataset: Dataset, device: torch.device) -> None:
-        pixels = torch.from_numpy(images.pixels)
-        n, height, width, channels = pixels.shape
+    def __init__(
+        self, images: Images, dataset: Dataset, device: torch.device, memory: float = math.inf
+    ) -> None:
+        self.source, self.device = images.pixels, device
+        height, width, channels = self.source.shape[1:]
+        self.shape = (height, width, channels)
         self.pad, self.flips = dataset.pad, 1 + dataset.flip
+        each = self.flips * (height + 2 * self.pad) * (width + 2 * self.pad) * channels
+        fits = len(images) * each <= memory * 2**30
+        self.view = self._crops(torch.from_numpy(self.source)) if fits else None
+        self._normalise_by(dataset.mean, dataset.std)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.source)
+
+    def _crops(self, pixels: Tensor) -> Tensor:
+        """Return the crops of `pixels` `(N, H, W, C)`: [n, flip, dy, dx] is H rows of W * C bytes.
+
+        The bytes of a row are consecutive, and crops overlap in memory.
+        """
+        n, height, width, channels = pixels.shape
         p = self.pad
         padded = pixels.new_zeros(n, self.flips, height + 2 * p, width + 2 * p, channels)
         padded[:, 0, p : p + height, p : p + width] = pixels
         if self.flips == 2:
             padded[:, 1] = padded[:, 0].flip(2)
-        padded = padded.to(device)
+        padded = padded.to(self.device)
         row = (width + 2 * p) * channels
-        self.shape = (height, width, channels)
-        # [n, flip, dy, dx] -> H rows of W * C consecutive bytes, overlapping in memory
-        self.view = padded.as_strided(
+        return padded.as_strided(
             (n, self.flips, 2 * p + 1, 2 * p + 1, height, width * channels),
             (padded.stride(0), padded.stride(1), row, channels, row, 1),
         )
-        self._normalise_by(dataset.mean, dataset.std, device)
 
-    def _normalise_by(
-        self, mean: Iterable[float], std: Iterable[float], device: torch.device
-    ) -> None:
-        self.mean = torch.tensor([255 * m for m in mean], device=device)
-        self.std = torch.tensor([255 * s for s in std], device=device)
+    def _normalise_by(self, mean: Iterable[float], std: Iterable[float]) -> None:
+        self.mean = torch.tensor([255 * m for m in mean], device=self.device)
+        self.std = torch.tensor([255 * s for s in std], device=self.device)
 
     def normalised_by(self, mean: Iterable[float], std: Iterable[float]) -> Self:
         """Return the same views, on the same pixels, with another mean and deviation (in 0 to 1)."""
         other = copy.copy(self)
-        other._normalise_by(mean, std, self.mean.device)
+        other._normalise_by(mean, std)
         return other
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
@@ -62,13 +79,17 @@ class Views:
 
     def pixels(self, rows: Tensor, views: Tensor | None = None) -> Tensor:
         """Return the asked-for crops, uint8 `(B, H, W, C)`; the images as they are without `views`."""
+        view, count = self.view, len(rows)
+        if view is None:
+            view = self._crops(torch.from_numpy(self.source[rows.cpu().numpy()]))
+            rows = torch.arange(count)
         if views is None:
-            batch = self.view[rows, 0, self.pad, self.pad]
+            batch = view[rows, 0, self.pad, self.pad]
         else:
             dy, dx, flip = views.to(rows.device).unbind(1)
             # in the mirrored image the same crop starts as far from the other side
-            batch = self.view[rows, flip, dy, torch.where(flip == 1, 2 * self.pad - dx, dx)]
-        return batch.view(len(rows), *self.shape)
+            batch = view[rows, flip, dy, torch.where(flip == 1, 2 * self.pad - dx, dx)]
+        return batch.view(count, *self.shape)
 
     def images(self, rows: Tensor, views: Tensor | None = None) -> Tensor:
         """Return the same crops normalised, float32 `(B, C, H, W)` in channels-last memory order."""

@@ -6,19 +6,23 @@ a search over prompt sets runs CLIP on no image twice. Where all is cached the n
 Shapes: N images, P prompts, K classes, D features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from richkd import cache
+from richkd.data import Images
 from richkd.files import read_json, to_json, write_synced
 from richkd.progress import Progress
 from richkd.zeroshot import miniature, openclip, prompts
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["Encoder", "ZeroShot", "image_features", "load", "text_matrix"]
 
@@ -28,8 +32,8 @@ class Encoder(Protocol):
 
     logit_scale: float
 
-    def encode_images(self, pixels: np.ndarray) -> Tensor:
-        """Return unit-norm features `(N, D)` of uint8 pixels `(N, H, W, C)`."""
+    def encode_images(self, pictures: "Iterable[Image]") -> Tensor:
+        """Return unit-norm features `(N, D)` of N pictures, grey or RGB, of any size."""
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Return unit-norm features, one row a text."""
@@ -106,21 +110,20 @@ def text_matrix(
 
 
 def image_features(
-    clip: ZeroShot, pixels: np.ndarray, digest: str, root: Path, progress: Progress | None = None
+    clip: ZeroShot, images: Images, root: Path, progress: Progress | None = None
 ) -> Tensor:
     """Return unit-norm image features `(N, D)`, from the cache or into it.
 
     Args:
         clip: Model.
-        pixels: Uint8 `(N, H, W, C)`, un-augmented.
-        digest: Of the pixels and their order.
+        images: N images, seen un-augmented.
         root: Cache folder.
         progress: Told how many rows are done.
     """
 
     def compute(start: int, stop: int) -> np.ndarray:
-        return clip.encoder.encode_images(pixels[start:stop]).numpy()
+        return clip.encoder.encode_images(images.pictures(start, stop)).numpy()
 
-    key = {"model": clip.identity, "images": digest}
-    rows = cache.rows(root, "clip-images", key, len(pixels), clip.width, compute, progress=progress)
+    key = {"model": clip.identity, "images": images.digest}
+    rows = cache.rows(root, "clip-images", key, len(images), clip.width, compute, progress=progress)
     return torch.tensor(rows)

@@ -9,10 +9,10 @@ Shapes: N images, M texts, D features.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from richkd.errors import DataError
 from richkd.files import sha256_of, to_json, write_synced
 from richkd.progress import Progress
 from richkd.threads import one_thread
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 TEMPLATES = (
     "a photo of the digit {}",
@@ -176,11 +179,9 @@ class Miniature:
         return self.network.logit_scale.exp().item()
 
     @torch.no_grad()
-    def encode_images(self, pixels: np.ndarray) -> Tensor:
-        """Return unit-norm features `(N, D)` of uint8 `pixels` `(N, H, W, C)`, brought to grey and 8 x 8."""
-        grey = torch.from_numpy(pixels).to(self.device).float().mean(3) / 255
-        if grey.shape[1:] != (SIZE, SIZE):
-            grey = F.interpolate(grey[:, None], (SIZE, SIZE), mode="area")[:, 0]
+    def encode_images(self, pictures: "Iterable[Picture]") -> Tensor:
+        """Return unit-norm features `(N, D)` of pictures brought to grey and 8 x 8."""
+        grey = torch.stack([_grey(picture) for picture in pictures]).to(self.device)
         parts = [self.network.encode_image(prepare(part)) for part in grey.split(256)]
         return F.normalize(torch.cat(parts).float(), dim=1).cpu()
 
@@ -189,6 +190,15 @@ class Miniature:
         """Return unit-norm features `(M, D)`."""
         features = self.network.encode_text(self.tokenizer(texts).to(self.device))
         return F.normalize(features.float(), dim=1).cpu()
+
+
+def _grey(picture: "Picture") -> Tensor:
+    """Return the grey values of a picture in 0 to 1, `(8, 8)`."""
+    pixels = np.array(picture, np.float32)
+    grey = torch.from_numpy(pixels if pixels.ndim == 2 else pixels.mean(2)) / 255
+    if grey.shape == (SIZE, SIZE):
+        return grey
+    return F.interpolate(grey[None, None], (SIZE, SIZE), mode="area")[0, 0]
 
 
 def pretrain(progress: Progress | None = None) -> dict[str, Tensor]:

@@ -1,21 +1,25 @@
 """Any model of open_clip as a zero-shot teacher, with its own preprocessing and tokenizer.
 
-Shapes: N images of H x W pixels and C channels, M texts, D features.
+Shapes: N images, M texts, D features.
 """
 
 import warnings
+from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from richkd.errors import ConfigError
 from richkd.files import sha256_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 BATCH = 64  # images or texts at once
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
@@ -90,16 +94,12 @@ class OpenClip:
         return self.network.logit_scale.exp().item()
 
     @torch.no_grad()
-    def encode_images(self, pixels: np.ndarray) -> Tensor:
-        """Return unit-norm features `(N, D)` of uint8 `pixels` `(N, H, W, C)`; grey becomes RGB."""
-        from PIL import Image
-
-        parts = []
-        for first in range(0, len(pixels), BATCH):
-            part = pixels[first : first + BATCH]
-            part = part[..., 0] if part.shape[3] == 1 else part
-            images = torch.stack([self.transform(Image.fromarray(image)) for image in part])
-            parts.append(self.network.encode_image(images.to(self.device)).float().cpu())
+    def encode_images(self, pictures: "Iterable[Image]") -> Tensor:
+        """Return unit-norm features `(N, D)`; grey becomes RGB. Few pictures are held at a time."""
+        parts, left = [], iter(pictures)
+        while images := [self.transform(picture) for picture in islice(left, BATCH)]:
+            batch = torch.stack(images).to(self.device)
+            parts.append(self.network.encode_image(batch).float().cpu())
         return F.normalize(torch.cat(parts), dim=1)
 
     @torch.no_grad()
