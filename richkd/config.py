@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hint
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from richkd import methods
 from richkd.errors import ConfigError
@@ -111,18 +111,20 @@ class Student:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Teacher:
-    """The task teacher: a checkpoint, given logits, or trained on the labelled rows if neither."""
+    """The task teacher: a checkpoint, published weights, given logits, or trained on the labelled rows if none."""
 
-    name: str = "resnet32x4"  # of the network that is trained
+    name: str = "resnet32x4"  # of the network, but for a checkpoint of richkd, which knows its own
     shortcut: str = "B"
     epochs: int = 240
     batch_size: int = 64
     lr: float = 0.05
     weight_decay: float = 5e-4
-    checkpoint: str | None = None  # a run or a checkpoint of richkd
-    logits: str | None = (
-        None  # FILE.npy, FILE.npz:KEY or FILE.safetensors:KEY; a row a training image
-    )
+    checkpoint: str | None = None  # a run or a checkpoint of richkd, or a file of weights
+    pretrained: str | None = None  # weights of timm/NAME or torchvision/NAME: a tag, or `default`
+    logits: str | None = None  # FILE.npy, FILE.npz:KEY or FILE.safetensors:KEY; a row an image
+    mean: tuple[float, ...] | None = None  # of its input's channels, in 0 to 1; None: its own
+    std: tuple[float, ...] | None = None
+    size: int | None = None  # pixels of a side that it sees; None: its own, or the data's
 
     def __post_init__(self) -> None:
         one_of("teacher.shortcut", self.shortcut, ("A", "B"))
@@ -130,36 +132,80 @@ class Teacher:
         in_range("teacher.batch_size", self.batch_size, 2, 1_000_000)
         in_range("teacher.lr", self.lr, 1e-8, 100)
         in_range("teacher.weight_decay", self.weight_decay, 0, 10)
-        if self.checkpoint is not None and self.logits is not None:
+        in_range("teacher.size", self.size, 8, 4096)
+        given = {
+            f"teacher.{key}": value
+            for key in ("checkpoint", "pretrained", "logits")
+            if (value := getattr(self, key)) is not None
+        }
+        if len(given) > 1:
             raise ConfigError(
-                f"teacher.checkpoint and teacher.logits exclude each other but both are given "
-                f"({self.checkpoint}, {self.logits}); leave one out."
+                f"{' and '.join(given)} exclude each other but are both given "
+                f"({', '.join(given.values())}); leave one out."
             )
+        for key, low in (("mean", -10), ("std", 1e-6)):
+            if (values := getattr(self, key)) is None:
+                continue
+            object.__setattr__(self, key, tuple(map(float, values)))
+            for value in values:
+                in_range(f"teacher.{key}", value, low, 10)
+            if len(values) not in (1, 3):
+                raise ConfigError(
+                    f"teacher.{key} must have a number for each channel, 1 or 3, but got {len(values)}."
+                )
+        if (self.mean is None) != (self.std is None):
+            raise ConfigError("teacher.mean and teacher.std belong together but only one is given.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Clip:
-    """The zero-shot teacher."""
+class ZeroShot:
+    """A vision-language model with prompts, or its logits computed elsewhere."""
 
     model: str = "ViT-B-32"  # a name of open_clip's, or `miniature`
     pretrained: str | None = "laion2b_s34b_b79k"  # open_clip's tag; None: random weights
     file: str | None = None  # where its weights lie on this machine; None: open_clip downloads them
     prompts: str = "rich12"  # a named set or a text file
-    scale: int | float | str = "model"  # model | match_std | calibrated | none | a logit scale
     reduce: str = "embedding"  # how several prompts become one classifier
     logits: str | None = None  # as teacher.logits, instead of a model
 
     def __post_init__(self) -> None:
         one_of("clip.reduce", self.reduce, ("embedding", "logits", "probs"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extra(ZeroShot):
+    """A further zero-shot teacher."""
+
+    weight: float  # its share of the zero-shot logits; the first teacher has what is left of 1
+
+    def __post_init__(self) -> None:
+        ZeroShot.__post_init__(self)
+        in_range("clip.extra.weight", self.weight, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clip(ZeroShot):
+    """The zero-shot teacher, or several of them, each brought to the same kind of scale."""
+
+    scale: int | float | str = "model"  # model | match_std | calibrated | none | a logit scale
+    extra: list[Extra] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        ZeroShot.__post_init__(self)
         if isinstance(self.scale, str):
             one_of("clip.scale", self.scale, ("model", "match_std", "calibrated", "none"))
         else:
             in_range("clip.scale", self.scale, 1e-3, 1e5)
             object.__setattr__(self, "scale", float(self.scale))
-        if self.reduce == "probs" and self.scale not in ("model", "match_std", "calibrated"):
+        reduces = {self.reduce, *(each.reduce for each in self.extra)}
+        if "probs" in reduces and self.scale not in ("model", "match_std", "calibrated"):
             raise ConfigError(
                 f"clip.reduce=probs mixes probabilities at the model's own scale but got clip.scale={self.scale}; "
                 "use clip.scale=model, match_std or calibrated, or clip.reduce=embedding or logits."
+            )
+        if (total := sum(each.weight for each in self.extra)) > 1:
+            raise ConfigError(
+                f"the weights of clip.extra are shares of the zero-shot logits but sum to {total:g}; lower them."
             )
 
 
@@ -453,8 +499,10 @@ def _leaves(schema: type, prefix: str = "") -> dict[str, Any]:
 def _say(hint: Any) -> str:
     if isinstance(hint, UnionType):
         return " or ".join(_say(part) for part in get_args(hint))
+    if get_origin(hint) is tuple:
+        return {float: "a list of numbers"}.get(get_args(hint)[0], "a list")
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    words |= {type(None): "null", dict: "a mapping", tuple: "a list"}
+    words |= {type(None): "null", dict: "a mapping", list: "a list of mappings"}
     return words.get(get_origin(hint) or hint, str(hint))
 
 
@@ -527,10 +575,15 @@ def _resolve(schema: type[T], entries: tuple[Entry, ...]) -> T:
         if entry.value in (None, [], {}) and entry.key in tables:
             filled[entry.key].clear()  # `sweep.space={}` empties what layers below filled
             continue
+        value = entry.value
+        if get_origin(known[entry.key]) is list and value is not None:
+            value = _resolve_list(get_args(known[entry.key])[0], f"{where}{entry.key}", value)
         try:
-            if isinstance(entry.value, str) and not _takes_text(known[entry.key]):
+            if isinstance(value, str) and not _takes_text(known[entry.key]):
                 raise ValueError("OmegaConf would read 010, or 1_000, as a number")
-            OmegaConf.update(node, entry.key, entry.value, merge=False)
+            if bool in (known[entry.key], *get_args(known[entry.key])) and type(value) is int:
+                raise ValueError("OmegaConf would read 2 as true")
+            OmegaConf.update(node, entry.key, value, merge=False)
         except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
             raise ConfigError(
                 f"{where}{entry.key} must be {_say(known[entry.key])} but got {entry.value!r}."
@@ -538,7 +591,23 @@ def _resolve(schema: type[T], entries: tuple[Entry, ...]) -> T:
     for key, table in filled.items():
         kept = {name: value for name, value in table.items() if value is not None}
         OmegaConf.update(node, key, kept, merge=False)
-    return OmegaConf.to_object(node)
+    try:
+        return OmegaConf.to_object(node)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} must be given but is not.") from error
+
+
+def _resolve_list(schema: type[T], what: str, items: Any) -> list[T]:
+    """Resolve a list of mappings, each into a dataclass."""
+    if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
+        raise ConfigError(f"{what} must be a list of mappings but got {items!r}.")
+    found = []
+    for k, item in enumerate(items):
+        try:
+            found.append(_resolve(schema, tuple(Entry(key, v, "") for key, v in item.items())))
+        except ConfigError as error:
+            raise ConfigError(f"{what}[{k}]: {error}") from error
+    return found
 
 
 def build(layers: Layers, schema: type[T] = Config) -> T:

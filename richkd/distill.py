@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from richkd import cache, checkpoint, fusion, losses, models, teachers
-from richkd.config import Config, digest, dump, from_dict, to_dict
+from richkd.config import Config, Teacher, digest, dump, from_dict, to_dict
 from richkd.data import Batches, Dataset, Split, Views, load, split
 from richkd.data.batches import stream_seed
 from richkd.errors import ConfigError, Interrupted, NonFiniteError
@@ -32,6 +32,12 @@ from richkd.threads import one_thread
 
 ADVICE = "lower train.lr or loss.logit, or raise loss.temperature"  # of a run that diverged
 TESTED = ("test/", "teacher/", "clip/", "fused/")  # of the test rows
+BROUGHT = (
+    "checkpoint",
+    "pretrained",
+    "logits",
+)  # where a teacher that is not trained here comes from
+SOME = 500  # held-out rows on which such a teacher is looked at
 TERMS = ("loss_ce", "loss_logit", "loss", "target_entropy")
 
 Report = Callable[[dict[str, float], Path], None]
@@ -99,24 +105,42 @@ def open_teacher(
     """
     if config.loss.logit == 0:
         return None
-    fixed_scale = config.clip.scale not in ("match_std", "calibrated")
-    clip = own = None
+    relative = config.clip.scale in ("match_std", "calibrated")
+    relative |= config.loss.temperature_of == "task"
+    own = None
+    clips = []
     if config.fusion.alpha < 1:
-        clip = teachers.open_clip_teacher(
+        clips = teachers.open_clip_teachers(
             config.clip, task.dataset, task.device, task.cache, progress
         )
-    if config.fusion.alpha > 0 or config.loss.temperature_of == "task" or not fixed_scale:
+    if config.fusion.alpha > 0 or relative:
+        given = config.teacher
         trained = None
-        if config.teacher.checkpoint is None and config.teacher.logits is None:
+        if given.checkpoint is given.pretrained is given.logits is None:
             trained = trained_teacher(config, task, progress)
-        own = teachers.open_task(config.teacher, trained, task.dataset, task.train, task.test)
+        own = teachers.open_task(
+            given, trained, task.dataset, task.train, task.test, task.cache, progress
+        )
+    check_teachers(config.teacher, task, own, clips)
+    return teachers.FusedTeacher(config, task.split, task.labels, own, clips)
+
+
+def check_teachers(
+    given: Teacher,
+    task: Task,
+    own: teachers.TaskTeacher | None,
+    clips: list[teachers.ClipTeacher],
+) -> None:
+    """Look at what the teachers that were brought say of held-out rows, or of some of them."""
     rows = torch.from_numpy(task.split.validation)
-    if own is not None and own.table is not None:
-        teachers.check_sense("teacher.logits", own.table[rows], task.labels[rows])
-    if clip is not None:
-        source = "clip.prompts" if config.clip.logits is None else "clip.logits"
-        teachers.check_sense(source, clip.train[rows], task.labels[rows])
-    return teachers.FusedTeacher(config, task.split, task.labels, own, clip)
+    some = rows[:: -(-len(rows) // SOME)]
+    source = next((key for key in BROUGHT if getattr(given, key) is not None), None)
+    if own is not None and source is not None:
+        teachers.check_sense(f"teacher.{source}", own.plain(some), task.labels[some])
+        if source == "checkpoint" and Path(given.checkpoint).is_file() and given.mean is None:
+            teachers.check_normalisation(own, some, task.labels[some])
+    for clip in clips:
+        teachers.check_sense(clip.source, clip.train[rows], task.labels[rows])
 
 
 def trained_teacher(config: Config, task: Task, progress: Progress | None = None) -> Path:
@@ -287,7 +311,7 @@ def run(
     state |= {"torch": torch.__version__, "python": platform.python_version()}
     state |= {"threads": torch.get_num_threads()}  # on a CPU, the last bits depend on it
     if teacher is not None:
-        state |= {"temperature": teacher.temperature, "clip_factor": teacher.factor}
+        state |= {"temperature": teacher.temperature, "clip_factors": teacher.factors}
     make_folder(folder, "storage")
     write_atomic(folder / "config.yaml", dump(config).encode())
     first, best, rows = 0, None, []

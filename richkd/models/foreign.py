@@ -1,0 +1,106 @@
+"""Weights of other projects: RepDistiller, mdistiller and plain `state_dict` files, never unpickled.
+
+A file may be a `.safetensors`, or whatever `torch.save` wrote as long as it holds plain tensors and numbers.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from richkd.errors import ConfigError
+
+NESTED = ("state_dict", "model", "net")  # keys under which other projects keep the weights
+HEADS = ("fc", "linear", "classifier.0", "classifier")  # how they call what is `head` here
+SHOWN = 5  # keys that a message names
+# what some projects save beside their weights, an accuracy for instance; carries a number and nothing else
+NUMBERS = [
+    np._core.multiarray.scalar,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")),
+]
+
+
+def read_weights(path: Path, *, field: str) -> dict[str, Tensor]:
+    """Return the weights in a file by name, on the CPU, without the `module.` that data parallelism puts in front.
+
+    Raises:
+        ConfigError: If it cannot be read without running code, or holds no weights.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            found = load_file(path)
+        else:
+            with torch.serialization.safe_globals(NUMBERS):
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has its own exceptions for a torn or foreign file
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{field}={path} must be a file of weights that can be read without running code but cannot ({reason}); "
+            "save its state_dict alone: torch.save(model.state_dict(), FILE)."
+        ) from error
+    while isinstance(found, dict) and (
+        inner := [k for k in NESTED if isinstance(found.get(k), dict)]
+    ):
+        found = found[inner[0]]
+    if not isinstance(found, dict) or not found or not all(map(torch.is_tensor, found.values())):
+        has = (
+            ", ".join(map(str, list(found)[:SHOWN]))
+            if isinstance(found, dict)
+            else type(found).__name__
+        )
+        raise ConfigError(
+            f"{field}={path} must hold a state_dict, by itself or under {', '.join(NESTED)}, but holds {has or 'nothing'}."
+        )
+    return {name.removeprefix("module."): value for name, value in found.items()}
+
+
+def load(network: nn.Module, path: Path, *, field: str, name: str) -> None:
+    """Load foreign weights into `network`; none may be missing, none may be left.
+
+    Args:
+        network: As `models.build` made it.
+        path: File of weights.
+        field: Config key, for the messages.
+        name: Of the network, for the messages.
+
+    Raises:
+        ConfigError: If keys or shapes are not the network's; names the first of each.
+    """
+    weights, own = read_weights(path, field=field), network.state_dict()
+    for head in HEADS:
+        if f"{head}.weight" in weights and f"{head}.weight" not in own:
+            weights = {_renamed(key, head): value for key, value in weights.items()}
+            break
+    for key, value in own.items():
+        if key.endswith(
+            "num_batches_tracked"
+        ):  # files of old versions have none, and nobody reads it
+            weights.setdefault(key, value)
+    problems = {
+        "missing": [key for key in own if key not in weights],
+        "unexpected": [key for key in weights if key not in own],
+        "of another shape": [
+            f"{key} {tuple(weights[key].shape)} instead of {tuple(value.shape)}"
+            for key, value in own.items()
+            if key in weights and weights[key].shape != value.shape
+        ],
+    }
+    if any(problems.values()):
+        said = "; ".join(
+            f"{len(keys)} {kind} ({', '.join(keys[:SHOWN])}{', ...' if len(keys) > SHOWN else ''})"
+            for kind, keys in problems.items()
+            if keys
+        )
+        raise ConfigError(
+            f"{field}={path} does not hold the weights of {name} for this task: {said}; see teacher.name, "
+            "teacher.shortcut and the number of classes."
+        )
+    network.load_state_dict(weights)
+
+
+def _renamed(key: str, head: str) -> str:
+    return f"head.{key.removeprefix(f'{head}.')}" if key.startswith(f"{head}.") else key
