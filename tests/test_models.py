@@ -279,7 +279,7 @@ def test_unknown_name_is_answered_with_the_nearest(name, near):
 
 def test_name_near_to_none_is_answered_with_all():
     with pytest.raises(
-        ConfigError, match="resnet8, .*vgg8, .*cnn24 but got 'transformer'; take one"
+        ConfigError, match="resnet8, .*vgg8, .*torchvision/NAME but got 'transformer'; take one"
     ):
         models.build("transformer", 10)
 

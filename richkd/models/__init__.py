@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from richkd.errors import ConfigError
+from richkd.models import library
 from richkd.models.cnn import Cnn
 from richkd.models.mobilenet import MobileNetV2
 from richkd.models.network import Network
@@ -52,14 +53,14 @@ def build(name: str, classes: int, *, channels: int = 3, shortcut: str = "B") ->
     """Return a network with fresh weights, drawn from PyTorch's global generator.
 
     Args:
-        name: One of NAMES.
+        name: One of NAMES, or `timm/NAME` or `torchvision/NAME`, a network of those libraries.
         classes: Number of logits.
         channels: Channels of the images.
-        shortcut: Of ResNets: "B" is a 1 x 1 convolution, as in the distillation papers; "A" pads
+        shortcut: Of ResNets in NAMES: "B" is a 1 x 1 convolution, as in the distillation papers; "A" pads
             with zeros and has no parameters. Other networks have no such choice.
 
     Raises:
-        ConfigError: If there is no such network or shortcut.
+        ConfigError: If there is no such network or shortcut, or it does not fit the interface.
     """
     if shortcut not in ("A", "B"):
         raise ConfigError(
@@ -69,8 +70,11 @@ def build(name: str, classes: int, *, channels: int = 3, shortcut: str = "B") ->
         kind, *arguments = NETWORKS[name]
         shortcuts = (shortcut,) if kind in (ResNet, ImageNetResNet) else ()
         return kind(*arguments, classes, channels, *shortcuts)
+    if str(name).startswith(library.PREFIXES):
+        return library.build(name, classes, channels)
     near = get_close_matches(str(name), NAMES, 1)
     hint = f"did you mean {near[0]}?" if near else "take one of them."
     raise ConfigError(
-        f"student.name and teacher.name must be one of {', '.join(NAMES)} but got {name!r}; {hint}"
+        f"student.name and teacher.name must be one of {', '.join(NAMES)}, timm/NAME or torchvision/NAME "
+        f"but got {name!r}; {hint}"
     )
