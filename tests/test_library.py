@@ -125,7 +125,7 @@ def test_unknown_name_is_answered_with_the_nearest(name, near):
 
 @pytest.mark.parametrize("name", ["timm/", "torchvision/?"])
 def test_name_near_to_none_is_answered_with_where_names_are(name):
-    with pytest.raises(ConfigError, match=r"\.list_models\(\) names them"):
+    with pytest.raises(ConfigError, match=r"\.models\.list_models\(\) names them"):
         models.build(name, 10)
 
 

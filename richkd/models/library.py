@@ -90,7 +90,7 @@ def build(name: str, classes: int, channels: int) -> Network:
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{FIELDS}: timm cannot build {bare} for {classes} classes and images of {channels} channels "
-                f"({error}); take another network."
+                f"({_line(error)}); take another network."
             ) from error
     if channels != 3:
         raise ConfigError(
@@ -123,9 +123,8 @@ def pretrained(name: str, tag: str = "") -> tuple[Network, Preprocessing]:
     except ConfigError:
         raise
     except Exception as error:  # of the network, the server, the disk or the file: all end the same
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(
-            f"teacher.name: the {tag or 'default'} weights of {name} could not be loaded ({reason}); "
+            f"teacher.name: the {tag or 'default'} weights of {name} could not be loaded ({_line(error)}); "
             "download them on a machine with internet and give teacher.checkpoint=FILE."
         ) from error
 
@@ -221,7 +220,9 @@ def _check_name(library: str, name: str, names: Sequence[str]) -> None:
     if name not in names:
         near = get_close_matches(name, names, 1)
         hint = (
-            f"did you mean {library}/{near[0]}?" if near else f"{library}.list_models() names them."
+            f"did you mean {library}/{near[0]}?"
+            if near
+            else f"{library}.models.list_models() names them."
         )
         raise ConfigError(f"{FIELDS}: {library} has no network {name!r}; {hint}")
 
@@ -230,3 +231,7 @@ def _no_head(name: str) -> ConfigError:
     return ConfigError(
         f"{FIELDS}: a network must end in one linear layer but {name} does not; take another network."
     )
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
