@@ -5,8 +5,10 @@ Shapes: N images of C channels, D features, K classes.
 
 from torch import Tensor, nn
 
+from richkd.models.network import Network
 
-class Cnn(nn.Module):
+
+class Cnn(Network):
     """Three 3 x 3 convolutions of `first`, twice and twice as many channels, the last two with stride 2.
 
     Args:
@@ -17,21 +19,17 @@ class Cnn(nn.Module):
 
     def __init__(self, first: int, classes: int, channels: int) -> None:
         super().__init__()
-        self.width = 2 * first
+        width = 2 * first
         self.body = nn.Sequential(
             *_layer(channels, first, 1),
-            *_layer(first, self.width, 2),
-            *_layer(self.width, self.width, 2),
+            *_layer(first, width, 2),
+            *_layer(width, width, 2),
         )
-        self.head = nn.Linear(self.width, classes)
+        self.head = nn.Linear(width, classes)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`."""
         return self.body(images).mean((2, 3))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits `(N, K)` of `images` `(N, C, H, W)`."""
-        return self.head(self.features(images))
 
 
 def _layer(inside: int, outside: int, stride: int) -> tuple[nn.Module, ...]:

@@ -7,6 +7,8 @@ widens, too. Shapes: N images of C channels, D features, K classes.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from richkd.models.network import Network, draw_convolutions
+
 NARROW, X4 = (16, 16, 32, 64), (32, 64, 128, 256)  # stem and stages
 
 
@@ -23,6 +25,15 @@ class Pad(nn.Module):
         return F.pad(strided, (0, 0, 0, 0, self.before, self.after))
 
 
+def make_shortcut(inside: int, outside: int, stride: int, shortcut: str) -> nn.Module:
+    """Return the identity, or shortcut "A" or "B" where the shape changes."""
+    if (inside, stride) == (outside, 1):
+        return nn.Identity()
+    if shortcut == "A":
+        return Pad(outside - inside, stride)
+    return nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
+
+
 class Block(nn.Module):
     """Two 3 x 3 convolutions around a shortcut, which is the identity unless shape changes."""
 
@@ -32,14 +43,7 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(outside)
         self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outside)
-        self.downsample: nn.Module = nn.Identity()
-        if (inside, stride) != (outside, 1):
-            if shortcut == "A":
-                self.downsample = Pad(outside - inside, stride)
-            else:
-                self.downsample = nn.Sequential(
-                    nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside)
-                )
+        self.downsample = make_shortcut(inside, outside, stride, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `(N, outside, H / stride, W / stride)` of `(N, inside, H, W)`."""
@@ -47,7 +51,7 @@ class Block(nn.Module):
         return F.relu(self.bn2(self.conv2(y)) + self.downsample(x), inplace=True)
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """A ResNet of `depth` layers.
 
     Args:
@@ -62,7 +66,6 @@ class ResNet(nn.Module):
         self, depth: int, widths: tuple[int, ...], classes: int, channels: int, shortcut: str
     ) -> None:
         super().__init__()
-        self.width = widths[-1]
         self.conv1 = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.layer1, self.layer2, self.layer3 = (
@@ -75,16 +78,10 @@ class ResNet(nn.Module):
             )
             for i in range(3)
         )
-        self.head = nn.Linear(self.width, classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.head = nn.Linear(widths[-1], classes)
+        draw_convolutions(self)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`."""
         x = F.relu(self.bn1(self.conv1(images)), inplace=True)
         return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits `(N, K)` of `images` `(N, C, H, W)`."""
-        return self.head(self.features(images))

@@ -1,0 +1,165 @@
+"""ShuffleNets V1 and V2 for small images: a 1 x 1 stem and three stages, each of which halves the image.
+
+Weights start as PyTorch draws them. The names of the submodules are RepDistiller's, whose weights load once their
+last layer is called `head`. Shapes: N images of C channels, D features, K classes.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from richkd.models.network import Network
+
+STEM = 24  # channels
+
+
+def shuffle(x: Tensor, groups: int) -> Tensor:
+    """Return `x` `(N, C, H, W)` with its channels dealt out, so that each group sees all the others."""
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+class GroupedUnit(nn.Module):
+    """V1: grouped 1 x 1, shuffle, 3 x 3 of each channel, grouped 1 x 1; a sum, or with stride 2 a concatenation.
+
+    Args:
+        inside: Channels of the input.
+        outside: Channels of the output, those of the pooled input included.
+        stride: 1 or 2.
+        groups: Of the 1 x 1 convolutions.
+    """
+
+    def __init__(self, inside: int, outside: int, stride: int, groups: int) -> None:
+        super().__init__()
+        new = outside - inside if stride == 2 else outside
+        middle = new // 4
+        # the stem's few channels are not grouped
+        self.groups, self.stride = 1 if inside == STEM else groups, stride
+        self.conv1 = nn.Conv2d(inside, middle, 1, groups=self.groups, bias=False)
+        self.bn1 = nn.BatchNorm2d(middle)
+        self.conv2 = nn.Conv2d(middle, middle, 3, stride, 1, groups=middle, bias=False)
+        self.bn2 = nn.BatchNorm2d(middle)
+        self.conv3 = nn.Conv2d(middle, new, 1, groups=groups, bias=False)
+        self.bn3 = nn.BatchNorm2d(new)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `(N, outside, H / stride, W / stride)` of `(N, inside, H, W)`."""
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(shuffle(y, self.groups))), inplace=True)
+        y = self.bn3(self.conv3(y))
+        if self.stride == 2:
+            y = torch.cat((y, F.avg_pool2d(x, 3, 2, 1)), 1)
+        else:
+            y = y + x
+        return F.relu(y, inplace=True)
+
+
+class ShuffleNetV1(Network):
+    """ShuffleNet V1.
+
+    Args:
+        stages: Channels and units of each stage.
+        groups: Of the 1 x 1 convolutions.
+        classes: K.
+        channels: C.
+    """
+
+    def __init__(
+        self, stages: tuple[tuple[int, int], ...], groups: int, classes: int, channels: int
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, STEM, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(STEM)
+        inside, layers = STEM, []
+        for outside, units in stages:
+            rest = (GroupedUnit(outside, outside, 1, groups) for _ in range(1, units))
+            layers.append(nn.Sequential(GroupedUnit(inside, outside, 2, groups), *rest))
+            inside = outside
+        self.layer1, self.layer2, self.layer3 = layers
+        self.head = nn.Linear(inside, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`."""
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+
+
+class SplitUnit(nn.Module):
+    """V2: half of the channels stay, the others pass 1 x 1, 3 x 3 of each channel and 1 x 1; a shuffle."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        half = width // 2
+        self.conv1 = nn.Conv2d(half, half, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(half)
+        self.conv2 = nn.Conv2d(half, half, 3, 1, 1, groups=half, bias=False)
+        self.bn2 = nn.BatchNorm2d(half)
+        self.conv3 = nn.Conv2d(half, half, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(half)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `(N, width, H, W)` of `(N, width, H, W)`."""
+        kept, y = x.chunk(2, 1)
+        y = F.relu(self.bn1(self.conv1(y)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        y = F.relu(self.bn3(self.conv3(y)), inplace=True)
+        return shuffle(torch.cat((kept, y), 1), 2)
+
+
+class DownUnit(nn.Module):
+    """V2: two branches with stride 2, half of the new channels each; a shuffle."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        half = outside // 2
+        self.conv1 = nn.Conv2d(inside, inside, 3, 2, 1, groups=inside, bias=False)
+        self.bn1 = nn.BatchNorm2d(inside)
+        self.conv2 = nn.Conv2d(inside, half, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(half)
+        self.conv3 = nn.Conv2d(inside, half, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(half)
+        self.conv4 = nn.Conv2d(half, half, 3, 2, 1, groups=half, bias=False)
+        self.bn4 = nn.BatchNorm2d(half)
+        self.conv5 = nn.Conv2d(half, half, 1, bias=False)
+        self.bn5 = nn.BatchNorm2d(half)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `(N, outside, H / 2, W / 2)` of `(N, inside, H, W)`."""
+        left = self.bn1(self.conv1(x))
+        left = F.relu(self.bn2(self.conv2(left)), inplace=True)
+        right = F.relu(self.bn3(self.conv3(x)), inplace=True)
+        right = self.bn4(self.conv4(right))
+        right = F.relu(self.bn5(self.conv5(right)), inplace=True)
+        return shuffle(torch.cat((left, right), 1), 2)
+
+
+class ShuffleNetV2(Network):
+    """ShuffleNet V2.
+
+    Args:
+        stages: Channels and units of each stage, the one with stride 2 included.
+        last: Channels of the last 1 x 1 convolution.
+        classes: K.
+        channels: C.
+    """
+
+    def __init__(
+        self, stages: tuple[tuple[int, int], ...], last: int, classes: int, channels: int
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, STEM, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(STEM)
+        inside, layers = STEM, []
+        for outside, units in stages:
+            rest = (SplitUnit(outside) for _ in range(1, units))
+            layers.append(nn.Sequential(DownUnit(inside, outside), *rest))
+            inside = outside
+        self.layer1, self.layer2, self.layer3 = layers
+        self.conv2 = nn.Conv2d(inside, last, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(last)
+        self.head = nn.Linear(last, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`."""
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return F.relu(self.bn2(self.conv2(x)), inplace=True).mean((2, 3))
