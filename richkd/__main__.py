@@ -3,6 +3,7 @@
 python -m richkd distill                          # richkd-l on the embedded digits
 python -m richkd distill my.yaml method.name=kd seed=3 --name kd3
 python -m richkd evaluate runs/kd3
+python -m richkd evaluate my.yaml                 # its teachers, alone and fused
 python -m richkd cache my.yaml                    # CLIP over all images, once
 """
 
@@ -143,16 +144,19 @@ def _print_found(answer: dict[str, Any]) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> Done:
-    """Evaluate the student of a run, a sweep or a checkpoint again."""
-    if len(arguments.words) != 1:
+    """Evaluate the student of a run, a sweep or a checkpoint again, or the teachers of a config."""
+    words = arguments.words
+    if not words or any("=" in word or word.endswith((".yaml", ".yml")) for word in words):
+        return _evaluate_teachers(arguments)
+    if len(words) != 1:
         raise ConfigError(
-            f"evaluate takes one run, sweep or checkpoint but got {len(arguments.words)}; "
+            f"evaluate takes one run, sweep or checkpoint, or the layers of a config, but got {len(words)} words; "
             "see python -m richkd evaluate --help."
         )
     from richkd import distill as training
     from richkd.student import find_checkpoint
 
-    path = Path(arguments.words[0])
+    path = Path(words[0])
     named = Path(configuration.Config().storage) / path  # a run may be called by its name
     checkpoint = find_checkpoint(path if path.exists() or not named.exists() else named)
     found, speed, _ = training.retest(checkpoint)
@@ -167,14 +171,42 @@ def evaluate(arguments: argparse.Namespace) -> Done:
     return Done(answer)
 
 
+def _evaluate_teachers(arguments: argparse.Namespace) -> Done:
+    """Evaluate the teachers of a config, alone and fused, un-augmented, on all rows whose labels are known."""
+    config = one_run(arguments.words)
+    from richkd import distill as training
+
+    with progress_bar() as progress:
+        prepared = stoppable(progress, arguments.stop)
+        task = training.open_task(config, prepared)
+        teacher = training.open_teacher(config, task, prepared)
+        if teacher is None:
+            raise ConfigError(
+                f"evaluate needs a run, or a config with a teacher, but method.name={config.method.name} has none."
+            )
+        found = training.evaluate_teachers(task, teacher)
+    answer = {}
+    for who, parts in found.items():
+        answer[who] = {
+            part: percent(values) | {"rows": values["rows"]} for part, values in parts.items()
+        }
+        for part, values in answer[who].items():
+            say(
+                f"{who:<8} {part:<5} top1 {values['top1']:6.2f} %  top5 {values['top5']:6.2f} %  "
+                f"of {values['rows']} rows"
+            )
+    return Done(answer)
+
+
 def cache(arguments: argparse.Namespace) -> Done:
     """Compute and keep what all runs of a config share: the teacher, CLIP's features."""
     config = one_run(arguments.words)
     from richkd import distill as training
 
-    task = training.open_task(config)
     with progress_bar() as progress:
-        teacher = training.open_teacher(config, task, stoppable(progress, arguments.stop))
+        prepared = stoppable(progress, arguments.stop)
+        task = training.open_task(config, prepared)
+        teacher = training.open_teacher(config, task, prepared)
     answer = {
         "cache": str(task.cache),
         "train": len(task.dataset.train),
@@ -200,8 +232,8 @@ VERBS = {
     ),
     "evaluate": Verb(
         run=evaluate,
-        help="evaluate a run, a sweep or a checkpoint again",
-        words="RUN",
+        help="evaluate a run again, or the teachers of a config",
+        words="RUN | [LAYER.yaml ...] [key=value ...]",
         flags={},
     ),
     "cache": Verb(

@@ -476,6 +476,33 @@ def test(outcome: Outcome) -> dict[str, float]:
     return metrics
 
 
+def evaluate_teachers(
+    task: Task, teacher: teachers.FusedTeacher
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Evaluate teachers on un-augmented rows, for a look at them before anything is trained.
+
+    Returns:
+        By name of the teacher, of `val`, `test` and `all` rows whose labels and logits are known: `top1`, `top5`, `loss`
+        and `rows`. A teacher that has learnt from some of these rows is flattered by them.
+    """
+    labels = {"train": task.labels, "test": torch.from_numpy(task.dataset.test.labels)}
+    validation = torch.from_numpy(task.split.validation)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    shown = {part: teacher.shown(part) for part in labels}
+    for who, logits in shown["train"].items():
+        parts = {"val": (logits[validation].cpu(), labels["train"][validation])}
+        everything = [(logits.cpu(), labels["train"])]
+        if who in shown["test"]:
+            parts["test"] = (shown["test"][who].cpu(), labels["test"])
+            everything.append(parts["test"])
+        parts["all"] = tuple(map(torch.cat, zip(*everything, strict=True)))
+        found[who] = {}
+        for part, (values, own) in parts.items():
+            known = own >= 0
+            found[who][part] = accuracy(values[known], own[known]) | {"rows": int(known.sum())}
+    return found
+
+
 def retest(folder: Path) -> tuple[dict[str, dict[str, float]], float, dict]:
     """Evaluate the student of a checkpoint again, on validation and test rows.
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +26,8 @@ from richkd.data import Dataset, Images, Split, Views
 from richkd.errors import ConfigError, DataError
 from richkd.evaluate.accuracy import accuracy, network_logits
 from richkd.files import sha256_of
-from richkd.models import foreign
+from richkd.models import foreign, library
+from richkd.models.library import Preprocessing
 from richkd.progress import Progress
 from richkd.student import check_meta, find_checkpoint, network_of
 from richkd.zeroshot import prompts
@@ -165,27 +165,26 @@ def open_task(
     )
 
 
-class Input(NamedTuple):
-    """What a network wants to see: mean and deviation of each channel in 0 to 1, and pixels a side."""
-
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    size: int | None = None
-
-
 def _network(
     config: Teacher, trained: Path | None, dataset: Dataset
-) -> tuple[nn.Module, str, Input]:
+) -> tuple[nn.Module, str, Preprocessing]:
     """Return a task teacher's network, what changes with its weights, and what it wants to see."""
     if config.pretrained is not None:
-        raise NotImplementedError
+        tag = "" if config.pretrained == "default" else config.pretrained
+        network, wanted = library.pretrained(config.name, tag)
+        if network.head.out_features != len(dataset.names):
+            raise DataError(
+                f"teacher.pretrained={config.pretrained} of {config.name} knows {network.head.out_features} classes but "
+                f"{dataset.name} has {len(dataset.names)}; give a teacher of this task: teacher.checkpoint=FILE."
+            )
+        return network, _digest_of(network), wanted
     given = Path(config.checkpoint or "")
     if trained is None and given.is_file():
         network = models.build(
             config.name, len(dataset.names), channels=dataset.channels, shortcut=config.shortcut
         )
         foreign.load(network, given, field="teacher.checkpoint", name=config.name)
-        return network, f"{config.name} {config.shortcut} {sha256_of(given)}", Input()
+        return network, f"{config.name} {config.shortcut} {sha256_of(given)}", Preprocessing()
     try:
         saved = checkpoint.load(trained or find_checkpoint(given))
         check_meta(saved)
@@ -208,8 +207,17 @@ def _network(
             f"({', '.join(meta['names'][:3])}, ...) but {dataset.name} has {len(dataset.names)} "
             f"({', '.join(dataset.names[:3])}, ...); {advice}."
         )
-    own = Input(tuple(meta["mean"]), tuple(meta["std"]))
+    own = Preprocessing(mean=tuple(meta["mean"]), std=tuple(meta["std"]))
     return network_of(saved), saved.sha256, own
+
+
+def _digest_of(network: nn.Module) -> str:
+    """Return the SHA-256 of a network's weights."""
+    text = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        text.update(name.encode())
+        text.update(value.contiguous().numpy().tobytes())
+    return text.hexdigest()
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

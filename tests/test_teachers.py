@@ -13,7 +13,8 @@ from richkd import checkpoint, fusion, losses, models, teachers, zeroshot
 from richkd.config import Clip, Config, Fusion, Loss, Teacher, digest, to_dict
 from richkd.data import Dataset, Images, Split, Views
 from richkd.errors import ConfigError, CorruptError, DataError, RichkdError
-from richkd.teachers import ClipTeacher, FusedTeacher, TaskTeacher, read_logits
+from richkd.logits import read_logits
+from richkd.teachers import ClipTeacher, FusedTeacher, TaskTeacher
 
 ROWS, CLASSES = 40, 4
 CPU = torch.device("cpu")
@@ -37,7 +38,7 @@ def write(folder, suffix, values, key="train"):
 
 
 def read(spec):
-    return read_logits(spec, ROWS, CLASSES, field="teacher.logits")
+    return read_logits(spec, [ROWS], CLASSES, field="teacher.logits")
 
 
 SUFFIXES = pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
@@ -172,7 +173,11 @@ def toy(pad=1):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (ROWS, 8, 8, 1), dtype=np.uint8)
     train = Images(pixels=pixels, labels=np.arange(ROWS) % CLASSES)
-    test = Images(pixels=pixels[::2], labels=np.arange(ROWS // 2) % CLASSES)
+    test = Images(
+        pixels=pixels[::2],
+        labels=np.arange(ROWS // 2) % CLASSES,
+        ids=np.arange(ROWS, ROWS + ROWS // 2),
+    )
     names = ("a", "b", "c", "d")
     return Dataset(name="toy", names=names, train=train, test=test, pad=pad, flip=True)
 
@@ -185,12 +190,14 @@ TRANSFER = torch.from_numpy(SPLIT.transfer)
 LABELS = torch.from_numpy(TOY.train.labels)
 BATCH = torch.tensor([3, 0, 27, 5]), torch.tensor([[0, 1, 0], [2, 2, 1], [1, 1, 0], [0, 0, 1]])
 VIEWS = {part: Views(getattr(TOY, part), TOY, CPU) for part in ("train", "test")}
-BOTH = {"train_views": VIEWS["train"], "test_views": VIEWS["test"]}
+BOTH = {"classes": CLASSES, "train_views": VIEWS["train"], "test_views": VIEWS["test"]}
 
 
 def task_table(std=8.0):
     values = np.random.default_rng(1).normal(0, std, (ROWS, CLASSES))
-    return TaskTeacher(identity="t", table=torch.from_numpy(values.astype(np.float32)), **BOTH)
+    return TaskTeacher(
+        identity="t", given=(torch.from_numpy(values.astype(np.float32)), None), **BOTH
+    )
 
 
 def task_network(seed=0):
@@ -213,7 +220,7 @@ def fused(task, clip, *, scale="model", **changes):
     """Build a FusedTeacher from keys of `fusion` and `loss`."""
     at = {key: changes.pop(key) for key in ("alpha", "space") if key in changes}
     config = Config(clip=Clip(scale=scale), fusion=Fusion(**at), loss=Loss(**changes))
-    return FusedTeacher(config, SPLIT, LABELS, task, clip)
+    return FusedTeacher(config, SPLIT, LABELS, task, [] if clip is None else [clip])
 
 
 @pytest.mark.filterwarnings("ignore:clip.scale=none")
@@ -225,12 +232,12 @@ def test_the_target_is_that_of_the_fused_parts(space, scale):
     factor = fusion.scale_factor(
         scale,
         logit_scale=100.0,
-        transfer=(task.table[TRANSFER], clip.train[TRANSFER]),
-        held_out=(task.table[28:], clip.train[28:], LABELS[28:]),
+        transfer=(task.given[0][TRANSFER], clip.train[TRANSFER]),
+        held_out=(task.given[0][28:], clip.train[28:], LABELS[28:]),
     )
     rows, views = BATCH
-    assert teacher.factor == factor
-    expected = fusion.target(task.table[rows], factor * clip.train[rows], 0.7, 2.0, space)
+    assert teacher.factors == [factor]
+    expected = fusion.target(task.given[0][rows], factor * clip.train[rows], 0.7, 2.0, space)
     assert torch.equal(teacher.target(rows, views), expected)
 
 
@@ -287,20 +294,20 @@ def test_an_offset_of_the_zero_shot_logits_changes_no_target_and_no_temperature(
         teacher = fused(
             task_table(), clip, scale="match_std", temperature_of=temperature_of, space=space
         )
-        found.append((teacher.target(*BATCH), teacher.temperature, teacher.factor))
+        found.append((teacher.target(*BATCH), teacher.temperature, teacher.factors[0]))
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-4, rtol=0)
     assert found[0][1:] == pytest.approx(found[1][1:], rel=1e-5)
 
 
 def test_statistics_are_taken_on_the_transfer_rows_and_temperatures_on_the_held_out_ones():
     task, clip = task_table(), clip_teacher()
-    before = {s: fused(task, clip, scale=s).factor for s in ("match_std", "calibrated")}
-    task.table[28:] *= 5
-    assert fused(task, clip, scale="match_std").factor == before["match_std"]
-    assert fused(task, clip, scale="calibrated").factor != before["calibrated"]
-    task.table[:28] *= 5
-    task.table[28:] /= 5
-    assert fused(task, clip, scale="calibrated").factor == pytest.approx(before["calibrated"])
+    before = {s: fused(task, clip, scale=s).factors for s in ("match_std", "calibrated")}
+    task.given[0][28:] *= 5
+    assert fused(task, clip, scale="match_std").factors == before["match_std"]
+    assert fused(task, clip, scale="calibrated").factors != before["calibrated"]
+    task.given[0][:28] *= 5
+    task.given[0][28:] /= 5
+    assert fused(task, clip, scale="calibrated").factors == pytest.approx(before["calibrated"])
 
 
 @pytest.mark.parametrize("scale", ["none", 50.0])
@@ -316,13 +323,13 @@ def test_zero_shot_logits_of_zero_only_soften_the_target():
         identity="c", train=torch.zeros(ROWS, CLASSES), test=None, logit_scale=None
     )
     found = fused(task, silent, alpha=0.5, temperature=3.0).target(*BATCH)
-    torch.testing.assert_close(found, torch.log_softmax(task.table[BATCH[0]] / 6.0, 1))
+    torch.testing.assert_close(found, torch.log_softmax(task.given[0][BATCH[0]] / 6.0, 1))
 
 
 @pytest.mark.parametrize("constant", ["task", "both"])
 def test_a_constant_teacher_gives_no_relative_temperature(constant):
     task, clip = task_table(), clip_teacher()
-    task.table = torch.full((ROWS, CLASSES), 2.0)
+    task.given = torch.full((ROWS, CLASSES), 2.0), None
     if constant == "both":
         clip.train = torch.full((ROWS, CLASSES), 22.0)
     with pytest.raises(

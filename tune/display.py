@@ -1,6 +1,7 @@
 """What the terminal shows while a sweep runs: a live table of 80 columns or fewer, or plain lines."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +19,7 @@ SHORT = {
     "loss.temperature": "T",
     "loss.logit": "w",
     "clip.prompts": "",  # the name of a set says it
+    "clip.logits": "",
 }
 STYLES = {
     "finished": "green",
@@ -38,7 +40,8 @@ def describe(params: dict[str, Any]) -> str:
     parts = []
     for key, value in params.items():
         if key not in ("seed", "loss.temperature_of"):
-            parts.append(f"{SHORT.get(key, key.rpartition('.')[2])} {say(value)}".strip())
+            shown = Path(value).name if key == "clip.logits" else say(value)
+            parts.append(f"{SHORT.get(key, key.rpartition('.')[2])} {shown}".strip())
         if key == "loss.temperature" and "loss.temperature_of" in params:
             parts.append(f"of {params['loss.temperature_of']}")
     return " ".join(parts)

@@ -31,7 +31,7 @@ DISTRIBUTIONS: dict[str, Callable[[list], BaseDistribution]] = {
     "choice": CategoricalDistribution,
 }
 
-FIXED = ("seed", "method.name", "device", "storage", "cache", "teacher.logits", "clip.logits")
+FIXED = ("seed", "method.name", "device", "storage", "cache", "teacher.logits")
 FIXED_SECTIONS = ("data.",)
 
 Space = dict[str, BaseDistribution]

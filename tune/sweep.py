@@ -49,7 +49,7 @@ from tune.tracking import Tracker, public
 from tune.warmstart import Point, place, printed
 
 # names that are looked up when a run starts: each choice is tried before any trial
-NAMED = ("student.name", "teacher.name", "clip.prompts")
+NAMED = ("student.name", "teacher.name", "clip.prompts", "clip.logits")
 OF_A_METHOD = ("loss.", "fusion.", "clip.")
 LEADING = 5  # trials that the link to MLflow's comparison shows; more would make it very long
 # what `show` reads of a summary

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from richkd.errors import ConfigError
+from richkd.models.library import own_names
 
 NESTED = ("state_dict", "model", "net")  # keys under which other projects keep the weights
-HEADS = ("fc", "linear", "classifier.0", "classifier")  # how they call what is `head` here
 SHOWN = 5  # keys that a message names
 # what some projects save beside their weights, an accuracy for instance; carries a number and nothing else
 NUMBERS = [
@@ -70,11 +70,7 @@ def load(network: nn.Module, path: Path, *, field: str, name: str) -> None:
     Raises:
         ConfigError: If keys or shapes are not the network's; names the first of each.
     """
-    weights, own = read_weights(path, field=field), network.state_dict()
-    for head in HEADS:
-        if f"{head}.weight" in weights and f"{head}.weight" not in own:
-            weights = {_renamed(key, head): value for key, value in weights.items()}
-            break
+    weights, own = own_names(network, read_weights(path, field=field)), network.state_dict()
     for key, value in own.items():
         if key.endswith(
             "num_batches_tracked"
@@ -100,7 +96,3 @@ def load(network: nn.Module, path: Path, *, field: str, name: str) -> None:
             "teacher.shortcut and the number of classes."
         )
     network.load_state_dict(weights)
-
-
-def _renamed(key: str, head: str) -> str:
-    return f"head.{key.removeprefix(f'{head}.')}" if key.startswith(f"{head}.") else key

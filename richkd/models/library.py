@@ -28,7 +28,7 @@ PUBLISHED = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocessing:
-    """What a network with published weights expects.
+    """What the images of a network must be like, None where that is not known.
 
     Attributes:
         mean: Subtracted from channels in 0 to 1.
@@ -36,9 +36,9 @@ class Preprocessing:
         size: Pixels of a side.
     """
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    size: int
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    size: int | None = None
 
 
 class LibraryNetwork(Network):
@@ -124,7 +124,7 @@ def pretrained(name: str, tag: str = "") -> tuple[Network, Preprocessing]:
         raise
     except Exception as error:  # of the network, the server, the disk or the file: all end the same
         raise ConfigError(
-            f"teacher.name: the {tag or 'default'} weights of {name} could not be loaded ({_line(error)}); "
+            f"teacher.pretrained: the {tag or 'default'} weights of {name} could not be loaded ({_line(error)}); "
             "download them on a machine with internet and give teacher.checkpoint=FILE."
         ) from error
 
@@ -200,7 +200,7 @@ def _pretrained_torchvision(name: str, tag: str) -> tuple[Network, Preprocessing
     choices = models.get_model_weights(name)
     if tag and tag not in choices.__members__:
         raise ConfigError(
-            f"teacher.name: the weights of torchvision/{name} must be one of {', '.join(choices.__members__)} "
+            f"teacher.pretrained: the weights of torchvision/{name} must be one of {', '.join(choices.__members__)} "
             f"but got {tag!r}; take one of them."
         )
     weights = choices[tag] if tag else choices.DEFAULT
