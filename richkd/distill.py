@@ -3,14 +3,12 @@
     python -m richkd distill                                # richkd-l on the embedded digits
     python -m richkd distill method.name=kd seed=3 --json
 
-A run folder holds `config.yaml`, `run.json` (what it is and how it ended), `metrics.jsonl` (one line an
-epoch), `last/` (the newest checkpoint, from which a run goes on) and `best/` (the epoch with the highest
+A run folder (see `record`) holds `config.yaml`, `run.json` (what it is and how it ended), `metrics.jsonl` (one line
+an epoch), `last/` (the newest checkpoint, from which a run goes on) and `best/` (the epoch with the highest
 validation accuracy). Test rows are not read here but once, by `test`, after the run.
 """
 
-import json
 import math
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,18 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from richkd import cache, checkpoint, fusion, losses, models, teachers
-from richkd.config import Config, Teacher, digest, dump, from_dict, to_dict
+from richkd.config import Config, Teacher, digest, from_dict
 from richkd.data import Batches, Dataset, Split, Views, load, split
 from richkd.data.batches import stream_seed
 from richkd.errors import ConfigError, Interrupted, NonFiniteError
 from richkd.evaluate import accuracy, evaluate
-from richkd.files import check_writable, make_folder, read_record, write_atomic, write_json
+from richkd.evaluate.accuracy import network_logits
+from richkd.files import read_record, write_json
 from richkd.progress import Progress, stoppable
+from richkd.record import TESTED, Record, momentum_of
 from richkd.student import network_of
 from richkd.threads import one_thread
+from richkd.workers import Group
 
 ADVICE = "lower train.lr or loss.logit, or raise loss.temperature"  # of a run that diverged
-TESTED = ("test/", "teacher/", "clip/", "fused/")  # of the test rows
+ALONE = Group()
 BROUGHT = (
     "checkpoint",
     "pretrained",
@@ -176,18 +177,41 @@ def step(
     rows: Tensor,
     labels: Tensor,
     views: Tensor,
+    total: tuple[int, int],
 ) -> Tensor:
-    """Return the values of TERMS for one global batch, `(4,)`; the third is the loss to descend."""
+    """Return what one worker's slice adds to the values of TERMS, `(4,)`; the third is the loss to descend.
+
+    Args:
+        config: Weights of the losses.
+        student: Network, possibly wrapped for several workers.
+        teacher: None where nothing is distilled.
+        images: The slice as the student sees it.
+        rows: Its training rows.
+        labels: Its visible labels.
+        views: Its crops.
+        total: Rows and labelled rows of the global batch.
+    """
     logits = student(images)
-    labelled = int((labels >= 0).sum())
-    ce = losses.cross_entropy(logits, labels.to(logits.device), labelled)
+    ce = losses.cross_entropy(logits, labels.to(logits.device), total[1])
     if teacher is None:
         zero = ce.new_zeros(())
         return torch.stack([ce.detach(), zero, config.loss.ce * ce, zero])
     target = teacher.target(rows, views)
-    logit = losses.kd(logits, target, teacher.temperature, len(rows))
+    logit = losses.kd(logits, target, teacher.temperature, total[0])
     loss = config.loss.ce * ce + config.loss.logit * logit
-    return torch.stack([ce.detach(), logit.detach(), loss, fusion.entropy(target)])
+    entropy = fusion.entropy(target) * (len(rows) / total[0])
+    return torch.stack([ce.detach(), logit.detach(), loss, entropy])
+
+
+def idle(student: nn.Module, image: Tensor) -> Tensor:
+    """Return the values of a worker whose slice is empty: zeros that go back through the whole network.
+
+    The others wait for its gradients. In eval mode, so that the image changes no statistics.
+    """
+    student.eval()
+    zero = 0 * student(image).sum()
+    student.train()
+    return torch.stack([zero.detach(), zero.detach(), zero, zero.detach()])
 
 
 def train_epoch(
@@ -198,31 +222,49 @@ def train_epoch(
     batches: Batches,
     epoch: int,
     stop: Callable[[], int | None],
+    group: Group,
 ) -> dict[str, float]:
-    """Train for one epoch and return the mean of each of TERMS.
+    """Train for one epoch and return the mean of each of TERMS over the global batches.
 
     The terms stay on the device until the epoch has ended, so that no step waits for the host.
+
+    Args:
+        config: The run.
+        student: As `group.wrap` returned it.
+        teacher: None where nothing is distilled.
+        optimizer: Of the student's parameters.
+        batches: Global batches.
+        epoch: From 0.
+        stop: Asked before each step; a signal number ends the run.
+        group: The workers; each takes its slice of each batch.
 
     Raises:
         NonFiniteError: If a term or a weight is NaN or infinite; names epoch, step and term.
         Interrupted: If `stop` returned a signal.
     """
     student.train()
-    device, steps = batches.views.mean.device, len(batches)
-    terms = torch.zeros(steps, len(TERMS), device=device)
+    views_of, steps = batches.views, len(batches)
+    terms = torch.zeros(steps, len(TERMS), device=views_of.device)
     for k, (rows, labels, views) in enumerate(batches.epoch(epoch)):
         if (signum := stop()) is not None:
             raise Interrupted(signum, f"interrupted in epoch {epoch + 1} of {config.train.epochs}")
         progress = (epoch * steps + k) / (config.train.epochs * steps)
-        for group in optimizer.param_groups:
-            group["lr"] = config.train.lr * (0.5 + 0.5 * math.cos(math.pi * progress))
-        values = step(
-            config, student, teacher, batches.views.images(rows, views), rows, labels, views
-        )
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = config.train.lr * (0.5 + 0.5 * math.cos(math.pi * progress))
+        total, part = (len(rows), int((labels >= 0).sum())), group.slice(len(rows))
+        if part.start == part.stop:
+            values = idle(student, views_of.images(rows[:1], views[:1]))
+        else:
+            mine = rows[part], labels[part], views[part]
+            images = views_of.images(mine[0], mine[2])
+            values = step(config, student, teacher, images, *mine, total)
         optimizer.zero_grad(set_to_none=True)
-        values[2].backward()
+        # the gradients of several workers are averaged, where they should add up
+        (group.size * values[2]).backward()
         optimizer.step()
         terms[k] = values.detach()
+    terms = group.total(terms)
+    group.copy_from_first(student.buffers())
     check_finite(terms.cpu(), student, epoch)
     return dict(zip(TERMS, terms.double().mean(0).tolist(), strict=True))
 
@@ -258,20 +300,25 @@ def run(
     *,
     report: Report | None = None,
     resume: bool = False,
+    heard: int | None = None,
     stop: Callable[[], int | None] = lambda: None,
     progress: Progress | None = None,
+    group: Group = ALONE,
 ) -> Outcome:
     """Distil the student of `config` into `folder`.
 
     Args:
         config: The run, fully resolved.
-        folder: Run folder; must not hold another run.
-        report: Called once an epoch with the metrics and the folder of the newest checkpoint. It may
-            raise to end the run there.
+        folder: Run folder; must not hold another run. Of several workers the first one alone uses it.
+        report: Called once an epoch, by every worker, with the metrics and the folder of the newest checkpoint.
+            It may raise to end the run there.
         resume: Go on from `last/` if there is one. On a CPU with as many threads the result equals the
             straight run's, bit for bit.
+        heard: The newest epoch of which a report is known to have arrived, if that is in doubt: a later one that
+            `last/` holds is reported again.
         stop: Asked before each step; a signal number ends the run.
         progress: Called with what is being prepared, done and total.
+        group: The workers of this run.
 
     Returns:
         The finished run, with the metrics of its best epoch.
@@ -282,14 +329,7 @@ def run(
         Interrupted: If `stop` said so; resumable.
     """
     started = time.monotonic()
-    if not resume and (folder / "run.json").exists():
-        raise ConfigError(
-            f"{folder} holds a run already; go on with it (--resume), or give another --name."
-        )
-    state = {"state": "running", "digest": digest(config)}
-    before = check_same(folder, state)
-    tested = {k: v for k, v in before.get("metrics", {}).items() if k.startswith(TESTED)}
-    check_writable(folder, "storage")
+    record = Record(folder, config, resume=resume) if group.first else None
     progress = stoppable(progress, stop)
     task = open_task(config, progress)
     student = initial_student(config, task.dataset).to(task.device)
@@ -306,38 +346,26 @@ def run(
         weight_decay=config.train.weight_decay,
         fused=True,
     )
-    state |= {"data": task.dataset.digest, "teachers": teacher.identities if teacher else {}}
-    check_same(folder, state)
-    state |= {"torch": torch.__version__, "python": platform.python_version()}
-    state |= {"threads": torch.get_num_threads()}  # on a CPU, the last bits depend on it
-    if teacher is not None:
-        state |= {"temperature": teacher.temperature, "clip_factors": teacher.factors}
-    make_folder(folder, "storage")
-    write_atomic(folder / "config.yaml", dump(config).encode())
-    first, best, rows = 0, None, []
-    if resume and checkpoint.exists(folder / "last"):
-        meta = restore(folder / "last", student, optimizer)
-        first, best = meta["epoch"], meta["best"]
-        rows = mend(folder, student, meta)
-    write_json(folder / "run.json", state)
-
-    def save(epoch: int, metrics: dict[str, float]) -> None:
-        meta = checkpoint_meta(config, task, epoch, metrics, best)
-        weights = dict(student.state_dict())
-        momentum = momentum_of(student, optimizer)
-        checkpoint.save(folder / "last", weights, momentum, meta)
-        if best is not None and best["epoch"] == epoch:
-            checkpoint.save(folder / "best", weights, {}, meta)
-
-    if first == 0:
-        save(0, {})  # an interrupt in the first epoch finds something to go on from
-        write_atomic(folder / "metrics.jsonl", b"")
+    meta, rows = None, []
+    if record is not None:
+        record.open(task.dataset, task.split, teacher, group.size)
+        if resume:
+            meta, rows = record.restore(student, optimizer)
+        record.begin(student, optimizer, meta["epoch"] if meta else 0)
+    meta, rows = group.from_first([meta, rows])
+    first, best = (meta["epoch"], meta["best"]) if meta else (0, None)
+    share_state(group, student, optimizer, momentum=first > 0)
+    if heard is not None and first > heard and report is not None:
+        report(rows[-1], folder / "last")
+    wrapped = group.wrap(student)
     held_out = torch.from_numpy(task.split.validation)
     for epoch in range(first, config.train.epochs):
         began = time.monotonic()
-        trained = train_epoch(config, student, teacher, optimizer, batches, epoch, stop)
+        trained = train_epoch(config, wrapped, teacher, optimizer, batches, epoch, stop, group)
         seconds = time.monotonic() - began
-        found = evaluate(student, task.train, held_out, task.labels[held_out])
+        mine = held_out[group.slice(len(held_out))]
+        logits = group.gather(network_logits(student, task.train, mine), len(held_out))
+        found = accuracy(logits.cpu(), task.labels[held_out])
         if not math.isfinite(found["loss"]):
             raise NonFiniteError(f"val/loss is {found['loss']} after epoch {epoch + 1}; {ADVICE}.")
         if best is None or better(found, best):
@@ -352,22 +380,22 @@ def run(
             "seconds": time.monotonic() - began,
             "images_per_second": batches.rows / seconds,
         }
-        save(epoch + 1, metrics)
         rows.append(metrics)
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        if record is not None:
+            record.epoch(student, optimizer, metrics, best)
         if report is not None:
             report(metrics, folder / "last")
-    student.load_state_dict(checkpoint.load(folder / "best").weights)
+    if record is not None:
+        student.load_state_dict(checkpoint.load(folder / "best").weights)
+    group.copy_from_first(student.state_dict().values())
     speeds = sorted(row["images_per_second"] for row in rows)
     metrics = rows[-1] | {
         "best_epoch": best["epoch"],
         "best_val_top5": best["top5"],
         "images_per_second": speeds[len(speeds) // 2],
     }
-    state |= {"state": "finished", "seconds": time.monotonic() - started}
-    state["metrics"] = metrics | tested
-    write_json(folder / "run.json", state)
+    if record is not None:
+        record.finish(metrics, time.monotonic() - started)
     return Outcome(folder=folder, metrics=metrics, network=student, teacher=teacher, task=task)
 
 
@@ -376,82 +404,17 @@ def better(found: dict[str, float], best: dict[str, float]) -> bool:
     return (found["top1"], -found["loss"]) > (best["top1"], -best["loss"])
 
 
-def check_same(folder: Path, state: dict) -> dict:
-    """Return `run.json` of a run to go on with; a ConfigError if it names other settings, data or teachers."""
-    if not (folder / "run.json").exists():
-        return {}
-    before = read_record(folder / "run.json", "digest", "data", "teachers")
-    for key, what in (("digest", "settings"), ("data", "data"), ("teachers", "teachers")):
-        if key in state and before[key] != state[key]:
-            raise ConfigError(
-                f"{folder} was made with other {what} ({before[key]}, now {state[key]}); compare its config.yaml "
-                "and the files that it names, or start anew with another --name."
-            )
-    return before
-
-
-def mend(folder: Path, student: nn.Module, meta: dict) -> list[dict[str, float]]:
-    """Bring what is written after `last/` in each epoch to its state: a kill may have come in between.
-
-    Args:
-        folder: Run folder.
-        student: With the weights of `last/`.
-        meta: What `last/` says of itself.
-
-    Returns:
-        The lines of `metrics.jsonl` up to that epoch.
-    """
-    epoch, path = meta["epoch"], folder / "metrics.jsonl"
-    if epoch and meta["best"]["epoch"] == epoch:
-        checkpoint.save(folder / "best", dict(student.state_dict()), {}, meta)
-    lines = path.read_text().splitlines()[: max(epoch - 1, 0)] if path.exists() else []
-    lines += [json.dumps(meta["metrics"])] if epoch else []
-    write_atomic(path, "".join(line + "\n" for line in lines).encode())
-    return [json.loads(line) for line in lines]
-
-
-def checkpoint_meta(
-    config: Config, task: Task, epoch: int, metrics: dict[str, float], best: dict[str, float] | None
-) -> dict:
-    """Return what a checkpoint says of itself, as plain JSON."""
-    return {
-        "config": to_dict(config),
-        "digest": digest(config),
-        "epoch": epoch,
-        "metrics": metrics,
-        "best": best,
-        "names": list(task.dataset.names),
-        "channels": task.dataset.channels,
-        "size": list(task.dataset.size),
-        "mean": list(task.dataset.mean),
-        "std": list(task.dataset.std),
-        "data": task.dataset.digest,
-        "trained_on": task.split.digest,
-    }
-
-
-def momentum_of(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimiser's momentum buffers by the name of their parameter."""
-    return {
-        name: optimizer.state[parameter]["momentum_buffer"]
-        for name, parameter in student.named_parameters()
-        if optimizer.state[parameter].get("momentum_buffer") is not None
-    }
-
-
-def restore(folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Load a checkpoint into student and optimiser; return what it says of itself.
-
-    Random numbers need no state: each epoch's are a function of the seed and the epoch.
-    """
-    saved = checkpoint.load(folder)
-    student.load_state_dict(saved.weights)
-    for name, parameter in student.named_parameters():
-        if name in saved.state:
-            # with the parameter's own strides: the fused optimiser walks both in memory order
-            buffer = torch.empty_like(parameter).copy_(saved.state[name])
-            optimizer.state[parameter]["momentum_buffer"] = buffer
-    return saved.meta
+def share_state(
+    group: Group, student: nn.Module, optimizer: torch.optim.Optimizer, *, momentum: bool
+) -> None:
+    """Give all workers the first one's weights and, if it has any, its momentum."""
+    group.copy_from_first(student.state_dict().values())
+    if not momentum:
+        return
+    for parameter in student.parameters():
+        if optimizer.state[parameter].get("momentum_buffer") is None:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    group.copy_from_first(momentum_of(student, optimizer).values())
 
 
 def test(outcome: Outcome) -> dict[str, float]:

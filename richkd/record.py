@@ -1,0 +1,162 @@
+"""The folder of one run: what it is, its metrics, its checkpoints; written by one process.
+
+    config.yaml  run.json  metrics.jsonl  last/  best/
+
+`last/` is the truth: a kill may come between two writes of an epoch, and what is written after it is then made good.
+"""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from richkd import checkpoint
+from richkd.config import Config, digest, dump, to_dict
+from richkd.data import Dataset, Split
+from richkd.errors import ConfigError
+from richkd.files import check_writable, make_folder, read_record, write_atomic, write_json
+from richkd.teachers import FusedTeacher
+
+TESTED = ("test/", "teacher/", "clip/", "fused/")  # metrics of the test rows
+
+Metrics = dict[str, float]
+
+
+class Record:
+    """The folder of a run that begins or goes on.
+
+    Args:
+        folder: Run folder.
+        config: The run.
+        resume: Whether it may hold this run already.
+
+    Raises:
+        ConfigError: If it holds another run, or this one without `resume`, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, config: Config, *, resume: bool) -> None:
+        self.folder, self.config = folder, config
+        if not resume and (folder / "run.json").exists():
+            raise ConfigError(
+                f"{folder} holds a run already; go on with it (--resume), or give another --name."
+            )
+        self.state: dict[str, Any] = {"state": "running", "digest": digest(config)}
+        before = self._check_same()
+        self.tested = {k: v for k, v in before.get("metrics", {}).items() if k.startswith(TESTED)}
+        check_writable(folder, "storage")
+
+    def _check_same(self) -> dict[str, Any]:
+        """Return `run.json` of a run to go on with; a ConfigError if it names other settings, data or teachers."""
+        if not (self.folder / "run.json").exists():
+            return {}
+        before = read_record(self.folder / "run.json", "digest", "data", "teachers")
+        for key, what in (("digest", "settings"), ("data", "data"), ("teachers", "teachers")):
+            if key in self.state and before[key] != self.state[key]:
+                raise ConfigError(
+                    f"{self.folder} was made with other {what} ({before[key]}, now {self.state[key]}); compare its "
+                    "config.yaml and the files that it names, or start anew with another --name."
+                )
+        return before
+
+    def open(
+        self, dataset: Dataset, split: Split, teacher: FusedTeacher | None, workers: int
+    ) -> None:
+        """Make the folder and say what the run is made of.
+
+        Raises:
+            ConfigError: If the folder holds a run with other data or teachers, or cannot be made.
+        """
+        self.state |= {"data": dataset.digest, "teachers": teacher.identities if teacher else {}}
+        self._check_same()
+        self.state |= {"torch": torch.__version__, "python": platform.python_version()}
+        # the last bits of a result depend on both
+        self.state |= {"threads": torch.get_num_threads(), "workers": workers}
+        if teacher is not None:
+            self.state |= {"temperature": teacher.temperature, "clip_factors": teacher.factors}
+        self.about = {
+            "config": to_dict(self.config),
+            "digest": digest(self.config),
+            "names": list(dataset.names),
+            "channels": dataset.channels,
+            "size": list(dataset.size),
+            "mean": list(dataset.mean),
+            "std": list(dataset.std),
+            "data": dataset.digest,
+            "trained_on": split.digest,
+        }
+        make_folder(self.folder, "storage")
+        write_atomic(self.folder / "config.yaml", dump(self.config).encode())
+
+    def restore(
+        self, student: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Any] | None, list[Metrics]]:
+        """Load `last/` into student and optimiser, and bring what is written after it in each epoch to its state.
+
+        Random numbers need no state: each epoch's are a function of the seed and the epoch.
+
+        Returns:
+            What `last/` says of itself, None if there is none, and the metrics of each epoch up to it.
+        """
+        if not checkpoint.exists(self.folder / "last"):
+            return None, []
+        saved = checkpoint.load(self.folder / "last")
+        student.load_state_dict(saved.weights)
+        for name, parameter in student.named_parameters():
+            if name in saved.state:
+                # with the parameter's own strides: the fused optimiser walks both in memory order
+                buffer = torch.empty_like(parameter).copy_(saved.state[name])
+                optimizer.state[parameter]["momentum_buffer"] = buffer
+        meta, path = saved.meta, self.folder / "metrics.jsonl"
+        epoch = meta["epoch"]
+        if epoch and meta["best"]["epoch"] == epoch:
+            checkpoint.save(self.folder / "best", dict(student.state_dict()), {}, meta)
+        lines = path.read_text().splitlines()[: max(epoch - 1, 0)] if path.exists() else []
+        lines += [json.dumps(meta["metrics"])] if epoch else []
+        write_atomic(path, "".join(line + "\n" for line in lines).encode())
+        return meta, [json.loads(line) for line in lines]
+
+    def begin(self, student: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+        """Say that the run goes on after `epoch`; before the first there is a checkpoint, too, to go on from."""
+        write_json(self.folder / "run.json", self.state)
+        if epoch == 0:
+            self._save(student, optimizer, 0, {}, None)
+            write_atomic(self.folder / "metrics.jsonl", b"")
+
+    def epoch(
+        self, student: nn.Module, optimizer: torch.optim.Optimizer, metrics: Metrics, best: Metrics
+    ) -> None:
+        """Keep an epoch: its checkpoint, and its line of metrics."""
+        self._save(student, optimizer, metrics["epoch"], metrics, best)
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def _save(
+        self,
+        student: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        epoch: int,
+        metrics: Metrics,
+        best: Metrics | None,
+    ) -> None:
+        meta = self.about | {"epoch": epoch, "metrics": metrics, "best": best}
+        weights = dict(student.state_dict())
+        checkpoint.save(self.folder / "last", weights, momentum_of(student, optimizer), meta)
+        if best is not None and best["epoch"] == epoch:
+            checkpoint.save(self.folder / "best", weights, {}, meta)
+
+    def finish(self, metrics: Metrics, seconds: float) -> None:
+        """Say that the run has finished; what a run before this one read of the test rows stays."""
+        self.state |= {"state": "finished", "seconds": seconds, "metrics": metrics | self.tested}
+        write_json(self.folder / "run.json", self.state)
+
+
+def momentum_of(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimiser's momentum buffers by the name of their parameter."""
+    return {
+        name: optimizer.state[parameter]["momentum_buffer"]
+        for name, parameter in student.named_parameters()
+        if optimizer.state[parameter].get("momentum_buffer") is not None
+    }
