@@ -286,6 +286,8 @@ def run(
     check_same(folder, state)
     state |= {"torch": torch.__version__, "python": platform.python_version()}
     state |= {"threads": torch.get_num_threads()}  # on a CPU, the last bits depend on it
+    if task.dataset.unreadable:
+        state["unreadable"] = list(task.dataset.unreadable)
     if teacher is not None:
         state |= {"temperature": teacher.temperature, "clip_factor": teacher.factor}
     make_folder(folder, "storage")
