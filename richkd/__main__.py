@@ -20,7 +20,7 @@ from richkd import config as configuration
 from richkd.command import Done, Verb, main, say
 from richkd.config import Config
 from richkd.errors import ConfigError, Interrupted, Stopped
-from richkd.files import NO_SPACE
+from richkd.files import NO_SPACE, write_atomic
 from richkd.progress import Progress, lines, stoppable
 
 
@@ -201,17 +201,23 @@ def _evaluate_teachers(arguments: argparse.Namespace) -> Done:
 def cache(arguments: argparse.Namespace) -> Done:
     """Compute and keep what all runs of a config share: the teacher, CLIP's features."""
     config = one_run(arguments.words)
+    from richkd import data
     from richkd import distill as training
 
     with progress_bar() as progress:
-        prepared = stoppable(progress, arguments.stop)
-        task = training.open_task(config, prepared)
-        teacher = training.open_teacher(config, task, prepared)
+        told = stoppable(progress, arguments.stop)
+        task = training.open_task(config, told)
+        if arguments.rows is not None:
+            text = "".join(f"{line}\n" for line in data.rows(config.data, task.dataset))
+            write_atomic(Path(arguments.rows), text.encode("utf-8", "surrogateescape"))
+        teacher = training.open_teacher(config, task, told)
     answer = {
         "cache": str(task.cache),
         "train": len(task.dataset.train),
         "test": len(task.dataset.test),
     }
+    if task.dataset.unreadable:
+        answer["unreadable"] = list(task.dataset.unreadable)
     say(f"cached for {config.data.source} in {task.cache}")
     rows = task.split.validation
     for who, logits in (teacher.shown("train") if teacher else {}).items():
@@ -239,7 +245,7 @@ VERBS = {
     "cache": Verb(
         run=cache,
         help="compute what all runs of a config share: teacher, CLIP's features",
-        flags={},
+        flags={"rows=FILE": "write what each image is, in the order in which logits must come"},
     ),
 }
 

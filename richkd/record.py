@@ -74,6 +74,8 @@ class Record:
         self.state |= {"torch": torch.__version__, "python": platform.python_version()}
         # the last bits of a result depend on both
         self.state |= {"threads": torch.get_num_threads(), "workers": workers}
+        if dataset.unreadable:
+            self.state["unreadable"] = list(dataset.unreadable)
         if teacher is not None:
             self.state |= {"temperature": teacher.temperature, "clip_factors": teacher.factors}
         self.about = {

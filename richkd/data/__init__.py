@@ -11,6 +11,8 @@ from richkd.data.batches import Batches
 from richkd.data.cifar import cifar100
 from richkd.data.dataset import Dataset, Images
 from richkd.data.digits import digits
+from richkd.data.folder import folder
+from richkd.data.rows import rows
 from richkd.data.subsets import Split, split
 from richkd.data.views import Views
 from richkd.errors import ConfigError
@@ -19,6 +21,7 @@ from richkd.progress import Progress
 SOURCES: dict[str, Callable[[Data, Path, Progress | None], Dataset]] = {
     "digits": digits,
     "cifar100": cifar100,
+    "folder": folder,
     "arrays": arrays,
 }
 OWN = {  # keys of one or two sources alone
@@ -28,7 +31,7 @@ OWN = {  # keys of one or two sources alone
     "names": ("folder", "arrays"),
 }
 
-__all__ = ["Batches", "Dataset", "Images", "Split", "Views", "load", "split"]
+__all__ = ["Batches", "Dataset", "Images", "Split", "Views", "load", "rows", "split"]
 
 _loaded: dict[tuple[Data, Path], Dataset] = {}  # the last one
 

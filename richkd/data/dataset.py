@@ -5,6 +5,7 @@ Shapes: N images of H x W pixels and C channels, K classes.
 
 import hashlib
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,21 +102,7 @@ class Dataset:
         classes = len(self.names)
         if classes < 2:
             raise DataError(f"{self.name} must have at least 2 classes but got {classes}.")
-        # two spellings of one word in Unicode would give one prompt for two classes
-        spelled = [unicodedata.normalize("NFC", name) for name in self.names]
-        if len(set(spelled)) < classes:
-            twice = [
-                n for n, same in zip(self.names, spelled, strict=True) if spelled.count(same) > 1
-            ]
-            raise DataError(
-                f"class names must differ, also after Unicode's NFC, but {len(twice)} of the {classes} names "
-                f"of {self.name} do not: {twice!r}."
-            )
-        for name in self.names:
-            if not name.strip() or UNUSABLE & set(map(unicodedata.category, name)):
-                raise DataError(
-                    f"a class name of {self.name} must be one line of text, for the prompts, but got {name!r}."
-                )
+        check_names(self.name, self.names)
         if self.train.pixels.shape[1:] != self.test.pixels.shape[1:]:
             raise DataError(
                 f"training and test images of {self.name} must have one height, width and number of channels but "
@@ -151,6 +138,23 @@ class Dataset:
     def size(self) -> tuple[int, int]:
         """Height and width of an image in pixels."""
         return self.train.pixels.shape[1:3]
+
+
+def check_names(source: str, names: tuple[str, ...]) -> None:
+    """Raise DataError unless the class names of `source` make distinct prompts of one line."""
+    # two spellings of one word in Unicode would give one prompt for two classes
+    spelled = Counter(unicodedata.normalize("NFC", name) for name in names)
+    twice = [name for name in names if spelled[unicodedata.normalize("NFC", name)] > 1]
+    if twice:
+        raise DataError(
+            f"class names must differ, also after Unicode's NFC, but {len(twice)} of the {len(names)} names "
+            f"of {source} do not: {twice!r}."
+        )
+    for name in names:
+        if not name.strip() or UNUSABLE & set(map(unicodedata.category, name)):
+            raise DataError(
+                f"a class name of {source} must be one line of text, for the prompts, but got {name!r}."
+            )
 
 
 def moments(pixels: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

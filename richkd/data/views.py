@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,25 +38,26 @@ class Views:
         self.pad, self.flips = dataset.pad, 1 + dataset.flip
         each = self.flips * (height + 2 * self.pad) * (width + 2 * self.pad) * channels
         fits = len(images) * each <= memory * 2**30
-        self.view = self._crops(torch.from_numpy(self.source)) if fits else None
+        self.view = self._crops(self.source) if fits else None
         self._normalise_by(dataset.mean, dataset.std)
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.source)
 
-    def _crops(self, pixels: Tensor) -> Tensor:
+    def _crops(self, pixels: np.ndarray) -> Tensor:
         """Return the crops of `pixels` `(N, H, W, C)`: [n, flip, dy, dx] is H rows of W * C bytes.
 
         The bytes of a row are consecutive, and crops overlap in memory.
         """
         n, height, width, channels = pixels.shape
         p = self.pad
-        padded = pixels.new_zeros(n, self.flips, height + 2 * p, width + 2 * p, channels)
+        # padded by NumPy, since PyTorch takes no array that cannot be written, such as a map of a file
+        padded = np.zeros((n, self.flips, height + 2 * p, width + 2 * p, channels), np.uint8)
         padded[:, 0, p : p + height, p : p + width] = pixels
         if self.flips == 2:
-            padded[:, 1] = padded[:, 0].flip(2)
-        padded = padded.to(self.device)
+            padded[:, 1] = padded[:, 0, :, ::-1]
+        padded = torch.from_numpy(padded).to(self.device)
         row = (width + 2 * p) * channels
         return padded.as_strided(
             (n, self.flips, 2 * p + 1, 2 * p + 1, height, width * channels),
@@ -81,7 +83,7 @@ class Views:
         """Return the asked-for crops, uint8 `(B, H, W, C)`; the images as they are without `views`."""
         view, count = self.view, len(rows)
         if view is None:
-            view = self._crops(torch.from_numpy(self.source[rows.cpu().numpy()]))
+            view = self._crops(self.source[rows.cpu().numpy()])
             rows = torch.arange(count)
         if views is None:
             batch = view[rows, 0, self.pad, self.pad]
