@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import shlex
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from richkd.command import Done, Verb, main, say
 from richkd.config import Config
 from richkd.errors import ConfigError, Interrupted, Stopped
 from richkd.files import NO_SPACE, write_atomic
-from richkd.progress import Progress, lines, stoppable
+from richkd.progress import Progress, epoch_line, lines, stoppable
 
 
 @contextlib.contextmanager
@@ -66,17 +65,10 @@ def percent(found: dict[str, float]) -> dict[str, float]:
 def distill(arguments: argparse.Namespace) -> Done:
     """Distil one student."""
     config = one_run(arguments.words)
-    name = arguments.name
-    if name is None:
-        name = f"{config.method.name}-seed{config.seed}-{time.strftime('%y%m%d-%H%M%S')}"
-    configuration.check_name("--name", name)
-    folder = Path(config.storage) / name
-    if arguments.resume and not (folder / "run.json").exists():
-        raise ConfigError(
-            f"--resume goes on with the run in {folder}, but there is none; give its --name, or leave --resume out."
-        )
+    folder = configuration.run_folder(config, arguments.name, resume=arguments.resume)
 
     from richkd import distill as training
+    from richkd.record import result_of
 
     say(f"{config.method.name} on {config.data.source}, into {folder}")
     if config.loss.logit:
@@ -87,16 +79,12 @@ def distill(arguments: argparse.Namespace) -> Done:
         )
 
     def row(metrics: dict[str, Any], _checkpoint: Path) -> None:
-        say(
-            f"epoch {metrics['epoch']:4d}/{config.train.epochs}  loss {metrics['train/loss']:7.3f}  "
-            f"val top1 {metrics['val/top1']:6.2f} %  best {metrics['best_val_top1']:6.2f} %  "
-            f"{metrics['images_per_second']:7.0f} images/s"
-        )
+        say(epoch_line(metrics, config.train.epochs))
 
     def how_to_go_on() -> str:
         line = ["distill", *arguments.words]
         if (folder / "run.json").exists():
-            line += ["--name", name, "--resume"]
+            line += ["--name", folder.name, "--resume"]
         return f"go on with: python -m richkd {shlex.join(line)}"
 
     try:
@@ -109,7 +97,7 @@ def distill(arguments: argparse.Namespace) -> Done:
                 stop=arguments.stop,
                 progress=progress,
             )
-        tested = training.test(outcome)
+        training.test(outcome)
     except Interrupted as interrupted:
         message = f"{interrupted}; {how_to_go_on()}"
         raise Interrupted(interrupted.signum, message) from None
@@ -119,28 +107,16 @@ def distill(arguments: argparse.Namespace) -> Done:
         raise Stopped(
             f"the disk is full ({error.filename or folder}); free some space and {how_to_go_on()}"
         ) from error
-    found = outcome.metrics
-    answer = {
-        "run": str(folder),
-        "checkpoint": str(folder / "best"),
-        "val": {"top1": found["best_val_top1"], "top5": found["best_val_top5"]},
-        "test": {"top1": tested["test/top1"], "top5": tested["test/top5"]},
-        "images_per_second": found["images_per_second"],
-    }
-    for who in ("teacher", "clip", "fused"):
-        if f"{who}/top1" in tested:
-            answer[who] = {"top1": tested[f"{who}/top1"]}
-            say(f"{who:<10} test top1 {answer[who]['top1']:6.2f} %")
-    _print_found(answer)
+    answer = result_of(folder)
+    _print(answer)
     return Done(answer)
 
 
-def _print_found(answer: dict[str, Any]) -> None:
-    say(
-        f"student    test top1 {answer['test']['top1']:6.2f} %  top5 {answer['test']['top5']:6.2f} %"
-    )
-    say(f"           val  top1 {answer['val']['top1']:6.2f} %  top5 {answer['val']['top5']:6.2f} %")
-    say(f"checkpoint {answer['checkpoint']}")
+def _print(answer: dict[str, Any]) -> None:
+    from richkd.record import result_lines
+
+    for line in result_lines(answer):
+        say(line)
 
 
 def evaluate(arguments: argparse.Namespace) -> Done:
@@ -167,7 +143,7 @@ def evaluate(arguments: argparse.Namespace) -> Done:
         "test": percent(found["test"]),
         "images_per_second": speed,
     }
-    _print_found(answer)
+    _print(answer)
     return Done(answer)
 
 

@@ -9,6 +9,7 @@ aliases, no interpolation.
 import hashlib
 import json
 import re
+import time
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -529,6 +530,30 @@ def check_name(what: str, name: str) -> None:
         raise ConfigError(
             f"{what} may have {MAX_NAME} bytes but has {len(name.encode())}; shorten it."
         )
+
+
+def run_folder(config: "Config", name: str | None, *, resume: bool) -> Path:
+    """Return the folder of a single run, by default a new one named after method, seed and time.
+
+    Raises:
+        ConfigError: If `name` is no name, if there is nothing to go on with, or if another run has it.
+    """
+    if name is None:
+        if resume:
+            raise ConfigError("--resume goes on with a run; give its --name.")
+        name = f"{config.method.name}-seed{config.seed}-{time.strftime('%y%m%d-%H%M%S')}"
+    check_name("--name", name)
+    folder = Path(config.storage) / name
+    there = (folder / "run.json").exists()
+    if resume and not there:
+        raise ConfigError(
+            f"--resume goes on with the run in {folder}, but there is none; give its --name, or leave --resume out."
+        )
+    if there and not resume:
+        raise ConfigError(
+            f"{folder} holds a run already; go on with it (--resume), or give another --name."
+        )
+    return folder
 
 
 def _unknown(entry: Entry, known: dict[str, Any]) -> ConfigError:

@@ -1,6 +1,7 @@
-"""How far long preparations are: the callback that they call, and what makes of it lines or an interruption."""
+"""How far something is: the callback of long preparations, what makes of it lines or an interruption; an epoch's line."""
 
 from collections.abc import Callable
+from typing import Any
 
 from richkd.errors import Interrupted
 
@@ -30,3 +31,12 @@ def lines(print_line: Callable[[str], None]) -> Progress:
             print_line(f"{what}: {100 * done // max(total, 1)} %")
 
     return told
+
+
+def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
+    """Return what is printed of an epoch of a single run."""
+    return (
+        f"epoch {metrics['epoch']:4d}/{epochs}  loss {metrics['train/loss']:7.3f}  "
+        f"val top1 {metrics['val/top1']:6.2f} %  best {metrics['best_val_top1']:6.2f} %  "
+        f"{metrics['images_per_second']:7.0f} images/s"
+    )

@@ -162,3 +162,32 @@ def momentum_of(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
         for name, parameter in student.named_parameters()
         if optimizer.state[parameter].get("momentum_buffer") is not None
     }
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """Return what a finished and tested run came to: `run`, `checkpoint`, `val`, `test`, speed, and its teachers."""
+    found = read_record(folder / "run.json", "metrics")["metrics"]
+    result = {
+        "run": str(folder),
+        "checkpoint": str(folder / "best"),
+        "val": {"top1": found["best_val_top1"], "top5": found["best_val_top5"]},
+        "test": {"top1": found["test/top1"], "top5": found["test/top5"]},
+        "images_per_second": found["images_per_second"],
+    }
+    for who in ("teacher", "clip", "fused"):
+        if f"{who}/top1" in found:
+            result[who] = {"top1": found[f"{who}/top1"]}
+    return result
+
+
+def result_lines(result: dict[str, Any]) -> list[str]:
+    """Return a result as lines for the terminal."""
+    lines = [
+        f"{who:<10} test top1 {result[who]['top1']:6.2f} %"
+        for who in ("teacher", "clip", "fused")
+        if who in result
+    ]
+    for part, who in (("test", "student"), ("val", "")):
+        top1, top5 = (result[part][key] for key in ("top1", "top5"))
+        lines.append(f"{who:<10} {part:<4} top1 {top1:6.2f} %  top5 {top5:6.2f} %")
+    return [*lines, f"checkpoint {result['checkpoint']}"]

@@ -3,12 +3,14 @@
     python -m tune sweep                              # the embedded default, some minutes on two cores
     python -m tune sweep my.yaml sweep.trials=50
     python -m tune resume                             # go on with an interrupted sweep
+    python -m tune train resources.workers=2          # one distillation over two workers
     python -m tune best --copy-to student             # the best checkpoint, verified
 
 SWEEP is a name, a folder or an MLflow run id; the default is the sweep started last.
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -45,6 +47,29 @@ def sweep(arguments: argparse.Namespace) -> Done:
 
     answer = start(layers, address=arguments.address, stop=arguments.stop)
     return Done(answer, 3 if answer["failed"] else 0)
+
+
+def train(arguments: argparse.Namespace) -> Done:
+    """Distil one student over several workers."""
+    layers = config.read(arguments.words)
+    # most mistakes are refused here, before the slow imports
+    folder = config.run_folder(config.build(layers), arguments.name, resume=arguments.resume)
+    from richkd.record import result_lines
+    from tune.train import train as run
+
+    again = ["python", "-m", "tune", "train", *arguments.words, "--name", folder.name, "--resume"]
+    answer = run(
+        layers,
+        folder,
+        command=shlex.join(again),
+        address=arguments.address,
+        stop=arguments.stop,
+    )
+    for line in result_lines(answer):
+        say(line)
+    for what, text in answer["mlflow"]["lines"].items():
+        say(f"{what:<11}{text}")
+    return Done(answer)
 
 
 def resume(arguments: argparse.Namespace) -> Done:
@@ -85,6 +110,12 @@ ADDRESS = {
 
 VERBS = {
     "sweep": Verb(run=sweep, help="search, refit over seeds, compare", flags=ADDRESS),
+    "train": Verb(
+        run=train,
+        help="distil one student, over several workers",
+        flags={"name=NAME": "name of the run", "resume": "go on with the run of that name"}
+        | ADDRESS,
+    ),
     "resume": Verb(
         run=resume, help="go on with a sweep", words="[SWEEP] [storage=FOLDER]", flags=ADDRESS
     ),

@@ -10,8 +10,8 @@ from typing import Any
 
 from richkd.config import Config, digest, dump, flatten, to_dict
 from richkd.data import Dataset
-from richkd.distill import TESTED
 from richkd.files import read_record, write_json
+from richkd.record import TESTED
 from tune.agenda import Job
 from tune.best import called
 from tune.settings import Settings

@@ -15,9 +15,11 @@ from typing import Any
 
 import ray
 import ray.tune
+from ray import PlacementGroupID
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.util.placement_group import PlacementGroup
 
 from richkd.command import Stop
 from richkd.config import to_dict
@@ -30,6 +32,9 @@ from tune.trial import trial as trainable
 # Ray's own result files, progress output, handlers and snapshots: ours do without, or have their own.
 ENVIRONMENT = {
     "PYTHONPATH": str(PROJECT),
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # an epoch of seconds waits so long to be heard of
+    "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -51,11 +56,11 @@ def guarded(agenda: Agenda) -> Iterator[None]:
 
 
 class JobSearcher(Searcher):
-    """Gives Tune the agenda's next job."""
+    """Gives Tune the agenda's next job, with what all jobs are run with."""
 
-    def __init__(self, agenda: Agenda, stop: Stop, threads: int) -> None:
+    def __init__(self, agenda: Agenda, stop: Stop, shared: dict[str, Any]) -> None:
         super().__init__()
-        self.agenda, self.stop, self.threads = agenda, stop, threads
+        self.agenda, self.stop, self.shared = agenda, stop, shared
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next job, None if it has to wait for others, FINISHED at the end."""
@@ -70,8 +75,8 @@ class JobSearcher(Searcher):
             "id": job.id,
             "config": to_dict(job.config),
             "folder": str(job.folder),
-            "test": job.kind == "refit",
-            "threads": self.threads,
+            "test": job.kind != "trial",
+            **self.shared,
         }
 
     def on_trial_complete(
@@ -96,6 +101,7 @@ class JobScheduler(FIFOScheduler):
         super().__init__()
         self.agenda, self.stop = agenda, stop
         self.latest: dict[str, dict[str, Any]] = {}
+        self.placed: dict[str, str] = {}  # job to the placement group of its workers
 
     def __getstate__(self) -> dict:
         return {}
@@ -108,11 +114,19 @@ class JobScheduler(FIFOScheduler):
         prefix = "run/"
         metrics = {k.removeprefix(prefix): v for k, v in result.items() if k.startswith(prefix)}
         job = self._job(trial)
+        if "placement_group" in metrics:  # its workers have started, or started anew
+            self.placed[job.id] = metrics["placement_group"]
+            return TrialScheduler.CONTINUE
+        before = self.latest.get(job.id, {}).get("epoch", 0)
+        if metrics.get("epoch", before + 1) <= before and "finished" not in metrics:
+            return TrialScheduler.CONTINUE  # workers that started anew do not know what arrived
         self.latest[job.id] = metrics
         if self.stop.signum is not None:
             self.agenda.stop()
         if "stopped" in metrics:
             self.agenda.broke(Stopped(metrics["stopped"]))
+        if metrics.keys() & {"failed", "stopped"} and trial.config["workers"] > 1:
+            return TrialScheduler.STOP  # or Ray Train would start the workers anew
         if metrics.keys() & {"failed", "finished", "stopped"}:
             return TrialScheduler.CONTINUE
         goes_on = False
@@ -137,8 +151,19 @@ class JobScheduler(FIFOScheduler):
     def _ended(self, trial: Trial, error: str | None) -> None:
         job = self._job(trial)
         metrics = self.latest.pop(job.id, {})
+        if (group := self.placed.pop(job.id, None)) is not None:
+            free(group)
         with guarded(self.agenda):
             self.agenda.ended(job, metrics, error or metrics.get("failed"))
+
+
+def free(group: str) -> None:
+    """Remove the placement group of a job's workers, which outlives a trial that was stopped.
+
+    Ray Train's own cleaner asks a dashboard that need not run; the next trial would wait for ever.
+    """
+    if (ray.util.placement_group_table().get(group) or {}).get("state") != "REMOVED":
+        ray.util.remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
 
 
 def run(
@@ -168,7 +193,7 @@ def run(
             ray.init(
                 address=address,
                 include_dashboard=None if address else False,
-                runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}},
+                runtime_env={"env_vars": {name: os.environ[name] for name in ENVIRONMENT}},
                 log_to_driver=False,
                 logging_level="ERROR",
             )
@@ -183,16 +208,24 @@ def run(
         # of its own notes, which nobody reads: on a full disk it would say a screen about them
         logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     try:
-        slots, wanted = fit(resources, ray.cluster_resources(), gpu=gpu)
+        slots, each = fit(resources, ray.cluster_resources(), gpu=gpu)
         shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
+        alone = resources.workers == 1
+        shared = {
+            "workers": resources.workers,
+            "each": each,
+            "threads": resources.cpus_per_worker,
+            "scratch": str(scratch / "train"),
+        }
         ray.tune.Tuner(
-            ray.tune.with_resources(trainable, wanted),
+            # a trial that waits for its workers takes nothing that they need
+            ray.tune.with_resources(trainable, each if alone else {"CPU": 0, "memory": 1}),
             tune_config=ray.tune.TuneConfig(
-                search_alg=JobSearcher(agenda, stop, resources.cpus_per_worker),
+                search_alg=JobSearcher(agenda, stop, shared),
                 scheduler=JobScheduler(agenda, stop),
                 num_samples=agenda.total,
                 max_concurrent_trials=min(slots, resources.max_concurrent or slots),
-                reuse_actors=True,
+                reuse_actors=alone,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=ray.tune.RunConfig(
@@ -207,7 +240,7 @@ def run(
 def fit(
     resources: Resources, cluster: dict[str, float], *, gpu: bool
 ) -> tuple[int, dict[str, float]]:
-    """Return how many trials fit into the cluster at once, and what each takes.
+    """Return how many trials fit into the cluster at once, and what each of their workers takes.
 
     Args:
         resources: What is asked for.
@@ -218,9 +251,14 @@ def fit(
         ConfigError: If not even one fits.
     """
     check_fits(resources, cluster)
-    wanted: dict[str, float] = {"cpu": resources.cpus_per_worker}
-    slots = int(cluster.get("CPU", 0) // resources.cpus_per_worker)
+    each: dict[str, float] = {"CPU": resources.cpus_per_worker}
+    slots = int(cluster.get("CPU", 0) // (resources.workers * resources.cpus_per_worker))
     if gpu and cluster.get("GPU", 0):
-        wanted["gpu"] = 1 / resources.trials_per_gpu
-        slots = min(slots, int(cluster["GPU"]) * resources.trials_per_gpu)
-    return slots, wanted
+        each["GPU"] = 1 / resources.trials_per_gpu
+        slots = min(slots, int(cluster["GPU"]) * resources.trials_per_gpu // resources.workers)
+        if slots == 0:
+            raise ConfigError(
+                f"resources.workers={resources.workers} take a GPU each but the cluster has {cluster['GPU']:g}; lower "
+                "it, or use device=cpu."
+            )
+    return slots, each

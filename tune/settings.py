@@ -60,14 +60,23 @@ class Warmstart:
 class Resources:
     """What a trial takes of the cluster."""
 
+    workers: int = 1  # that share the batches of a trial
     cpus_per_worker: int = 1  # and threads
-    trials_per_gpu: int = 1  # where there are GPUs, and `device` is not cpu
+    trials_per_gpu: int = (
+        1  # where there are GPUs, and `device` is not cpu; for trials of one worker
+    )
     max_concurrent: int | None = None  # None: as many as fit
 
     def __post_init__(self) -> None:
+        in_range("resources.workers", self.workers, 1, 10_000)
         in_range("resources.cpus_per_worker", self.cpus_per_worker, 1, MANY)
         in_range("resources.max_concurrent", self.max_concurrent, 1, MANY)
         in_range("resources.trials_per_gpu", self.trials_per_gpu, 1, 64)
+        if self.workers > 1 and self.trials_per_gpu > 1:
+            raise ConfigError(
+                f"resources.workers={self.workers} take a GPU each but resources.trials_per_gpu={self.trials_per_gpu} "
+                "share one; set one of them to 1."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,10 +100,11 @@ class Settings:
 
 def check_fits(resources: Resources, cluster: dict[str, float]) -> None:
     """Raise ConfigError if not even one trial fits into the CPUs of a cluster."""
-    if resources.cpus_per_worker > cluster.get("CPU", 0):
+    wanted, there = resources.workers * resources.cpus_per_worker, cluster.get("CPU", 0)
+    if wanted > there:
         raise ConfigError(
-            f"resources.cpus_per_worker must fit into the cluster's {cluster.get('CPU', 0):g} CPUs but is "
-            f"{resources.cpus_per_worker}; lower it."
+            f"resources.workers={resources.workers} with resources.cpus_per_worker={resources.cpus_per_worker} must fit "
+            f"into the cluster's {there:g} CPUs but take {wanted}; lower one of them."
         )
 
 

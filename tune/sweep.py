@@ -13,19 +13,16 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from richkd import cache, distill, fusion
 from richkd.command import Stop
 from richkd.config import Config, Layers, build, digest, dump, flatten, to_dict
 from richkd.data import load
-from richkd.errors import ConfigError, CorruptError, Interrupted, RichkdError, Stopped
+from richkd.errors import ConfigError, CorruptError, RichkdError
 from richkd.files import (
-    NO_SPACE,
     check_writable,
     make_folder,
     read_record,
@@ -37,6 +34,7 @@ from richkd.progress import Progress, stoppable
 from tune.agenda import Agenda, Job, Refits
 from tune.best import called
 from tune.display import Display, Terminal, describe
+from tune.driver import is_full, locked, resumable, work
 from tune.environment import environment
 from tune.logbook import Logbook
 from tune.scheduler import pruner
@@ -233,18 +231,6 @@ def _exists(folder: Path) -> ConfigError:
     )
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the sweep's lock; the operating system frees it when its holder dies."""
-    try:
-        with FileLock(folder / "lock", timeout=0):
-            yield
-    except Timeout:
-        raise ConfigError(
-            f"another process is working on {folder.name}; wait for it, or stop it first."
-        ) from None
-
-
 def carry_out(
     sweep: Sweep,
     asked: dict[str, Any],
@@ -311,48 +297,20 @@ def search_and_refit(
     seconds: Callable[[], float],
 ) -> dict[str, Any]:
     """Run what the agenda says and return the result; MLflow hears of the end, whatever it is."""
-    try:
+    with resumable(logbook.close, f"python -m tune resume {called(sweep.folder)}"):
         dataset = load(sweep.base.data, cache.root(sweep.base.cache))
         logbook.open(sweep.settings, sweep.base, sweep.space, environment(), dataset)
         agenda = plan(sweep, first, [display, logbook])
         display.follow(agenda)
-        if not agenda.over:
-            from tune.runner import run  # Ray takes seconds to import
-
-            scratch, resources = sweep.folder / ".ray", sweep.settings.resources
-            run(agenda, stop, resources, scratch, gpu=sweep.base.device != "cpu", address=address)
-        if agenda.error is not None:
-            raise agenda.error
-        if agenda.stopping:
-            raise Interrupted(stop.signum, "interrupted")
-        if not agenda.over:  # as on SIGUSR1, on which Tune stops by itself
-            raise Stopped("Ray Tune ended before the sweep did")
+        work(
+            agenda,
+            stop,
+            sweep.settings.resources,
+            sweep.folder / ".ray",
+            gpu=sweep.base.device != "cpu",
+            address=address,
+        )
         return conclude(sweep, agenda, logbook, seconds())
-    except BaseException as error:
-        # what a signal handler raises inside Ray comes wrapped; so does a full disk inside SQLite
-        stopped = next((one for one in causes(error) if isinstance(one, Stopped)), error)
-        if is_full(error):
-            stopped = Stopped("the disk is full; free some space")
-        with contextlib.suppress(OSError):
-            logbook.close("KILLED" if isinstance(stopped, Stopped) else "FAILED")
-        if isinstance(stopped, Stopped):
-            stopped.args = (f"{stopped}; go on with: python -m tune resume {called(sweep.folder)}",)
-        raise stopped from error.__cause__
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what led to it, back to the first."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether a full disk is among the causes of an error; SQLite has its own word for it."""
-    return any(
-        getattr(one, "errno", None) in NO_SPACE or "disk is full" in str(one)
-        for one in causes(error)
-    )
 
 
 def open_searches(sweep: Sweep, first: dict[str, list[Point]]) -> list[Search]:

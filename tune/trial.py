@@ -1,7 +1,7 @@
-"""One trial in a process that goes on to the next: the reporter between `richkd.distill` and Ray Tune."""
+"""One trial: in a process that goes on to the next, or shared by several workers of Ray Train."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.tune
 
@@ -9,17 +9,25 @@ from richkd.config import from_dict
 from richkd.errors import RichkdError
 from richkd.files import NO_SPACE
 
+if TYPE_CHECKING:
+    from richkd.distill import Outcome
+
+RESTARTS = 3  # of the workers of a trial, after one of them died
+
 
 def trial(job: dict[str, Any]) -> None:
-    """Run one job of a sweep, reporting once an epoch and once at its end.
+    """Run one job, reporting once an epoch and once at its end.
 
     A run that fails for a reason that richkd knows ends by a report that says so, since raising would
     end the process, and with it the caches that the next trial would find.
 
     Args:
-        job: `config` (resolved, as a dict), `folder`, `threads`, and `test`: whether the test rows are read
-            at the end.
+        job: `id`; `config` (resolved, as a dict); `folder`; `threads` of a worker; `test`: whether the test rows are read
+            at the end; `workers`, `each` (what Ray is to give each of them) and `scratch`, a folder of Ray's own.
     """
+    if job["workers"] > 1:
+        _shared(job)
+        return
     import torch
 
     from richkd import distill
@@ -33,17 +41,55 @@ def trial(job: dict[str, Any]) -> None:
             resume=True,
         )
         tested = distill.test(outcome) if job["test"] else {}
-    except RichkdError as error:
-        ray.tune.report({"run": {"failed": f"{type(error).__name__}: {error}"}})
-        return
-    except OSError as error:
-        if error.errno not in NO_SPACE:
+    except (RichkdError, OSError) as error:
+        if (said := foreseen(error)) is None:
             raise
-        # no fault of the trial's: it goes on when there is space
-        ray.tune.report(
-            {"run": {"stopped": f"the disk is full ({error.filename or job['folder']})"}}
-        )
+        ray.tune.report({"run": said})
         return
+    ray.tune.report({"run": ended(outcome, tested)})
+
+
+def _shared(job: dict[str, Any]) -> None:
+    """Let Ray Train run the job on several workers, and start them anew if one of them dies."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from richkd import checkpoint
+    from tune.worker import Reporter, worker
+
+    last = Path(job["folder"]) / "last"
+    heard = checkpoint.load(last).meta["epoch"] if checkpoint.exists(last) else 0
+    TorchTrainer(
+        worker,
+        train_loop_config=job | {"heard": heard},
+        scaling_config=ScalingConfig(
+            num_workers=job["workers"],
+            use_gpu="GPU" in job["each"],
+            resources_per_worker=job["each"],
+        ),
+        run_config=RunConfig(
+            name=job["id"],
+            storage_path=job["scratch"],
+            failure_config=FailureConfig(max_failures=RESTARTS),
+            callbacks=[Reporter()],
+        ),
+    ).fit()
+
+
+def foreseen(error: BaseException) -> dict[str, str] | None:
+    """Return the report of an error that would only come again, None of any other.
+
+    A full disk is no fault of the trial's: it goes on when there is space.
+    """
+    if isinstance(error, RichkdError):
+        return {"failed": f"{type(error).__name__}: {error}"}
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return {"stopped": f"the disk is full ({error.filename or 'of the run folder'})"}
+    return None
+
+
+def ended(outcome: "Outcome", tested: dict[str, float]) -> dict[str, Any]:
+    """Return the last report of a run."""
     teacher = outcome.teacher
     known = {f"identity/{k}": v for k, v in teacher.identities.items()} if teacher else {}
-    ray.tune.report({"run": outcome.metrics | tested | known | {"finished": True}})
+    return outcome.metrics | tested | known | {"finished": True}

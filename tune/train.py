@@ -1,0 +1,194 @@
+"""One distillation on Ray, over one or several workers, logged to MLflow.
+
+    python -m tune train resources.workers=2
+    python -m tune train my.yaml resources.workers=4 --name first
+    python -m tune train my.yaml resources.workers=4 --name first --resume
+
+A run folder is what `python -m richkd distill` leaves; the driver's `mlflow.json` and `lock` lie beside.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from richkd import cache, distill
+from richkd.command import Stop
+from richkd.config import Config, Layers, build, digest, dump, flatten, to_dict
+from richkd.errors import RichkdError
+from richkd.files import make_folder, read_record, write_json
+from richkd.progress import epoch_line, stoppable
+from richkd.record import TESTED, result_of
+from tune.agenda import Agenda, Job, Refits
+from tune.display import Display
+from tune.driver import locked, resumable, work
+from tune.environment import environment
+from tune.logbook import CLOSE_SECONDS, HIDDEN, STATUS
+from tune.settings import Settings, check_fits
+from tune.tracking import Tracker
+
+
+class RunLog:
+    """Listens to the one job of an agenda: prints its epochs and writes them to MLflow.
+
+    Args:
+        folder: Run folder.
+        settings: Where MLflow is, and what the run takes of the cluster.
+        display: Where lines go.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, display: Display) -> None:
+        self.folder, self.settings, self.display = folder, settings, display
+        self.ids = folder / "mlflow.json"
+        known = read_record(self.ids) if self.ids.exists() else {}
+        tracking = settings.tracking
+        self.tracker = Tracker(Tracker.address(tracking.uri), tracking.experiment, known=known)
+        self.closed = False
+
+    def started(self, job: Job) -> None:
+        """Begin, or go on with, the run."""
+        shown = flatten(to_dict(job.config)) | flatten(
+            {"resources": to_dict(self.settings.resources)}
+        )
+        params = {
+            key: value
+            for key, value in shown.items()
+            if not key.startswith(HIDDEN) and value is not None
+        }
+        found = environment()
+        tags = {
+            "richkd.kind": "train",
+            "richkd.method": job.config.method.name,
+            "richkd.state": "running",
+            "richkd.digest": digest(job.config),
+            "richkd.commit": found["commit"] or "",
+        }
+        self.tracker.start()
+        self.tracker.sweep(job.id, params, tags)
+        self.tracker.text(job.id, dump(job.config), "config.yaml")
+        self.tracker.text(job.id, json.dumps(found, indent=2), "environment.json")
+
+    def epoch(self, job: Job, metrics: dict[str, Any]) -> None:
+        """Print an epoch and keep its metrics."""
+        self.display.line(epoch_line(metrics, job.config.train.epochs))
+        values = {key: value for key, value in metrics.items() if key != "epoch"}
+        self.tracker.log(job.id, values, metrics["epoch"])
+
+    def ended(self, job: Job, state: str, metrics: dict[str, Any]) -> None:
+        """Keep how it ended; a finished run leaves its checkpoint and its test accuracy there."""
+        tags = {"richkd.state": state}
+        for key in (key for key in metrics if key.startswith("identity/")):
+            tags[key.replace("identity/", "richkd.")] = metrics[key]
+        if state == "failed":
+            tags["richkd.error"] = metrics["error"]
+        if state == "finished":
+            tested = {key: value for key, value in metrics.items() if key.startswith(TESTED)}
+            self.tracker.log(job.id, tested, job.config.train.epochs)
+            self.tracker.artifacts(job.id, job.folder / "best", "checkpoint")
+        self.tracker.tag(job.id, tags)
+        self.close(STATUS[state])
+
+    def close(self, status: str) -> None:
+        """End the run in MLflow and wait until it has everything; a second call does nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        self.tracker.finish(self.folder.name, status)
+        self.tracker.close(CLOSE_SECONDS)
+        write_json(self.ids, self.tracker.known())
+
+
+def train(
+    layers: Layers,
+    folder: Path,
+    *,
+    command: str,
+    address: str | None = None,
+    stop: Stop | None = None,
+) -> dict[str, Any]:
+    """Distil one student over `resources.workers` workers and return what came of it.
+
+    Args:
+        layers: Explicit settings.
+        folder: Run folder; if it holds this run, it goes on. Its name is that of the run in MLflow.
+        command: What goes on with the run after an interruption.
+        address: Of a Ray cluster.
+        stop: Says whether a signal came.
+
+    Raises:
+        ConfigError: If something does not fit together; before Ray starts.
+        RichkdError: If the run failed.
+        Stopped: If it was interrupted; resumable.
+    """
+    settings, stop = build(layers, Settings), stop or Stop()
+    config = build(layers)
+    # absolute, for workers that have another environment
+    config = build(layers.over("", {"cache": str(cache.root(config.cache))}))
+    if address is None and "RAY_ADDRESS" not in os.environ:
+        check_fits(settings.resources, {"CPU": os.cpu_count() or 1})
+    folder = folder.resolve()
+    with Display(folder.name) as display:
+        workers = settings.resources.workers
+        display.line(
+            f"{config.method.name} on {config.data.source} over {workers} worker{'s' * (workers > 1)}, into {folder}"
+        )
+        progress = stoppable(display.progress, stop)
+        # what all workers share is made once, and what cannot be used is refused here
+        task = distill.open_task(config, progress)
+        distill.initial_student(config, task.dataset)
+        distill.open_teacher(config, task, progress)
+        make_folder(folder, "storage")
+        with locked(folder):
+            log = RunLog(folder, settings, display)
+            agenda = _agenda(config, folder, log)
+            with resumable(log.close, command):
+                scratch = folder / ".ray"
+                work(
+                    agenda,
+                    stop,
+                    settings.resources,
+                    scratch,
+                    gpu=config.device != "cpu",
+                    address=address,
+                )
+                if agenda.failed:
+                    raise RichkdError(f"{folder.name} failed: {agenda.failed[folder.name]}")
+    return _answer(folder, log)
+
+
+def _agenda(config: Config, folder: Path, log: RunLog) -> Agenda:
+    """Return the agenda with one run on it."""
+    job = Job(
+        id=folder.name,
+        kind="train",
+        method=config.method.name,
+        number=config.seed,
+        folder=folder,
+        config=config,
+    )
+    return Agenda(
+        [],
+        [Refits(method=job.method, settings={})],
+        1,
+        trial_of=lambda *_: job,
+        refit_of=lambda *_: job,
+        finished=lambda _: False,
+        listeners=[log],
+    )
+
+
+def _answer(folder: Path, log: RunLog) -> dict[str, Any]:
+    """Return the result, and where it is to be seen."""
+    links = log.tracker.links(folder.name, [])
+    names = {"command": "MLflow UI", "sweep": "this run"}
+    shown = {names[key]: line for key, line in links.items() if key in names}
+    if log.tracker.problem:
+        shown["MLflow"] = f"is incomplete: {log.tracker.problem}"
+    mlflow = {
+        "tracking_uri": log.tracker.public_uri,
+        "experiment": log.settings.tracking.experiment,
+        "run_id": log.tracker.run_id(folder.name),
+        "links": links,
+        "lines": shown,
+    }
+    return result_of(folder) | {"workers": log.settings.resources.workers, "mlflow": mlflow}
