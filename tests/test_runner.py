@@ -17,7 +17,8 @@ from tune.settings import Resources
 from tune.sweep import is_full
 from tune.trial import trial
 
-JOB = {"config": to_dict(Config()), "folder": "folder", "test": False, "threads": 1}
+SHARED = {"workers": 1, "each": {"CPU": 1}, "threads": 1, "scratch": "scratch"}
+JOB = {"config": to_dict(Config()), "folder": "folder", "test": False, **SHARED}
 
 
 class Broken:
@@ -75,7 +76,7 @@ def test_an_error_of_the_driver_ends_the_sweep_and_not_tune():
     result = {"run/epoch": 1, "run/val/top1": 90.0}
     assert scheduler.on_trial_result(None, some, result) == TrialScheduler.STOP
     scheduler.on_trial_complete(None, some, result)
-    assert JobSearcher(agenda, Stop(), 1).suggest("x") == Searcher.FINISHED
+    assert JobSearcher(agenda, Stop(), SHARED).suggest("x") == Searcher.FINISHED
     assert agenda.error is error
 
 
@@ -106,19 +107,79 @@ def test_a_full_disk_is_found_at_the_bottom_of_an_error(error, full):
 
 
 @pytest.mark.parametrize(
-    ("resources", "cluster", "gpu", "slots", "wanted"),
+    ("resources", "cluster", "gpu", "slots", "each"),
     [
-        (Resources(), {"CPU": 2.0}, True, 2, {"cpu": 1}),
-        (Resources(cpus_per_worker=3), {"CPU": 8.0}, True, 2, {"cpu": 3}),
-        (Resources(), {"CPU": 16.0, "GPU": 2.0}, True, 2, {"cpu": 1, "gpu": 1.0}),
-        (Resources(trials_per_gpu=4), {"CPU": 6.0, "GPU": 2.0}, True, 6, {"cpu": 1, "gpu": 0.25}),
-        (Resources(), {"CPU": 16.0, "GPU": 2.0}, False, 16, {"cpu": 1}),
+        (Resources(), {"CPU": 2.0}, True, 2, {"CPU": 1}),
+        (Resources(cpus_per_worker=3), {"CPU": 8.0}, True, 2, {"CPU": 3}),
+        (Resources(), {"CPU": 16.0, "GPU": 2.0}, True, 2, {"CPU": 1, "GPU": 1.0}),
+        (Resources(trials_per_gpu=4), {"CPU": 6.0, "GPU": 2.0}, True, 6, {"CPU": 1, "GPU": 0.25}),
+        (Resources(), {"CPU": 16.0, "GPU": 2.0}, False, 16, {"CPU": 1}),
+        (Resources(workers=2), {"CPU": 5.0}, True, 2, {"CPU": 1}),
+        (Resources(workers=2, cpus_per_worker=2), {"CPU": 7.0}, True, 1, {"CPU": 2}),
+        (Resources(workers=2), {"CPU": 64.0, "GPU": 5.0}, True, 2, {"CPU": 1, "GPU": 1.0}),
     ],
 )
-def test_as_many_trials_run_at_once_as_fit(resources, cluster, gpu, slots, wanted):
-    assert fit(resources, cluster, gpu=gpu) == (slots, wanted)
+def test_as_many_trials_run_at_once_as_fit(resources, cluster, gpu, slots, each):
+    assert fit(resources, cluster, gpu=gpu) == (slots, each)
 
 
-def test_a_trial_that_fits_nowhere_is_refused():
-    with pytest.raises(ConfigError, match="resources.cpus_per_worker must fit into .* 2 CPUs"):
-        fit(Resources(cpus_per_worker=3), {"CPU": 2.0}, gpu=True)
+@pytest.mark.parametrize(
+    ("resources", "cluster", "message"),
+    [
+        (
+            Resources(cpus_per_worker=3),
+            {"CPU": 2.0},
+            "resources.cpus_per_worker=3 .* 2 CPUs but take 3",
+        ),
+        (Resources(workers=3), {"CPU": 2.0}, "resources.workers=3 .* 2 CPUs but take 3"),
+        (Resources(workers=3), {"CPU": 8.0, "GPU": 2.0}, "take a GPU each but the cluster has 2"),
+    ],
+)
+def test_a_trial_that_fits_nowhere_is_refused(resources, cluster, message):
+    with pytest.raises(ConfigError, match=message):
+        fit(resources, cluster, gpu=True)
+
+
+def test_workers_do_not_share_a_gpu():
+    with pytest.raises(ConfigError, match="take a GPU each but resources.trials_per_gpu=2"):
+        Resources(workers=2, trials_per_gpu=2)
+
+
+def scripted(results: list[dict], workers: int = 2) -> tuple[list[int], list[str]]:
+    """Return the epochs that an agenda hears of, and the scheduler's answers."""
+    heard: list[int] = []
+
+    class Heard:
+        running = {"train": SimpleNamespace(id="train")}
+
+        def epoch(self, job: object, metrics: dict) -> bool:
+            heard.append(metrics["epoch"])
+            return True
+
+    some = SimpleNamespace(config={"id": "train", "workers": workers})
+    scheduler = JobScheduler(Heard(), Stop())
+    flat = [{f"run/{key}": value for key, value in result.items()} for result in results]
+    return heard, [scheduler.on_trial_result(None, some, result) for result in flat]
+
+
+def test_an_epoch_that_workers_report_again_is_heard_once():
+    with pytest.warns(UserWarning, match="a worker died"):
+        heard, _ = scripted(
+            [
+                {"placement_group": "a"},
+                {"epoch": 1},
+                {"epoch": 2},
+                {"placement_group": "b"},
+                {"epoch": 2},
+                {"epoch": 3},
+                {"epoch": 3, "finished": True},
+            ]
+        )
+    assert heard == [1, 2, 3]
+
+
+def test_workers_that_failed_for_a_known_reason_are_not_started_anew():
+    stop, go_on = TrialScheduler.STOP, TrialScheduler.CONTINUE
+    failed = [{"epoch": 1}, {"failed": "DataError: no"}]
+    assert scripted(failed)[1] == [go_on, stop]
+    assert scripted(failed, workers=1)[1] == [go_on, go_on]  # it has ended by itself

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import signal
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,12 @@ class JobScheduler(FIFOScheduler):
         prefix = "run/"
         metrics = {k.removeprefix(prefix): v for k, v in result.items() if k.startswith(prefix)}
         job = self._job(trial)
-        if "placement_group" in metrics:  # its workers have started, or started anew
+        if "placement_group" in metrics:  # its workers have started
+            if job.id in self.placed:
+                warnings.warn(
+                    f"{job.id}: a worker died; all of them go on from the newest checkpoint.",
+                    stacklevel=2,
+                )
             self.placed[job.id] = metrics["placement_group"]
             return TrialScheduler.CONTINUE
         before = self.latest.get(job.id, {}).get("epoch", 0)

@@ -1,0 +1,225 @@
+"""Several workers train what one trains: their batches, crops and counts, and without batch norm their weights."""
+
+import json
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from richkd import distill
+from richkd.config import build, read
+from richkd.data import load
+from richkd.workers import Group
+
+EPOCHS = 3
+BATCH = 7  # of 597 rows: the last batch has 2, too few for three workers
+
+
+class Stopped(Exception):
+    """The test's own end of a run."""
+
+
+class Plain(nn.Module):
+    """A network without batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Flatten())
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return logits `(N, 10)`."""
+        return self.head(self.body(images))
+
+
+def plain(*_: object) -> nn.Module:
+    torch.manual_seed(0)
+    return Plain()
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory) -> list[str]:
+    """Both teachers given as logits, so that nothing is trained but the student."""
+    folder = tmp_path_factory.mktemp("logits")
+    labels = load(build(read([])).data).train.labels
+    for k, name in enumerate(("teacher", "clip")):
+        logits = np.random.default_rng(k).normal(size=(len(labels), 10)).astype(np.float32)
+        logits[np.arange(len(labels)), labels] += 3
+        np.save(folder / f"{name}.npy", logits)
+    return [
+        *(f"{name}.logits={folder / name}.npy" for name in ("teacher", "clip")),
+        *(f"train.epochs={EPOCHS}", f"train.batch_size={BATCH}", f"cache={folder}"),
+        "data.labelled_share=null",
+    ]
+
+
+def work(rank: int, size: int, port: int, folder: str, overrides: list[str]) -> None:
+    """Do all that one worker does in these tests, and write down what it saw."""
+    torch.set_num_threads(1)
+    group = Group()
+    if size > 1:
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+        group = Group.of_process_group()
+    place, seen = Path(folder), []
+    original, resting = distill.step, distill.idle
+
+    def step(config, student, teacher, images, rows, labels, views, total):
+        seen.append([rows.tolist(), labels.tolist(), views.tolist(), list(total)])
+        return original(config, student, teacher, images, rows, labels, views, total)
+
+    def idle(student, image):
+        seen.append([[], [], [], None])
+        return resting(student, image)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "step", step)
+        patch.setattr(distill, "idle", idle)
+        patch.setattr(distill, "initial_student", plain)
+        config = build(read(overrides))
+        outcome = distill.run(config, place / "plain", group=group)
+        (place / f"seen-{rank}.json").write_text(json.dumps(seen))
+        torch.save(outcome.network.state_dict(), place / f"plain-{rank}.pt")
+
+        def report(metrics, _):
+            if metrics["epoch"] == 2:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            distill.run(config, place / "cut", group=group, report=report)
+        again: list[int] = []
+        distill.run(
+            config,
+            place / "cut",
+            group=group,
+            resume=True,
+            heard=1,
+            report=lambda metrics, _: again.append(metrics["epoch"]),
+        )
+        assert again == [2, 3], again
+    normed = build(read([*overrides, "train.epochs=1", "train.batch_size=64"]))
+    outcome = distill.run(normed, place / "normed", group=group)
+    torch.save(outcome.network.state_dict(), place / f"normed-{rank}.pt")
+    tested = distill.test(outcome) if group.first else {}
+    assert bool(tested) == group.first
+    if size > 1:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(overrides, tmp_path_factory) -> dict[int, Path]:
+    """Return the folder of what 1, 2 and 3 workers did."""
+    found = {}
+    for size in (1, 2, 3):
+        found[size] = tmp_path_factory.mktemp(f"workers-{size}")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        arguments = (size, port, str(found[size]), overrides)
+        if size == 1:
+            work(0, *arguments)
+        else:
+            torch.multiprocessing.spawn(work, arguments, nprocs=size)
+    return found
+
+
+def seen(folder: Path, size: int) -> list[list]:
+    """Return rows, labels and views of each global batch, put together from the workers' slices."""
+    each = [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in range(size)]
+    whole = []
+    for parts in zip(*each, strict=True):
+        totals = {tuple(part[3]) for part in parts if part[3] is not None}
+        assert len(totals) == 1
+        whole.append(
+            [*(sum((part[k] for part in parts), []) for k in range(3)), list(totals.pop())]
+        )
+    return whole
+
+
+def metrics(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_workers_see_the_batches_crops_and_labels_of_one(results, size):
+    one, several = seen(results[1], 1), seen(results[size], size)
+    assert len(one) == EPOCHS * 86  # 597 rows in batches of 7, the last of 2
+    assert several == one
+    for rows, labels, views, (count, labelled) in one:
+        assert len(rows) == len(labels) == len(views) == count
+        assert labelled == sum(label >= 0 for label in labels)
+    assert {count for *_, (count, _) in one} == {7, 2}
+    assert 0 in {labelled for *_, (_, labelled) in one}  # few of the rows are labelled
+
+
+def test_slices_are_as_equal_as_can_be(results):
+    each = [json.loads((results[3] / f"seen-{rank}.json").read_text()) for rank in range(3)]
+    assert {tuple(len(part[0]) for part in parts) for parts in zip(*each, strict=True)} == {
+        (3, 2, 2),
+        (1, 1, 0),
+    }
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_without_batch_norm_workers_train_the_weights_of_one(results, size):
+    one = torch.load(results[1] / "plain-0.pt", weights_only=True)
+    start = plain().state_dict()
+    for rank in range(size):
+        found = torch.load(results[size] / f"plain-{rank}.pt", weights_only=True)
+        for name, value in found.items():
+            torch.testing.assert_close(value, one[name], atol=2e-5, rtol=1e-4)
+            assert (value - start[name]).abs().max() > 0.01, "it was trained"
+    for a, b in zip(metrics(results[1] / "plain"), metrics(results[size] / "plain"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_resumed_run_of_several_workers_is_the_straight_one_bit_for_bit(results, size):
+    folder = results[size]
+    straight, cut = (folder / name / "last" / "weights.safetensors" for name in ("plain", "cut"))
+    assert straight.read_bytes() == cut.read_bytes()
+    assert metrics(folder / "plain") == metrics(folder / "cut")
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_with_batch_norm_all_workers_end_with_the_network_that_is_kept(results, size):
+    networks = [
+        torch.load(results[size] / f"normed-{rank}.pt", weights_only=True) for rank in range(size)
+    ]
+    for network in networks[1:]:
+        assert all(torch.equal(value, network[name]) for name, value in networks[0].items())
+    # each normalises its own slice, so that it is near one worker's network, and not the same
+    one, several = (metrics(results[k] / "normed")[-1]["train/loss"] for k in (1, size))
+    assert several == pytest.approx(one, rel=0.1)
+
+
+def test_the_folder_says_how_many_worked_on_it(results):
+    for size, folder in results.items():
+        state = json.loads((folder / "normed" / "run.json").read_text())
+        assert state["workers"] == size
+        assert "test/top1" in state["metrics"]
+
+
+@given(rows=st.integers(0, 1000), size=st.integers(1, 40))
+def test_slices_part_the_rows_in_order(rows, size):
+    slices = [Group(rank=rank, size=size).slice(rows) for rank in range(size)]
+    assert [row for part in slices for row in range(rows)[part]] == list(range(rows))
+    lengths = [part.stop - part.start for part in slices]
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_one_worker_alone_needs_no_process_group():
+    group = Group()
+    network = nn.Linear(2, 2)
+    assert group.wrap(network) is network
+    values = torch.arange(3)
+    assert group.total(values) is values
+    assert group.gather(values, 3) is values
+    assert group.from_first({"a": 1}) == {"a": 1}
+    group.copy_from_first([values])
