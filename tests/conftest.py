@@ -24,3 +24,22 @@ def cache_root(tmp_path_factory) -> Path:
 def miniature(cache_root) -> zeroshot.ZeroShot:
     """The miniature CLIP, trained if the cache does not have it."""
     return zeroshot.load("miniature", None, device=torch.device("cpu"), root=cache_root)
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """One local Ray for all tests that need one inside the process."""
+    import ray
+
+    from tune.runner import ENVIRONMENT
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": ENVIRONMENT},
+    )
+    yield
+    ray.shutdown()

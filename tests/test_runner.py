@@ -145,8 +145,8 @@ def test_workers_do_not_share_a_gpu():
         Resources(workers=2, trials_per_gpu=2)
 
 
-def scripted(results: list[dict], workers: int = 2) -> tuple[list[int], list[str]]:
-    """Return the epochs that an agenda hears of, and the scheduler's answers."""
+def heard_of(results: list[dict]) -> list[int]:
+    """Return the epochs that an agenda hears of."""
     heard: list[int] = []
 
     class Heard:
@@ -156,15 +156,16 @@ def scripted(results: list[dict], workers: int = 2) -> tuple[list[int], list[str
             heard.append(metrics["epoch"])
             return True
 
-    some = SimpleNamespace(config={"id": "train", "workers": workers})
+    some = SimpleNamespace(config={"id": "train"})
     scheduler = JobScheduler(Heard(), Stop())
-    flat = [{f"run/{key}": value for key, value in result.items()} for result in results]
-    return heard, [scheduler.on_trial_result(None, some, result) for result in flat]
+    for result in results:
+        scheduler.on_trial_result(None, some, {f"run/{k}": v for k, v in result.items()})
+    return heard
 
 
 def test_an_epoch_that_workers_report_again_is_heard_once():
     with pytest.warns(UserWarning, match="a worker died"):
-        heard, _ = scripted(
+        heard = heard_of(
             [
                 {"placement_group": "a"},
                 {"epoch": 1},
@@ -176,10 +177,3 @@ def test_an_epoch_that_workers_report_again_is_heard_once():
             ]
         )
     assert heard == [1, 2, 3]
-
-
-def test_workers_that_failed_for_a_known_reason_are_not_started_anew():
-    stop, go_on = TrialScheduler.STOP, TrialScheduler.CONTINUE
-    failed = [{"epoch": 1}, {"failed": "DataError: no"}]
-    assert scripted(failed)[1] == [go_on, stop]
-    assert scripted(failed, workers=1)[1] == [go_on, go_on]  # it has ended by itself

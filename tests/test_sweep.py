@@ -48,21 +48,6 @@ def command(*words: str, cwd: Path, **more: str) -> subprocess.Popen:
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def swept(cluster, miniature, cache_root, tmp_path_factory):
     """The answer of one small sweep, and the client of the MLflow that it wrote to."""
     folder = tmp_path_factory.mktemp("sweep")

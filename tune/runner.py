@@ -131,8 +131,6 @@ class JobScheduler(FIFOScheduler):
             self.agenda.stop()
         if "stopped" in metrics:
             self.agenda.broke(Stopped(metrics["stopped"]))
-        if metrics.keys() & {"failed", "stopped"} and trial.config["workers"] > 1:
-            return TrialScheduler.STOP  # or Ray Train would start the workers anew
         if metrics.keys() & {"failed", "finished", "stopped"}:
             return TrialScheduler.CONTINUE
         goes_on = False

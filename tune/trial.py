@@ -50,30 +50,46 @@ def trial(job: dict[str, Any]) -> None:
 
 
 def _shared(job: dict[str, Any]) -> None:
-    """Let Ray Train run the job on several workers, and start them anew if one of them dies."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    """Let Ray Train run the job on several workers, and start them anew if one of them dies.
+
+    Not by Ray Train itself, which would also start anew what is bound to fail again.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
 
     from richkd import checkpoint
-    from tune.worker import Reporter, worker
+    from tune.worker import worker
 
     last = Path(job["folder"]) / "last"
     heard = checkpoint.load(last).meta["epoch"] if checkpoint.exists(last) else 0
-    TorchTrainer(
-        worker,
-        train_loop_config=job | {"heard": heard},
-        scaling_config=ScalingConfig(
-            num_workers=job["workers"],
-            use_gpu="GPU" in job["each"],
-            resources_per_worker=job["each"],
-        ),
-        run_config=RunConfig(
-            name=job["id"],
-            storage_path=job["scratch"],
-            failure_config=FailureConfig(max_failures=RESTARTS),
-            callbacks=[Reporter()],
-        ),
-    ).fit()
+    for left in reversed(range(RESTARTS + 1)):
+        try:
+            TorchTrainer(
+                worker,
+                train_loop_config=job | {"heard": heard},
+                scaling_config=ScalingConfig(
+                    num_workers=job["workers"],
+                    use_gpu="GPU" in job["each"],
+                    resources_per_worker=job["each"],
+                ),
+                run_config=RunConfig(
+                    name=f"{job['id']}-{left}",
+                    storage_path=job["scratch"],
+                    failure_config=FailureConfig(max_failures=0),
+                    callbacks=[TuneReportCallback()],
+                ),
+            ).fit()
+            return
+        except WorkerGroupError as error:
+            # Ray wraps what a worker raised; what comes of a killed process is no error of ours
+            raised = [getattr(one, "_base_exc", one) for one in error.worker_failures.values()]
+            said = next((found for one in raised if (found := foreseen(one)) is not None), None)
+            if said is not None:
+                ray.tune.report({"run": said})
+                return
+            if left == 0:
+                raise
 
 
 def foreseen(error: BaseException) -> dict[str, str] | None:

@@ -1,0 +1,173 @@
+"""Distillations over two workers of a real local Ray: tracked, gone on with after a death, and freed when stopped."""
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+from mlflow.tracking import MlflowClient
+
+from richkd import load_student
+from richkd.command import Stop
+from richkd.config import Config, build, read
+from richkd.errors import ConfigError
+from tune import runner
+from tune.agenda import Job
+from tune.settings import Resources
+from tune.train import train
+
+EPOCHS = 6
+SHORT = [
+    *(f"train.epochs={EPOCHS}", "teacher.epochs=4", "resources.workers=2"),
+    "train.batch_size=64",
+]
+
+
+@pytest.fixture(scope="module")
+def overrides(miniature, cache_root, tmp_path_factory) -> list[str]:
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+    return [*SHORT, f"cache={cache_root}", f"tracking.uri={uri}"]
+
+
+def rows(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def straight(cluster, overrides, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("straight") / "straight"
+    return train(read(overrides), folder, command="")
+
+
+def kill_a_worker(folder: Path, killed: list[int]) -> None:
+    """Kill one of the processes of Ray Train's workers when two epochs are done."""
+    metrics, ends = folder / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < ends:
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 2:
+            pid = next(
+                int(path.parent.name)
+                for path in Path("/proc").glob("[0-9]*/cmdline")
+                if b"RayTrainWorker" in path.read_bytes()
+            )
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+            return
+        time.sleep(0.02)
+
+
+@pytest.mark.filterwarnings("ignore:.*a worker died")
+def test_a_run_whose_worker_is_killed_ends_as_the_straight_one(straight, overrides, tmp_path):
+    folder, killed = tmp_path / "killed", []
+    killer = threading.Thread(target=kill_a_worker, args=(folder, killed))
+    killer.start()
+    answer = train(read(overrides), folder, command="")
+    killer.join()
+    assert killed
+    assert rows(folder) == rows(Path(straight["run"]))
+    files = [Path(run["run"]) / "last" / "weights.safetensors" for run in (answer, straight)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert answer["test"] == straight["test"]
+    client = MlflowClient(answer["mlflow"]["tracking_uri"])
+    history = client.get_metric_history(answer["mlflow"]["run_id"], "val/top1")
+    assert [point.step for point in history] == list(range(1, EPOCHS + 1))
+
+
+def test_mlflow_has_the_run(straight):
+    folder = Path(straight["run"])
+    client = MlflowClient(straight["mlflow"]["tracking_uri"])
+    run = client.get_run(straight["mlflow"]["run_id"])
+    assert (run.info.run_name, run.info.status) == ("straight", "FINISHED")
+    assert run.data.tags["richkd.kind"] == "train"
+    assert run.data.tags["richkd.state"] == "finished"
+    assert run.data.params["resources.workers"] == "2"
+    assert run.data.metrics["test/top1"] == straight["test"]["top1"]
+    history = client.get_metric_history(run.info.run_id, "val/top1")
+    assert [(p.step, p.value) for p in history] == [
+        (row["epoch"], row["val/top1"]) for row in rows(folder)
+    ]
+    found = {file.path for file in client.list_artifacts(run.info.run_id, "checkpoint")}
+    assert "checkpoint/weights.safetensors" in found
+
+
+def test_its_checkpoint_is_a_student(straight):
+    assert load_student(straight["run"]).names[3] == "three"
+    assert straight["workers"] == 2
+    assert straight["test"]["top1"] > 50
+
+
+def test_ray_leaves_nothing_in_the_run_folder(straight):
+    assert {path.name for path in Path(straight["run"]).iterdir()} == {
+        *("config.yaml", "run.json", "metrics.jsonl", "last", "best", "mlflow.json", "lock")
+    }
+
+
+class Script:
+    """An agenda of three jobs: one is stopped after an epoch, one cannot be run, one runs to its end."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        bad = replace(config, data=replace(config.data, labelled_per_class=1000))
+        self.left = [
+            Job(id=name, kind="trial", method="ce", number=k, folder=folder / name, config=each)
+            for k, (name, each) in enumerate(
+                {"stopped": config, "failed": bad, "finished": config}.items()
+            )
+        ]
+        self.total, self.stopping, self.error = len(self.left), False, None
+        self.running: dict[str, Job] = {}
+        self.ends: dict[str, tuple[dict, str | None]] = {}
+
+    def next(self) -> Job | None:
+        """Give out a job."""
+        job = self.left.pop(0) if self.left else None
+        if job is not None:
+            self.running[job.id] = job
+        return job
+
+    @property
+    def over(self) -> bool:
+        """Whether all have ended."""
+        return not self.left and not self.running
+
+    def epoch(self, job: Job, metrics: dict) -> bool:
+        """Hear of an epoch."""
+        return job.id != "stopped"
+
+    def ended(self, job: Job, metrics: dict, error: str | None) -> None:
+        """Hear of an end."""
+        del self.running[job.id]
+        self.ends[job.id] = (metrics, error)
+
+    def broke(self, error: Exception) -> None:
+        """Hear of an error of the driver."""
+        raise error
+
+
+@pytest.mark.timeout(240)
+def test_trials_of_several_workers_give_back_what_they_took_however_they_end(
+    cluster, overrides, tmp_path
+):
+    config = build(read([*overrides, "method.name=ce", "train.epochs=2"]))
+    script = Script(config, tmp_path)
+    runner.run(script, Stop(), Resources(workers=2), tmp_path / ".ray", gpu=False, address=None)
+    assert script.ends["stopped"][0]["epoch"] == 1
+    assert "finished" not in script.ends["stopped"][0]
+    assert script.ends["failed"][1].startswith("DataError: data.labelled_per_class=1000")
+    assert script.ends["finished"][0]["finished"]
+    ends = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != 2 and time.monotonic() < ends:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == 2
+    assert not (tmp_path / ".ray").exists()
+
+
+def test_more_workers_than_there_are_cores_are_refused_before_anything_is_made(overrides, tmp_path):
+    layers = read([*overrides, "resources.workers=1000"])
+    with pytest.raises(ConfigError, match="resources.workers=1000 .* CPUs but take 1000"):
+        train(layers, tmp_path / "many", command="")
+    assert not (tmp_path / "many").exists()
