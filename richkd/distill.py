@@ -33,6 +33,7 @@ from richkd.workers import Group
 
 ADVICE = "lower train.lr or loss.logit, or raise loss.temperature"  # of a run that diverged
 ALONE = Group()
+UNSURE = 3  # epochs of which reports can be on their way when a worker dies: two, and one to spare
 BROUGHT = (
     "checkpoint",
     "pretrained",
@@ -314,8 +315,8 @@ def run(
             It may raise to end the run there.
         resume: Go on from `last/` if there is one. On a CPU with as many threads the result equals the
             straight run's, bit for bit.
-        heard: The newest epoch of which a report is known to have arrived, if that is in doubt: a later one that
-            `last/` holds is reported again.
+        heard: The newest epoch of which a report is known to have arrived, if that is in doubt: the last few after
+            it are reported again.
         stop: Asked before each step; a signal number ends the run.
         progress: Called with what is being prepared, done and total.
         group: The workers of this run.
@@ -355,8 +356,9 @@ def run(
     meta, rows = group.from_first([meta, rows])
     first, best = (meta["epoch"], meta["best"]) if meta else (0, None)
     share_state(group, student, optimizer, momentum=first > 0)
-    if heard is not None and first > heard and report is not None:
-        report(rows[-1], folder / "last")
+    if heard is not None and report is not None:
+        for row in rows[max(heard, first - UNSURE) :]:
+            report(row, folder / "last")
     wrapped = group.wrap(student)
     held_out = torch.from_numpy(task.split.validation)
     for epoch in range(first, config.train.epochs):
