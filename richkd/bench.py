@@ -37,8 +37,8 @@ METHODS = {"student": "ce", "kd": "kd", "richkd-l": "richkd-l"}  # the method of
 REFERENCE = "reference"
 SECONDS = 20.0  # of a measurement, unless said otherwise
 ROUNDS = 10  # that are aimed at
-LEAST_ROUNDS = 3  # of slow networks, also if they take longer than asked
-WARM_STEPS = 3  # before the first step that counts: kernels are chosen, memory is allocated
+LEAST_ROUNDS = 3  # also if they take longer than asked, as with slow networks
+WARM_STEPS = 3  # not counted: kernels are chosen, memory is allocated; fewer of slow networks
 WIDTH = 80
 
 
@@ -231,6 +231,15 @@ def speed(variant: Ours | Reference, steps: int, device: torch.device) -> float:
     return images / (time.perf_counter() - began)
 
 
+def burst_length(variant: Ours | Reference, seconds: float, device: torch.device) -> int:
+    """Warm `variant` up and return how many of its steps take about `seconds`."""
+    for _ in range(WARM_STEPS):
+        each = variant.config.train.batch_size / speed(variant, 1, device)
+        if each > seconds:
+            break  # to such a step what the first one does once is nothing
+    return max(1, round(seconds / each))
+
+
 def measure(
     config: Config,
     seconds: float = SECONDS,
@@ -271,10 +280,7 @@ def measure(
         began = time.perf_counter()
         for name, variant in variants.items():
             before_a_burst(0)
-            variant.burst(WARM_STEPS)
-            wanted = seconds / (len(variants) * ROUNDS)
-            each = config.train.batch_size / speed(variant, 1, task.device)
-            steps[name] = max(1, round(wanted / each))
+            steps[name] = burst_length(variant, seconds / (len(variants) * ROUNDS), task.device)
         while len(speeds[REFERENCE]) < LEAST_ROUNDS or time.perf_counter() - began < seconds:
             for name, variant in variants.items():
                 before_a_burst(min(int(100 * (time.perf_counter() - began) / seconds), 99))
