@@ -5,10 +5,12 @@ python -m richkd distill my.yaml method.name=kd seed=3 --name kd3
 python -m richkd evaluate runs/kd3
 python -m richkd evaluate my.yaml                 # its teachers, alone and fused
 python -m richkd cache my.yaml                    # CLIP over all images, once
+python -m richkd bench my.yaml                    # how fast this machine trains with it
 """
 
 import argparse
 import contextlib
+import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -203,6 +205,32 @@ def cache(arguments: argparse.Namespace) -> Done:
     return Done(answer)
 
 
+def seconds_of(text: str) -> float:
+    """Return the value of --seconds."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ConfigError(
+            f"--seconds must be a positive number but got {text!r}; say how long to measure, such as --seconds=20."
+        )
+    return seconds
+
+
+def bench(arguments: argparse.Namespace) -> Done:
+    """Measure how fast this machine trains with a config, beside a loop as it is usually written."""
+    given = {} if arguments.seconds is None else {"seconds": seconds_of(arguments.seconds)}
+    config = one_run(arguments.words)
+    from richkd import bench as benchmark
+
+    with progress_bar() as progress:
+        found = benchmark.measure(config, progress=progress, stop=arguments.stop, **given)
+    for line in benchmark.table(found):
+        say(line)
+    return Done(found)
+
+
 VERBS = {
     "distill": Verb(
         run=distill,
@@ -222,6 +250,11 @@ VERBS = {
         run=cache,
         help="compute what all runs of a config share: teacher, CLIP's features",
         flags={"rows=FILE": "write what each image is, in the order in which logits must come"},
+    ),
+    "bench": Verb(
+        run=bench,
+        help="measure how fast this machine trains with a config",
+        flags={"seconds=N": "how long to measure in all, 20 if not given"},
     ),
 }
 

@@ -215,6 +215,45 @@ def idle(student: nn.Module, image: Tensor) -> Tensor:
     return torch.stack([zero.detach(), zero.detach(), zero, zero.detach()])
 
 
+def train_step(
+    config: Config,
+    student: nn.Module,
+    teacher: teachers.FusedTeacher | None,
+    optimizer: torch.optim.Optimizer,
+    views_of: Views,
+    batch: tuple[Tensor, Tensor, Tensor],
+    progress: float,
+    group: Group = ALONE,
+) -> Tensor:
+    """Take one step of the optimiser and return what this worker's slice adds to the values of TERMS, `(4,)`.
+
+    Args:
+        config: The run.
+        student: As `group.wrap` returned it, in training mode.
+        teacher: None where nothing is distilled.
+        optimizer: Of the student's parameters.
+        views_of: Training images.
+        batch: Rows, visible labels and views of the global batch.
+        progress: How much of the training lies behind, 0 to 1; sets the learning rate.
+        group: The workers; each takes its slice of the batch.
+    """
+    rows, labels, views = batch
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = config.train.lr * (0.5 + 0.5 * math.cos(math.pi * progress))
+    total, part = (len(rows), int((labels >= 0).sum())), group.slice(len(rows))
+    if part.start == part.stop:
+        values = idle(student, views_of.images(rows[:1], views[:1]))
+    else:
+        mine = rows[part], labels[part], views[part]
+        images = views_of.images(mine[0], mine[2])
+        values = step(config, student, teacher, images, *mine, total)
+    optimizer.zero_grad(set_to_none=True)
+    # the gradients of several workers are averaged, where they should add up
+    (group.size * values[2]).backward()
+    optimizer.step()
+    return values.detach()
+
+
 def train_epoch(
     config: Config,
     student: nn.Module,
@@ -246,24 +285,11 @@ def train_epoch(
     student.train()
     views_of, steps = batches.views, len(batches)
     terms = torch.zeros(steps, len(TERMS), device=views_of.device)
-    for k, (rows, labels, views) in enumerate(batches.epoch(epoch)):
+    for k, batch in enumerate(batches.epoch(epoch)):
         if (signum := stop()) is not None:
             raise Interrupted(signum, f"interrupted in epoch {epoch + 1} of {config.train.epochs}")
         progress = (epoch * steps + k) / (config.train.epochs * steps)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = config.train.lr * (0.5 + 0.5 * math.cos(math.pi * progress))
-        total, part = (len(rows), int((labels >= 0).sum())), group.slice(len(rows))
-        if part.start == part.stop:
-            values = idle(student, views_of.images(rows[:1], views[:1]))
-        else:
-            mine = rows[part], labels[part], views[part]
-            images = views_of.images(mine[0], mine[2])
-            values = step(config, student, teacher, images, *mine, total)
-        optimizer.zero_grad(set_to_none=True)
-        # the gradients of several workers are averaged, where they should add up
-        (group.size * values[2]).backward()
-        optimizer.step()
-        terms[k] = values.detach()
+        terms[k] = train_step(config, student, teacher, optimizer, views_of, batch, progress, group)
     terms = group.total(terms)
     group.copy_from_first(student.buffers())
     check_finite(terms.cpu(), student, epoch)
@@ -293,6 +319,31 @@ def initial_student(config: Config, dataset: Dataset) -> nn.Module:
             channels=dataset.channels,
             shortcut=config.student.shortcut,
         )
+
+
+def open_student(config: Config, task: Task) -> nn.Module:
+    """Return the untrained student on the device, in the memory order that is trained fastest."""
+    student = initial_student(config, task.dataset).to(task.device)
+    return student.to(memory_format=torch.channels_last)
+
+
+def open_batches(config: Config, task: Task, *, distilled: bool) -> Batches:
+    """Return the global batches of `config`, whether or not there is a teacher to distil from."""
+    everything = len(task.split.labelled) == len(task.split.transfer)
+    # without a target unlabelled rows teach nothing, so each batch is filled with labelled ones
+    share = config.data.labelled_share if distilled or everything else 1.0
+    return Batches(task.split, task.train, config.train.batch_size, share, config.seed)
+
+
+def open_optimizer(config: Config, student: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimiser of the student's parameters; each step sets its learning rate."""
+    return torch.optim.SGD(
+        student.parameters(),
+        lr=config.train.lr,
+        momentum=config.train.momentum,
+        weight_decay=config.train.weight_decay,
+        fused=True,
+    )
 
 
 def run(
@@ -333,20 +384,10 @@ def run(
     record = Record(folder, config, resume=resume) if group.first else None
     progress = stoppable(progress, stop)
     task = open_task(config, progress)
-    student = initial_student(config, task.dataset).to(task.device)
-    student = student.to(memory_format=torch.channels_last)
+    student = open_student(config, task)
     teacher = open_teacher(config, task, progress)
-    everything = len(task.split.labelled) == len(task.split.transfer)
-    # without a target unlabelled rows teach nothing, so each batch is filled with labelled ones
-    share = 1.0 if teacher is None and not everything else config.data.labelled_share
-    batches = Batches(task.split, task.train, config.train.batch_size, share, config.seed)
-    optimizer = torch.optim.SGD(
-        student.parameters(),
-        lr=config.train.lr,
-        momentum=config.train.momentum,
-        weight_decay=config.train.weight_decay,
-        fused=True,
-    )
+    batches = open_batches(config, task, distilled=teacher is not None)
+    optimizer = open_optimizer(config, student)
     meta, rows = None, []
     if record is not None:
         record.open(task.dataset, task.split, teacher, group.size)
