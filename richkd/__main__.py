@@ -123,21 +123,32 @@ def _print(answer: dict[str, Any]) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> Done:
     """Evaluate the student of a run, a sweep or a checkpoint again, or the teachers of a config."""
-    words = arguments.words
-    if not words or any("=" in word or word.endswith((".yaml", ".yml")) for word in words):
+    names = [word for word in arguments.words if "=" not in word]
+    place = _existing(names[0]) if len(names) == 1 else None
+    if place is None:
+        for name in names:
+            try:
+                configuration.find_layer(name)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"evaluate takes a run, a sweep, a checkpoint or layers but {name} is none: no folder here or in runs/, "
+                    f"and {error}"
+                ) from error
         return _evaluate_teachers(arguments)
-    if len(words) != 1:
-        raise ConfigError(
-            f"evaluate takes one run, sweep or checkpoint, or the layers of a config, but got {len(words)} words; "
-            "see python -m richkd evaluate --help."
-        )
+    overrides = [word for word in arguments.words if "=" in word]
+    given = configuration.read(["data.source=digits", *overrides])
+    changes = {entry.key: entry.value for entry in given.entries if entry.key != "data.source"}
+    for key in changes:
+        if key not in configuration.UNHASHED:
+            raise ConfigError(
+                f"of a run only where things lie can be said, {', '.join(configuration.UNHASHED)}, but got {key}; what it "
+                "is, is settled."
+            )
     from richkd import distill as training
     from richkd.student import find_checkpoint
 
-    path = Path(words[0])
-    named = Path(configuration.Config().storage) / path  # a run may be called by its name
-    checkpoint = find_checkpoint(path if path.exists() or not named.exists() else named)
-    found, speed, _ = training.retest(checkpoint)
+    checkpoint = find_checkpoint(place)
+    found, speed, _ = training.retest(checkpoint, changes)
     answer = {
         "run": str(checkpoint.parent),
         "checkpoint": str(checkpoint),
@@ -147,6 +158,12 @@ def evaluate(arguments: argparse.Namespace) -> Done:
     }
     _print(answer)
     return Done(answer)
+
+
+def _existing(name: str) -> Path | None:
+    """Return the folder that `name` calls, by its path or as a run, None if there is none."""
+    paths = (Path(name), Path(configuration.Config().storage) / name)
+    return next((path for path in paths if path.is_dir()), None)
 
 
 def _evaluate_teachers(arguments: argparse.Namespace) -> Done:
@@ -243,7 +260,7 @@ VERBS = {
     "evaluate": Verb(
         run=evaluate,
         help="evaluate a run again, or the teachers of a config",
-        words="RUN | [LAYER.yaml ...] [key=value ...]",
+        words="RUN | LAYER.yaml ... [key=value ...]",
         flags={},
     ),
     "cache": Verb(

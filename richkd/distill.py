@@ -11,14 +11,15 @@ validation accuracy). Test rows are not read here but once, by `test`, after the
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from richkd import cache, checkpoint, fusion, losses, models, teachers
-from richkd.config import Config, Teacher, digest, from_dict
+from richkd.config import Config, Layers, Teacher, build, digest, flatten
 from richkd.data import Batches, Dataset, Split, Views, load, split
 from richkd.data.batches import stream_seed
 from richkd.errors import ConfigError, Interrupted, NonFiniteError
@@ -41,6 +42,8 @@ BROUGHT = (
 )  # where a teacher that is not trained here comes from
 SOME = 500  # held-out rows on which such a teacher is looked at
 TERMS = ("loss_ce", "loss_logit", "loss", "target_entropy")
+
+_looked_at: set[tuple[str, ...]] = set()  # teachers, with the rows that they were asked about
 
 Report = Callable[[dict[str, float], Path], None]
 
@@ -133,14 +136,18 @@ def check_teachers(
     own: teachers.TaskTeacher | None,
     clips: list[teachers.ClipTeacher],
 ) -> None:
-    """Look at what the teachers that were brought say of held-out rows, or of some of them."""
+    """Look at what the teachers that were brought say of held-out rows, or of some of them; once a process."""
+    seen = (*(each.identity for each in (own, *clips) if each is not None), task.split.digest)
+    if seen in _looked_at:
+        return
+    _looked_at.add(seen)
     rows = torch.from_numpy(task.split.validation)
     some = rows[:: -(-len(rows) // SOME)]
     source = next((key for key in BROUGHT if getattr(given, key) is not None), None)
     if own is not None and source is not None:
         teachers.check_sense(f"teacher.{source}", own.plain(some), task.labels[some])
         if source == "checkpoint" and Path(given.checkpoint).is_file() and given.mean is None:
-            teachers.check_normalisation(own, some, task.labels[some])
+            teachers.check_normalisation(own, some[::2], task.labels[some[::2]])
     for clip in clips:
         teachers.check_sense(clip.source, clip.train[rows], task.labels[rows])
 
@@ -509,8 +516,14 @@ def evaluate_teachers(
     return found
 
 
-def retest(folder: Path) -> tuple[dict[str, dict[str, float]], float, dict]:
+def retest(
+    folder: Path, changes: dict[str, Any] | None = None
+) -> tuple[dict[str, dict[str, float]], float, dict]:
     """Evaluate the student of a checkpoint again, on validation and test rows.
+
+    Args:
+        folder: Checkpoint.
+        changes: Dotted keys that say where its data lie now.
 
     Returns:
         `val` and `test`, each with `top1`, `top5` and `loss`; images per second; and what the checkpoint
@@ -522,7 +535,8 @@ def retest(folder: Path) -> tuple[dict[str, dict[str, float]], float, dict]:
     saved = checkpoint.load(folder)
     network = network_of(saved)
     # on whatever this machine has: the accuracy is the student's, not the machine's
-    config = replace(from_dict(saved.meta["config"]), device="auto")
+    wanted = flatten(saved.meta["config"]) | {"device": "auto"} | (changes or {})
+    config = build(Layers().over("", wanted))
     task = open_task(config)
     if task.dataset.digest != saved.meta["data"]:
         raise ConfigError(
