@@ -179,7 +179,9 @@ def toy(pad=1):
         ids=np.arange(ROWS, ROWS + ROWS // 2),
     )
     names = ("a", "b", "c", "d")
-    return Dataset(name="toy", names=names, train=train, test=test, pad=pad, flip=True)
+    return Dataset(
+        name="toy", names=names, train=train, test=test, pad=pad, flip=True, first_test=ROWS
+    )
 
 
 TOY = toy()
