@@ -146,18 +146,13 @@ def _print_found(answer: dict[str, Any]) -> None:
 def evaluate(arguments: argparse.Namespace) -> Done:
     """Evaluate the student of a run, a sweep or a checkpoint again, or the teachers of a config."""
     words = arguments.words
-    if not words or any("=" in word or word.endswith((".yaml", ".yml")) for word in words):
+    path = Path(words[0] if words else "")
+    named = Path(configuration.Config().storage) / path  # a run may be called by its name
+    if len(words) != 1 or "=" in words[0] or path.is_file() or _is_layer(words[0], path, named):
         return _evaluate_teachers(arguments)
-    if len(words) != 1:
-        raise ConfigError(
-            f"evaluate takes one run, sweep or checkpoint, or the layers of a config, but got {len(words)} words; "
-            "see python -m richkd evaluate --help."
-        )
     from richkd import distill as training
     from richkd.student import find_checkpoint
 
-    path = Path(words[0])
-    named = Path(configuration.Config().storage) / path  # a run may be called by its name
     checkpoint = find_checkpoint(path if path.exists() or not named.exists() else named)
     found, speed, _ = training.retest(checkpoint)
     answer = {
@@ -169,6 +164,13 @@ def evaluate(arguments: argparse.Namespace) -> Done:
     }
     _print_found(answer)
     return Done(answer)
+
+
+def _is_layer(word: str, path: Path, named: Path) -> bool:
+    """Say whether a word that may name a run or a layer under `conf/` names a layer."""
+    if path.exists() or named.exists():
+        return False
+    return any((configuration.CONF / f"{word}{end}").is_file() for end in ("", ".yaml"))
 
 
 def _evaluate_teachers(arguments: argparse.Namespace) -> Done:
