@@ -67,10 +67,10 @@ def read_weights(path: Path, *, field: str) -> dict[str, Tensor]:
 def _reason(error: Exception) -> str:
     """Return in one line why a file was refused; of PyTorch's advice only what was found."""
     text = re.sub(r"\x1b\[\d*m", "", str(error)).strip()  # it is printed in bold
-    if found := re.search(r"Unsupported (?:global|class|operand)[^\n]*?GLOBAL (\S+)", text):
+    if found := re.search(r"GLOBAL (\S+)", text):
         return f"it holds {found[1]}"
     if found := re.search(r"WeightsUnpickler error: ([^\n]*)", text):
-        return found[1]
+        text = found[1]
     return " ".join(f"torn, or of another format: {type(error).__name__}: {text}".split())[:200]
 
 
