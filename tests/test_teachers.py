@@ -1,169 +1,21 @@
-"""Logits from files, and the fused teacher as its parts and the formulas say."""
+"""The fused teacher as its parts and the formulas say."""
 
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from richkd import checkpoint, fusion, losses, models, teachers, zeroshot
 from richkd.config import Clip, Config, Fusion, Loss, Teacher, digest, to_dict
 from richkd.data import Dataset, Images, Split, Views
-from richkd.errors import ConfigError, CorruptError, DataError, RichkdError
-from richkd.logits import read_logits
+from richkd.errors import ConfigError, DataError
 from richkd.teachers import ClipTeacher, FusedTeacher, TaskTeacher
 
 ROWS, CLASSES = 40, 4
 CPU = torch.device("cpu")
 LOGITS = np.random.default_rng(0).normal(0, 3, (ROWS, CLASSES)).astype(np.float32)
-
-
-# logits from files
-
-
-def write(folder, suffix, values, key="train"):
-    """Write `values` and return the spec that names them."""
-    path = folder / f"logits{suffix}"
-    if suffix == ".npy":
-        np.save(path, values)
-        return str(path)
-    if suffix == ".npz":
-        np.savez(path, **{key: values, "other": np.zeros(3)})
-    else:
-        save_file({key: torch.from_numpy(values), "other": torch.zeros(3)}, path)
-    return f"{path}:{key}"
-
-
-def read(spec):
-    return read_logits(spec, [ROWS], CLASSES, field="teacher.logits")
-
-
-SUFFIXES = pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
-
-
-@SUFFIXES
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_given_logits_come_back_as_float32(tmp_path, suffix, dtype):
-    values = LOGITS.astype(dtype)
-    found = read(write(tmp_path, suffix, values))
-    assert found.dtype == torch.float32
-    assert np.array_equal(found.numpy(), values.astype(np.float32))
-
-
-@pytest.mark.parametrize("values", [LOGITS.astype(">f4"), np.asfortranarray(LOGITS)])
-def test_byte_and_memory_order_do_not_matter(tmp_path, values):
-    assert np.array_equal(read(write(tmp_path, ".npy", values)).numpy(), LOGITS)
-
-
-def test_half_precision_of_either_kind_is_read_from_safetensors(tmp_path):
-    values = torch.from_numpy(LOGITS).bfloat16()
-    save_file({"train": values}, tmp_path / "x.safetensors")
-    assert torch.equal(read(f"{tmp_path}/x.safetensors:train"), values.float())
-
-
-@pytest.mark.parametrize("name", ["run:3", "a b", "ünïcode"])
-@SUFFIXES
-def test_a_path_may_hold_a_colon_a_blank_or_unicode(tmp_path, suffix, name):
-    (tmp_path / name).mkdir()
-    assert np.array_equal(read(write(tmp_path / name, suffix, LOGITS)).numpy(), LOGITS)
-
-
-@pytest.mark.parametrize("spec", ["none.npy", "none.npz:train", "none.npz", "none", "", ".", ":"])
-def test_a_missing_file_is_named_with_its_key(tmp_path, monkeypatch, spec):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="teacher.logits must name a file") as caught:
-        read(spec)
-    assert spec in str(caught.value)
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-@pytest.mark.parametrize("key", [":test", ":", ""])
-def test_a_missing_key_is_told_which_there_are(tmp_path, suffix, key):
-    path = write(tmp_path, suffix, LOGITS).rpartition(":")[0]
-    with pytest.raises(
-        ConfigError, match="names no entry of the file; it has (train, other|other, train)"
-    ):
-        read(path + key)
-
-
-@pytest.mark.parametrize("name", ["logits.pt", "logits.csv", "logits.npy:train"])
-def test_another_format_or_a_key_that_would_go_unread_is_refused(tmp_path, name):
-    path = tmp_path / name.partition(":")[0]
-    path.touch()
-    with pytest.raises(ConfigError, match="must end in .npy, .npz:KEY or .safetensors:KEY but got"):
-        read(str(tmp_path / name))
-
-
-@SUFFIXES
-@pytest.mark.parametrize(
-    "shape", [(39, 4), (41, 4), (40, 3), (40, 100), (4, 40), (160,), (40, 4, 1)]
-)
-def test_another_shape_is_refused_by_both(tmp_path, suffix, shape):
-    with pytest.raises(DataError) as caught:
-        read(write(tmp_path, suffix, np.zeros(shape, np.float32)))
-    assert "(40, 4)" in str(caught.value)
-    assert str(shape) in str(caught.value)
-
-
-@SUFFIXES
-@pytest.mark.parametrize("dtype", [np.int64, np.uint8, bool, np.complex64])
-def test_what_is_no_real_number_is_refused(tmp_path, suffix, dtype):
-    with pytest.raises(
-        DataError, match="floating-point logits but .* has (torch|complex|<U|void|object)"
-    ):
-        read(write(tmp_path, suffix, np.ones((ROWS, CLASSES), dtype)))
-
-
-@SUFFIXES
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
-def test_logits_that_float32_cannot_hold_are_counted(tmp_path, suffix, value):
-    values = LOGITS.astype(np.float64)
-    values[[7, 7, 30], [0, 1, 2]] = value
-    with pytest.raises(DataError, match="finite logits but 2 rows of .* the first is row 7"):
-        read(write(tmp_path, suffix, values))
-
-
-@SUFFIXES
-def test_a_torn_file_is_one_clear_error_wherever_it_was_cut(tmp_path, suffix):
-    spec = write(tmp_path, suffix, LOGITS)
-    path = tmp_path / f"logits{suffix}"
-    whole = path.read_bytes()
-    for size in [*range(0, len(whole), 16), *range(len(whole) - 32, len(whole))]:
-        path.write_bytes(whole[:size])
-        with pytest.raises(
-            CorruptError, match="teacher.logits: .* cannot be decoded: .*; write it anew"
-        ):
-            read(spec)
-
-
-@SUFFIXES
-def test_a_file_of_another_format_is_refused_as_such(tmp_path, suffix):
-    spec = write(tmp_path, suffix, LOGITS)
-    other = tmp_path / "logits.other"
-    np.savez(other.with_suffix(".npz"), x=LOGITS) if suffix == ".npy" else np.save(other, LOGITS)
-    source = other.with_suffix(".npz") if suffix == ".npy" else Path(f"{other}.npy")
-    source.replace(tmp_path / f"logits{suffix}")
-    with pytest.raises(CorruptError, match="cannot be decoded"):
-        read(spec)
-
-
-class Bomb:
-    """Creates a file when it is unpickled."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("exploded"),)
-
-
-@pytest.mark.parametrize("suffix", [".npy", ".npz"])
-def test_pickled_objects_are_never_run(tmp_path, monkeypatch, suffix):
-    monkeypatch.chdir(tmp_path)
-    spec = write(tmp_path, suffix, np.full((ROWS, CLASSES), Bomb(), object))
-    with pytest.raises(RichkdError, match="allow_pickle=False|Object arrays|Python objects"):
-        read(spec)
-    assert not Path("exploded").exists()
 
 
 # the fused teacher
@@ -382,6 +234,12 @@ def test_only_teachers_that_take_part_and_are_known_are_shown():
 # where they come from
 
 
+def written(folder, values):
+    """Write given logits and return what names them."""
+    np.save(folder / "logits.npy", values)
+    return str(folder / "logits.npy")
+
+
 def saved_teacher(folder, seed=0, **changes):
     """Save a network as `distill` does, and return it."""
     torch.manual_seed(seed)
@@ -444,7 +302,7 @@ def test_a_missing_teacher_is_named(tmp_path):
 
 
 def test_given_logits_are_teachers_of_either_kind(tmp_path):
-    spec = write(tmp_path, ".npz", LOGITS)
+    spec = written(tmp_path, LOGITS)
     task = teachers.open_task(Teacher(logits=spec), None, TOY, *VIEWS.values())
     clip = teachers.open_clip_teacher(Clip(logits=spec), TOY, CPU, tmp_path, None)
     assert np.array_equal(task.train.numpy(), LOGITS)
@@ -457,7 +315,7 @@ def test_given_logits_are_known_by_their_content(tmp_path):
     found = []
     for name, values in (("a", LOGITS), ("b", LOGITS), ("c", LOGITS + 1)):
         (tmp_path / name).mkdir()
-        spec = write(tmp_path / name, ".npy", values)
+        spec = written(tmp_path / name, values)
         clip = teachers.open_clip_teacher(Clip(logits=spec), TOY, CPU, tmp_path, None)
         task = teachers.open_task(Teacher(logits=spec), None, TOY, *VIEWS.values())
         assert clip.identity == task.identity
@@ -467,7 +325,7 @@ def test_given_logits_are_known_by_their_content(tmp_path):
 
 @pytest.mark.parametrize("field", ["teacher.logits", "clip.logits"])
 def test_logits_of_another_data_set_name_the_key_that_gave_them(tmp_path, field):
-    spec = write(tmp_path, ".npy", LOGITS[:, :3])
+    spec = written(tmp_path, LOGITS[:, :3])
     with pytest.raises(DataError, match=field):
         if field == "teacher.logits":
             teachers.open_task(Teacher(logits=spec), None, TOY, *VIEWS.values())
