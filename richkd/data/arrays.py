@@ -85,5 +85,10 @@ def _entries(path: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...] | None]
             "write it anew, or leave it out and give data.names."
         )
     if names.dtype.kind == "S":
-        names = np.char.decode(names, "utf-8")
+        try:
+            names = np.char.decode(names, "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"data.path={path}: `names` must be UTF-8 but cannot be decoded ({error}); write it anew as text."
+            ) from error
     return pixels, labels, tuple(map(str, names))
