@@ -161,9 +161,18 @@ def evaluate(arguments: argparse.Namespace) -> Done:
 
 
 def _existing(name: str) -> Path | None:
-    """Return the folder that `name` calls, by its path or as a run, None if there is none."""
-    paths = (Path(name), Path(configuration.Config().storage) / name)
-    return next((path for path in paths if path.is_dir()), None)
+    """Return the folder that `name` calls, by its path or as a run, None if there is none.
+
+    A folder that happens to be called like a layer, such as that of the data, is none.
+    """
+    for path in (Path(name), Path(configuration.Config().storage) / name):
+        made_by_us = any(
+            (path / file).exists() for file in ("run.json", "sweep.json", "manifest.json")
+        )
+        layers = (configuration.CONF / f"{name}{end}" for end in ("", ".yaml"))
+        if path.is_dir() and (made_by_us or not any(layer.is_file() for layer in layers)):
+            return path
+    return None
 
 
 def _evaluate_teachers(arguments: argparse.Namespace) -> Done:

@@ -155,7 +155,16 @@ class Teacher:
                     f"teacher.{key} must have a number for each channel, 1 or 3, but got {len(values)}."
                 )
         if (self.mean is None) != (self.std is None):
-            raise ConfigError("teacher.mean and teacher.std belong together but only one is given.")
+            raise ConfigError(
+                "teacher.mean and teacher.std belong together but only one is given; give both or none."
+            )
+        if self.checkpoint is self.pretrained is None:
+            for key in ("mean", "std", "size"):
+                if getattr(self, key) is not None:
+                    raise ConfigError(
+                        f"teacher.{key} is a matter of teacher.checkpoint or teacher.pretrained but neither is given; "
+                        "leave it out."
+                    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,7 +213,8 @@ class Clip(ZeroShot):
                 f"clip.reduce=probs mixes probabilities at the model's own scale but got clip.scale={self.scale}; "
                 "use clip.scale=model, match_std or calibrated, or clip.reduce=embedding or logits."
             )
-        if (total := sum(each.weight for each in self.extra)) > 1:
+        # decimal shares that sum to 1 may be above it by rounding
+        if (total := sum(each.weight for each in self.extra)) > 1 + 1e-9:
             raise ConfigError(
                 f"the weights of clip.extra are shares of the zero-shot logits but sum to {total:g}; lower them."
             )

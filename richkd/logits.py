@@ -33,8 +33,8 @@ def aligned(spec: str, dataset: Dataset, *, field: str) -> tuple[Tensor, Tensor 
     """
     train, test = dataset.train, dataset.test
     counts = [len(train) + len(test) + len(dataset.unreadable)]
-    if train.ids.max() < test.ids.min():  # the source itself says which are for training
-        counts.append(int(test.ids.min()))
+    if dataset.first_test is not None:  # the source itself says which are for training
+        counts.append(dataset.first_test)
     values = read_logits(spec, counts, len(dataset.names), field=field)
     _check_labels(spec, dataset, field)
     whole = len(values) == counts[0]
@@ -46,8 +46,13 @@ def _check_labels(spec: str, dataset: Dataset, field: str) -> None:
     path, key = _file_of(spec)
     if path.suffix != ".npz" or key == "labels":
         return
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-        said = archive["labels"] if "labels" in archive.files else None
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            said = archive["labels"] if "labels" in archive.files else None
+    except Exception as error:  # as of the logits
+        if "allow_pickle" in str(error):  # Python objects are no labels of ours
+            return
+        raise _undecodable(field, path, error) from error
     if said is None or said.ndim != 1 or said.dtype.kind not in "iu":
         return
     said, wrong = said.astype(np.int64), 0
@@ -101,10 +106,7 @@ def read_logits(spec: str, rows: list[int], classes: int, *, field: str) -> Tens
     except DataError:
         raise
     except Exception as error:  # each format has its own exceptions for a torn or foreign file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CorruptError(
-            f"{field}: {path} cannot be decoded: {reason}; write it anew."
-        ) from error
+        raise _undecodable(field, path, error) from error
     if isinstance(values, np.dtype):
         raise DataError(f"{field} must hold floating-point logits but {spec} has {values}.")
     fits(tuple(values.shape))
@@ -120,6 +122,11 @@ def read_logits(spec: str, rows: list[int], classes: int, *, field: str) -> Tens
             f"{int(bad.nonzero()[0])}; compute them anew."
         )
     return values
+
+
+def _undecodable(field: str, path: Path, error: Exception) -> CorruptError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CorruptError(f"{field}: {path} cannot be decoded: {reason}; write it anew.")
 
 
 def _file_of(spec: str) -> tuple[Path, str]:

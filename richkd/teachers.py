@@ -135,15 +135,15 @@ def open_task(
         )
     network, sha256, own = _network(config, trained, dataset)
     # under another normalisation than its own a teacher is wrong without an error
-    mean, std = config.mean or own.mean, config.std or own.std
+    mean = config.mean or own.mean or dataset.mean
+    std = config.std or own.std or dataset.std
     size = config.size or own.size
-    if mean is not None:
-        if len(mean) != dataset.channels:
-            raise ConfigError(
-                f"teacher.mean and teacher.std must have a number for each channel of {dataset.name}, {dataset.channels}, "
-                f"but have {len(mean)}."
-            )
-        views = {name: part.normalised_by(mean, std) for name, part in views.items()}
+    if len(mean) != dataset.channels or len(std) != dataset.channels:
+        raise ConfigError(
+            f"teacher.mean and teacher.std must have a number for each channel of {dataset.name}, {dataset.channels}, "
+            f"but have {len(mean)} and {len(std)}; give as many."
+        )
+    views = {name: part.normalised_by(mean, std) for name, part in views.items()}
     if size is not None and (size, size) != dataset.size:
         network = Resized(network, size)
     identity = _short(hashlib.sha256(repr((sha256, mean, std, size)).encode()).hexdigest())

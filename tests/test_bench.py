@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from richkd import bench, checkpoint, distill
+from richkd import bench, checkpoint, distill, models
 from richkd.__main__ import ABOUT, VERBS
 from richkd.command import main
 from richkd.config import Config, build, read
@@ -53,14 +53,19 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.filterwarnings("ignore:teacher.checkpoint is right on")
 @pytest.mark.parametrize("rows", ["labelled", "unlabelled", "mixed"])
 @pytest.mark.parametrize("method", ["kd", "richkd-l"])
 @pytest.mark.parametrize("teacher", ["trained", "given", "of another normalisation"])
-def test_the_references_loss_is_that_of_our_step(make, logits, method, rows, teacher):
+def test_the_references_loss_is_that_of_our_step(make, logits, tmp_path, method, rows, teacher):
+    torch.save(models.build("cnn24", 10, channels=1).state_dict(), tmp_path / "weights.pt")
     overrides = {
         "trained": [],
         "given": [f"teacher.logits={logits}"],
-        "of another normalisation": ["teacher.mean=[0.2]", "teacher.std=[0.5]"],
+        "of another normalisation": [
+            *(f"teacher.checkpoint={tmp_path / 'weights.pt'}", "teacher.name=cnn24"),
+            *("teacher.mean=[0.2]", "teacher.std=[0.5]"),
+        ],
     }
     config = make(f"method.name={method}", *overrides[teacher])
     task = distill.open_task(config)

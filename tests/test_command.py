@@ -10,10 +10,13 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from richkd.__main__ import ABOUT, VERBS
 from richkd.command import Done, Stop, Verb, main
+from richkd.config import Data
+from richkd.data import load
 from richkd.errors import ConfigError, CorruptError, Interrupted, NonFiniteError, Stopped
 from tune.__main__ import VERBS as TUNE_VERBS
 
@@ -144,3 +147,127 @@ def test_a_reader_that_has_gone_is_no_traceback(words, tmp_path):
     assert ended.returncode == (2 if "best" in words else 0)
     assert "Traceback" not in ended.stderr
     assert "BrokenPipe" not in ended.stderr
+
+
+# evaluate
+
+
+def evaluated(capsys, *words):
+    code = main("python -m richkd", ABOUT, VERBS, ["evaluate", *words, "--json"])
+    told = capsys.readouterr()
+    return code, json.loads(told.out), told.err
+
+
+@pytest.fixture
+def taught(tmp_path):
+    """A layer with two given teachers of the digits: one right on all but 100 rows, one on the even classes."""
+    source = load(Data(), tmp_path)
+    labels = np.concatenate([source.train.labels, source.test.labels])
+    right = np.eye(10)[labels].astype(np.float32)
+    task = 5 * right
+    task[:100] = np.roll(task[:100], 1, axis=1)
+    np.savez(tmp_path / "given.npz", task=task, clip=right * (labels % 2 == 0)[:, None])
+    np.save(tmp_path / "train.npy", task[: len(source.train)])
+    layer = tmp_path / "mine.yaml"
+    layer.write_text(
+        f"data: {{source: digits, validation: 200}}\n"
+        f"teacher: {{logits: '{tmp_path}/given.npz:task'}}\n"
+        f"clip: {{logits: '{tmp_path}/given.npz:clip'}}\n"
+        f"cache: {tmp_path}/cache\n"
+    )
+    return str(layer)
+
+
+def test_the_teachers_of_a_config_are_evaluated_on_all_rows(taught, capsys):
+    code, found, told = evaluated(capsys, taught, "fusion.alpha=0.5")
+    assert code == 0
+    assert set(found) == {"teacher", "clip", "fused"}
+    for parts in found.values():
+        assert {part: values["rows"] for part, values in parts.items()} == {
+            **{"val": 200, "test": 800, "all": 1797},
+        }
+    assert found["teacher"]["all"]["top1"] == pytest.approx(100 * 1697 / 1797)
+    assert found["teacher"]["test"]["top1"] == 100
+    even = np.isin(load(Data(), Path()).test.labels, (0, 2, 4, 6, 8)).mean()
+    # of a row without a word the first class is taken, which is even
+    assert found["clip"]["test"]["top1"] == pytest.approx(100 * even)
+    assert "teacher  all   top1  94.44 %" in told
+    assert "of 1797 rows" in told
+
+
+def test_teachers_without_test_rows_are_evaluated_on_the_others(taught, tmp_path, capsys):
+    _, found, _ = evaluated(
+        capsys, taught, f"teacher.logits={tmp_path}/train.npy", "method.name=kd"
+    )
+    assert set(found) == {"teacher"}
+    assert {part: values["rows"] for part, values in found["teacher"].items()} == {
+        **{"val": 200, "all": 997},
+    }
+
+
+def test_a_config_without_a_teacher_has_nothing_to_evaluate(taught, capsys):
+    code, found, _ = evaluated(capsys, taught, "method.name=ce")
+    assert code == 2
+    assert "or a config with a teacher, but method.name=ce has none" in found["error"]
+
+
+def test_a_run_is_evaluated_by_its_folder_and_by_its_name(taught, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["distill", taught, "method.name=kd", "student.name=cnn8", "train.epochs=1", "--name"]
+    # a run goes before a layer under conf/ of the same name
+    for name in ("mine", "digits"):
+        assert main("python -m richkd", ABOUT, VERBS, [*words, name, "--json"]) == 0
+        made = json.loads(capsys.readouterr().out)
+        for word in (name, f"runs/{name}", f"runs/{name}/best"):
+            code, found, _ = evaluated(capsys, word)
+            assert (code, found["val"], found["test"]) == (0, made["val"], made["test"])
+
+
+def test_a_layer_under_conf_is_known_by_its_name_also_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for word in ("imagefolder", "imagefolder.yaml"):
+        code, found, _ = evaluated(capsys, word)
+        assert code == 2
+        assert "data.path must be a folder" in found["error"]
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("none", "a run, a sweep, a checkpoint or layers but none is none"),
+        ("runs/none", "but runs/none is none: no folder here or in runs/"),
+        ("/", "/ holds no checkpoint; give a checkpoint, a run or a finished sweep"),
+    ],
+)
+def test_what_is_neither_a_run_nor_a_layer_is_asked_for(word, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, found, _ = evaluated(capsys, word)
+    assert code == 2
+    assert told in found["error"]
+
+
+def test_a_folder_of_data_that_is_called_like_a_layer_is_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "imagefolder").mkdir()
+    code, found, _ = evaluated(capsys, "imagefolder", "data.path=nothing")
+    assert code == 2
+    assert "data.path must be a folder" in found["error"]
+
+
+def test_of_a_run_it_can_be_said_where_its_data_lie_and_nothing_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    whole = {"images": rng.integers(0, 256, (60, 8, 8, 3), np.uint8), "labels": np.arange(60) % 3}
+    np.savez("data.npz", **whole)
+    words = ["data.source=arrays", "data.path=data.npz", "data.validation=6", "method.name=ce"]
+    words += ["student.name=cnn8", "train.epochs=1", "train.batch_size=16"]
+    assert main("python -m richkd", ABOUT, VERBS, ["distill", *words, "--name", "mine"]) == 0
+    capsys.readouterr()
+    (tmp_path / "moved").mkdir()
+    Path("data.npz").rename("moved/data.npz")
+    assert evaluated(capsys, "mine")[0] == 2
+    code, found, _ = evaluated(capsys, "mine", "data.path=moved/data.npz")
+    assert (code, "test" in found) == (0, True)
+    code, found, _ = evaluated(capsys, "mine", "data.seed=1")
+    assert code == 2
+    assert "but got data.seed" in found["error"]

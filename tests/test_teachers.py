@@ -1,169 +1,26 @@
-"""Logits from files, and the fused teacher as its parts and the formulas say."""
+"""The fused teacher as its parts and the formulas say."""
 
+import warnings
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+import torch.nn.functional as F
+from torchvision.transforms.functional import normalize
 
-from richkd import checkpoint, fusion, losses, models, teachers, zeroshot
-from richkd.config import Clip, Config, Fusion, Loss, Teacher, digest, to_dict
+from richkd import checkpoint, distill, fusion, losses, models, teachers, zeroshot
+from richkd.config import Clip, Config, Extra, Fusion, Loss, Teacher, digest, to_dict
 from richkd.data import Dataset, Images, Split, Views
-from richkd.errors import ConfigError, CorruptError, DataError, RichkdError
-from richkd.logits import read_logits
+from richkd.errors import ConfigError, DataError
+from richkd.models.library import Preprocessing
 from richkd.teachers import ClipTeacher, FusedTeacher, TaskTeacher
 
 ROWS, CLASSES = 40, 4
 CPU = torch.device("cpu")
 LOGITS = np.random.default_rng(0).normal(0, 3, (ROWS, CLASSES)).astype(np.float32)
-
-
-# logits from files
-
-
-def write(folder, suffix, values, key="train"):
-    """Write `values` and return the spec that names them."""
-    path = folder / f"logits{suffix}"
-    if suffix == ".npy":
-        np.save(path, values)
-        return str(path)
-    if suffix == ".npz":
-        np.savez(path, **{key: values, "other": np.zeros(3)})
-    else:
-        save_file({key: torch.from_numpy(values), "other": torch.zeros(3)}, path)
-    return f"{path}:{key}"
-
-
-def read(spec):
-    return read_logits(spec, [ROWS], CLASSES, field="teacher.logits")
-
-
-SUFFIXES = pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
-
-
-@SUFFIXES
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_given_logits_come_back_as_float32(tmp_path, suffix, dtype):
-    values = LOGITS.astype(dtype)
-    found = read(write(tmp_path, suffix, values))
-    assert found.dtype == torch.float32
-    assert np.array_equal(found.numpy(), values.astype(np.float32))
-
-
-@pytest.mark.parametrize("values", [LOGITS.astype(">f4"), np.asfortranarray(LOGITS)])
-def test_byte_and_memory_order_do_not_matter(tmp_path, values):
-    assert np.array_equal(read(write(tmp_path, ".npy", values)).numpy(), LOGITS)
-
-
-def test_half_precision_of_either_kind_is_read_from_safetensors(tmp_path):
-    values = torch.from_numpy(LOGITS).bfloat16()
-    save_file({"train": values}, tmp_path / "x.safetensors")
-    assert torch.equal(read(f"{tmp_path}/x.safetensors:train"), values.float())
-
-
-@pytest.mark.parametrize("name", ["run:3", "a b", "ünïcode"])
-@SUFFIXES
-def test_a_path_may_hold_a_colon_a_blank_or_unicode(tmp_path, suffix, name):
-    (tmp_path / name).mkdir()
-    assert np.array_equal(read(write(tmp_path / name, suffix, LOGITS)).numpy(), LOGITS)
-
-
-@pytest.mark.parametrize("spec", ["none.npy", "none.npz:train", "none.npz", "none", "", ".", ":"])
-def test_a_missing_file_is_named_with_its_key(tmp_path, monkeypatch, spec):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="teacher.logits must name a file") as caught:
-        read(spec)
-    assert spec in str(caught.value)
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-@pytest.mark.parametrize("key", [":test", ":", ""])
-def test_a_missing_key_is_told_which_there_are(tmp_path, suffix, key):
-    path = write(tmp_path, suffix, LOGITS).rpartition(":")[0]
-    with pytest.raises(
-        ConfigError, match="names no entry of the file; it has (train, other|other, train)"
-    ):
-        read(path + key)
-
-
-@pytest.mark.parametrize("name", ["logits.pt", "logits.csv", "logits.npy:train"])
-def test_another_format_or_a_key_that_would_go_unread_is_refused(tmp_path, name):
-    path = tmp_path / name.partition(":")[0]
-    path.touch()
-    with pytest.raises(ConfigError, match="must end in .npy, .npz:KEY or .safetensors:KEY but got"):
-        read(str(tmp_path / name))
-
-
-@SUFFIXES
-@pytest.mark.parametrize(
-    "shape", [(39, 4), (41, 4), (40, 3), (40, 100), (4, 40), (160,), (40, 4, 1)]
-)
-def test_another_shape_is_refused_by_both(tmp_path, suffix, shape):
-    with pytest.raises(DataError) as caught:
-        read(write(tmp_path, suffix, np.zeros(shape, np.float32)))
-    assert "(40, 4)" in str(caught.value)
-    assert str(shape) in str(caught.value)
-
-
-@SUFFIXES
-@pytest.mark.parametrize("dtype", [np.int64, np.uint8, bool, np.complex64])
-def test_what_is_no_real_number_is_refused(tmp_path, suffix, dtype):
-    with pytest.raises(
-        DataError, match="floating-point logits but .* has (torch|complex|<U|void|object)"
-    ):
-        read(write(tmp_path, suffix, np.ones((ROWS, CLASSES), dtype)))
-
-
-@SUFFIXES
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
-def test_logits_that_float32_cannot_hold_are_counted(tmp_path, suffix, value):
-    values = LOGITS.astype(np.float64)
-    values[[7, 7, 30], [0, 1, 2]] = value
-    with pytest.raises(DataError, match="finite logits but 2 rows of .* the first is row 7"):
-        read(write(tmp_path, suffix, values))
-
-
-@SUFFIXES
-def test_a_torn_file_is_one_clear_error_wherever_it_was_cut(tmp_path, suffix):
-    spec = write(tmp_path, suffix, LOGITS)
-    path = tmp_path / f"logits{suffix}"
-    whole = path.read_bytes()
-    for size in [*range(0, len(whole), 16), *range(len(whole) - 32, len(whole))]:
-        path.write_bytes(whole[:size])
-        with pytest.raises(
-            CorruptError, match="teacher.logits: .* cannot be decoded: .*; write it anew"
-        ):
-            read(spec)
-
-
-@SUFFIXES
-def test_a_file_of_another_format_is_refused_as_such(tmp_path, suffix):
-    spec = write(tmp_path, suffix, LOGITS)
-    other = tmp_path / "logits.other"
-    np.savez(other.with_suffix(".npz"), x=LOGITS) if suffix == ".npy" else np.save(other, LOGITS)
-    source = other.with_suffix(".npz") if suffix == ".npy" else Path(f"{other}.npy")
-    source.replace(tmp_path / f"logits{suffix}")
-    with pytest.raises(CorruptError, match="cannot be decoded"):
-        read(spec)
-
-
-class Bomb:
-    """Creates a file when it is unpickled."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("exploded"),)
-
-
-@pytest.mark.parametrize("suffix", [".npy", ".npz"])
-def test_pickled_objects_are_never_run(tmp_path, monkeypatch, suffix):
-    monkeypatch.chdir(tmp_path)
-    spec = write(tmp_path, suffix, np.full((ROWS, CLASSES), Bomb(), object))
-    with pytest.raises(RichkdError, match="allow_pickle=False|Object arrays|Python objects"):
-        read(spec)
-    assert not Path("exploded").exists()
 
 
 # the fused teacher
@@ -179,7 +36,9 @@ def toy(pad=1):
         ids=np.arange(ROWS, ROWS + ROWS // 2),
     )
     names = ("a", "b", "c", "d")
-    return Dataset(name="toy", names=names, train=train, test=test, pad=pad, flip=True)
+    return Dataset(
+        name="toy", names=names, train=train, test=test, pad=pad, flip=True, first_test=ROWS
+    )
 
 
 TOY = toy()
@@ -380,6 +239,12 @@ def test_only_teachers_that_take_part_and_are_known_are_shown():
 # where they come from
 
 
+def written(folder, values):
+    """Write given logits and return what names them."""
+    np.save(folder / "logits.npy", values)
+    return str(folder / "logits.npy")
+
+
 def saved_teacher(folder, seed=0, **changes):
     """Save a network as `distill` does, and return it."""
     torch.manual_seed(seed)
@@ -442,7 +307,7 @@ def test_a_missing_teacher_is_named(tmp_path):
 
 
 def test_given_logits_are_teachers_of_either_kind(tmp_path):
-    spec = write(tmp_path, ".npz", LOGITS)
+    spec = written(tmp_path, LOGITS)
     task = teachers.open_task(Teacher(logits=spec), None, TOY, *VIEWS.values())
     clip = teachers.open_clip_teacher(Clip(logits=spec), TOY, CPU, tmp_path, None)
     assert np.array_equal(task.train.numpy(), LOGITS)
@@ -455,7 +320,7 @@ def test_given_logits_are_known_by_their_content(tmp_path):
     found = []
     for name, values in (("a", LOGITS), ("b", LOGITS), ("c", LOGITS + 1)):
         (tmp_path / name).mkdir()
-        spec = write(tmp_path / name, ".npy", values)
+        spec = written(tmp_path / name, values)
         clip = teachers.open_clip_teacher(Clip(logits=spec), TOY, CPU, tmp_path, None)
         task = teachers.open_task(Teacher(logits=spec), None, TOY, *VIEWS.values())
         assert clip.identity == task.identity
@@ -465,7 +330,7 @@ def test_given_logits_are_known_by_their_content(tmp_path):
 
 @pytest.mark.parametrize("field", ["teacher.logits", "clip.logits"])
 def test_logits_of_another_data_set_name_the_key_that_gave_them(tmp_path, field):
-    spec = write(tmp_path, ".npy", LOGITS[:, :3])
+    spec = written(tmp_path, LOGITS[:, :3])
     with pytest.raises(DataError, match=field):
         if field == "teacher.logits":
             teachers.open_task(Teacher(logits=spec), None, TOY, *VIEWS.values())
@@ -515,3 +380,337 @@ def test_the_teacher_s_recipe_ignores_what_does_not_concern_it():
     assert {digest(teachers.teacher_recipe(other)) for other in others} == {digest(recipe)}
     for other in (replace(base, seed=1), replace(base, data=replace(base.data, seed=1))):
         assert digest(teachers.teacher_recipe(other)) != digest(recipe)
+
+
+# networks of other projects, and what they see
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def coloured(rows=48, seed=0, shift=60):
+    """Return a data set of colour images of 16 x 16 whose class is its brightness."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(rows) % CLASSES
+    pixels = rng.integers(0, 60, (rows, 16, 16, 3)) + 45 * labels[:, None, None, None] + shift
+    part = {
+        "train": Images(pixels=pixels.astype(np.uint8), labels=labels),
+        "test": Images(
+            pixels=pixels[: rows // 2].astype(np.uint8)[:, ::-1].copy(),
+            labels=labels[: rows // 2],
+            ids=np.arange(rows, rows + rows // 2),
+        ),
+    }
+    return Dataset(name="colours", names=TOY.names, pad=2, flip=True, first_test=rows, **part)
+
+
+COLOURS = coloured()
+
+
+def views_of(dataset):
+    return [Views(getattr(dataset, part), dataset, CPU) for part in ("train", "test")]
+
+
+def foreign_teacher(folder, name="resnet8", seed=0):
+    """Write a network's weights as another project does; return it and its file."""
+    torch.manual_seed(seed)
+    network = models.build(name, CLASSES).eval()
+    torch.save({"model": network.state_dict()}, folder / f"{seed}.pth")
+    return network, Teacher(name=name, checkpoint=str(folder / f"{seed}.pth"))
+
+
+def open_foreign(config, dataset=COLOURS, root=None):
+    return teachers.open_task(config, None, dataset, *views_of(dataset), root)
+
+
+@pytest.mark.parametrize("size", [None, 16, 8, 24])
+@pytest.mark.parametrize("given", [False, True])
+def test_what_a_foreign_teacher_sees_follows_the_shared_augmentation(tmp_path, size, given):
+    network, config = foreign_teacher(tmp_path)
+    config = replace(config, size=size, **({"mean": MEAN, "std": STD} if given else {}))
+    task, train = open_foreign(config), views_of(COLOURS)[0]
+    rows = torch.tensor([3, 0, 40])
+    views = torch.tensor([[0, 1, 0], [4, 2, 1], [2, 2, 0]])
+    mean, std = (MEAN, STD) if given else (COLOURS.mean, COLOURS.std)
+    for found, crops in (
+        (task.logits(rows, views), train.pixels(rows, views)),
+        (task.train[rows], train.pixels(rows)),
+    ):
+        images = normalize(crops.permute(0, 3, 1, 2) / 255, mean, std)
+        if size is not None:
+            images = F.interpolate(images, size=(size, size), mode="bilinear")
+        with torch.no_grad():
+            torch.testing.assert_close(found, network(images), atol=1e-4, rtol=1e-4)
+
+
+def test_a_foreign_teacher_is_known_by_its_weights_and_by_what_it_sees(tmp_path):
+    _, config = foreign_teacher(tmp_path)
+    _, other = foreign_teacher(tmp_path, seed=1)
+    configs = [
+        config,
+        other,
+        replace(config, mean=MEAN, std=STD),
+        replace(config, mean=MEAN, std=(0.2, 0.2, 0.2)),
+        replace(config, mean=(0.5, 0.5, 0.5), std=STD),
+        replace(config, size=8),
+    ]
+    found = [open_foreign(config).identity for config in configs]
+    assert len(set(found)) == len(configs)
+    assert open_foreign(config).identity == found[0]
+    (tmp_path / "moved").mkdir()
+    moved = tmp_path / "moved" / "w.pth"
+    moved.write_bytes((tmp_path / "0.pth").read_bytes())
+    assert open_foreign(replace(config, checkpoint=str(moved))).identity == found[0]
+
+
+def test_what_a_teacher_says_of_whole_parts_is_computed_once(tmp_path, monkeypatch):
+    network, config = foreign_teacher(tmp_path)
+    asked = []
+    plain = teachers.network_logits
+
+    def counted(network, views, rows):
+        asked.append(len(rows))
+        return plain(network, views, rows)
+
+    monkeypatch.setattr(teachers, "network_logits", counted)
+    first = open_foreign(config, root=tmp_path / "cache")
+    found = first.train, first.test
+    assert sum(asked) == 48 + 24
+    again = open_foreign(config, root=tmp_path / "cache")
+    assert torch.equal(again.train, found[0])
+    assert torch.equal(again.test, found[1])
+    assert sum(asked) == 48 + 24
+    for logits, views in zip(found, views_of(COLOURS), strict=True):
+        assert torch.equal(logits, plain(network, views, torch.arange(len(views))))
+    open_foreign(replace(config, size=8), root=tmp_path / "cache").train  # noqa: B018
+    assert sum(asked) == 48 + 24 + 48
+
+
+def test_kept_logits_are_those_of_the_normalisation_in_use(tmp_path):
+    # the same test images beside other training images, which the normalisation comes from
+    _, config = foreign_teacher(tmp_path)
+    other = replace(COLOURS, train=coloured(seed=1, shift=40).train, mean=None, std=None)
+    assert other.test.digest == COLOURS.test.digest
+    kept = open_foreign(config, root=tmp_path / "cache").test
+    assert not torch.equal(open_foreign(config, other, tmp_path / "cache").test, kept)
+    direct = open_foreign(config, other).test
+    assert torch.equal(open_foreign(config, other, tmp_path / "cache").test, direct)
+
+
+@pytest.mark.parametrize("changes", [{"mean": (0.5,), "std": (0.5,)}, {"mean": MEAN, "std": (1,)}])
+def test_a_normalisation_has_a_number_a_channel(tmp_path, changes):
+    _, config = foreign_teacher(tmp_path)
+    with pytest.raises(ConfigError, match="a number for each channel of colours, 3, but have"):
+        open_foreign(replace(config, **changes))
+
+
+@pytest.mark.parametrize("changes", [{"mean": MEAN, "std": STD}, {"size": 16}])
+@pytest.mark.parametrize("origin", [{}, {"logits": "x.npy"}])
+def test_what_a_teacher_sees_is_refused_where_no_network_is_brought(changes, origin):
+    with pytest.raises(ConfigError, match="is a matter of teacher.checkpoint or teacher.pretr"):
+        Teacher(**changes, **origin)
+
+
+@pytest.mark.parametrize("tag", ["default", "some_tag"])
+@pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet18"])
+def test_a_published_teacher_sees_what_it_was_trained_on(monkeypatch, tag, name):
+    torch.manual_seed(0)
+    network = models.build(name, CLASSES)
+    wanted = Preprocessing(mean=MEAN, std=STD, size=24)
+    fake = create_autospec(teachers.library.pretrained, return_value=(network, wanted))
+    monkeypatch.setattr(teachers.library, "pretrained", fake)
+    task = open_foreign(Teacher(name=name, pretrained=tag))
+    fake.assert_called_once_with(name, "" if tag == "default" else tag)
+    pixels = torch.from_numpy(COLOURS.train.pixels[:5]).permute(0, 3, 1, 2) / 255
+    images = F.interpolate(normalize(pixels, MEAN, STD), size=(24, 24), mode="bilinear")
+    with torch.no_grad():
+        torch.testing.assert_close(task.plain(torch.arange(5)), network.eval()(images))
+    own = open_foreign(Teacher(name=name, pretrained=tag, mean=(0.5,) * 3, std=STD, size=16))
+    assert own.identity != task.identity
+    images = normalize(pixels, (0.5,) * 3, STD)
+    with torch.no_grad():
+        torch.testing.assert_close(own.plain(torch.arange(5)), network.eval()(images))
+    network.head.weight.data[0, 0] += 1
+    assert open_foreign(Teacher(name=name, pretrained=tag)).identity != task.identity
+
+
+def test_a_published_teacher_of_other_classes_is_refused(monkeypatch):
+    network = models.build("timm/resnet18", 1000)
+    fake = create_autospec(
+        teachers.library.pretrained, return_value=(network, Preprocessing(mean=MEAN, std=STD))
+    )
+    monkeypatch.setattr(teachers.library, "pretrained", fake)
+    message = "teacher.pretrained=default of timm/resnet18 knows 1000 classes but colours has 4"
+    with pytest.raises(DataError, match=message):
+        open_foreign(Teacher(name="timm/resnet18", pretrained="default"))
+
+
+class ByBrightness(torch.nn.Module):
+    """Knows the class by the brightness of an image as `mean` and `std` show it."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.mean, self.std = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
+
+    def forward(self, images):
+        """Return logits by how near the brightness is to that of each class."""
+        grey = 255 * (images * self.std + self.mean).mean((1, 2, 3))
+        return -(grey[:, None] - torch.tensor([90.0, 135.0, 180.0, 225.0])).square() / 100
+
+
+def brightness_teacher(mean, std):
+    train, test = views_of(COLOURS)
+    return TaskTeacher(
+        identity="b",
+        classes=CLASSES,
+        train_views=train,
+        test_views=test,
+        network=ByBrightness(mean, std),
+    )
+
+
+EVERY = torch.arange(48), torch.from_numpy(COLOURS.train.labels)
+
+
+def test_a_network_that_was_trained_under_imagenet_s_normalisation_is_found_out():
+    with pytest.warns(UserWarning, match="held-out rows, under ImageNet's on 100.0 %") as caught:
+        teachers.check_normalisation(brightness_teacher(MEAN, STD), *EVERY)
+    (warning,) = caught
+    assert "give teacher.mean=[0.485,0.456,0.406] teacher.std=[0.229,0.224,0.225]" in str(
+        warning.message
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_network_that_fits_the_data_s_normalisation_is_left_alone(tmp_path):
+    teachers.check_normalisation(brightness_teacher(COLOURS.mean, COLOURS.std), *EVERY)
+    saved_teacher(tmp_path / "last")  # of grey images, to which nothing of this applies
+    teachers.check_normalisation(open_saved(tmp_path), torch.arange(ROWS), LABELS)
+
+
+def checked(teacher, own=None, clips=()):
+    task = SimpleNamespace(split=SPLIT, labels=LABELS)
+    distill._looked_at.clear()  # or each is looked at once a process
+    distill.check_teachers(teacher, task, own, list(clips))
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "pretrained", "logits"])
+def test_a_teacher_that_only_guesses_is_named_by_its_key(source):
+    teacher, table = Teacher(**{source: "x"}), torch.zeros(ROWS, CLASSES)
+    table[torch.arange(ROWS), (LABELS + 1) % CLASSES] = 5
+    own = TaskTeacher(identity="t", given=(table, None), **BOTH)
+    with pytest.warns(UserWarning, match=f"teacher.{source} is right on 0.0 % of the held-out"):
+        checked(teacher, own)
+    own.given = table.roll(-1, 1), None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checked(teacher, own)
+
+
+def test_the_same_teachers_are_looked_at_once_a_process():
+    table = torch.zeros(ROWS, CLASSES)
+    table[torch.arange(ROWS), (LABELS + 1) % CLASSES] = 5
+    own = TaskTeacher(identity="t", given=(table, None), **BOTH)
+    with pytest.warns(UserWarning, match="is right on 0.0 %"):
+        checked(Teacher(logits="x"), own)
+    task = SimpleNamespace(split=SPLIT, labels=LABELS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distill.check_teachers(Teacher(logits="x"), task, own, [])
+
+
+def test_a_constant_teacher_is_refused_by_its_key():
+    flat = ClipTeacher(
+        identity="c",
+        train=torch.ones(ROWS, CLASSES),
+        test=None,
+        logit_scale=None,
+        source="clip.extra[0].logits",
+    )
+    with pytest.raises(DataError, match=r"clip.extra\[0\].logits gives each image the same"):
+        checked(Teacher(), clips=[flat])
+
+
+# several zero-shot teachers
+
+
+def three(folder, scale="model", shares=(0.2, 0.3), rows=(ROWS + 20, ROWS + 20, ROWS + 20)):
+    """Return the config of three given zero-shot teachers, and their logits."""
+    rng = np.random.default_rng(5)
+    tables = [rng.normal(k, 1 + 3 * k, (n, CLASSES)).astype(np.float32) for k, n in enumerate(rows)]
+    specs = []
+    for k, table in enumerate(tables):
+        np.save(folder / f"{k}.npy", table)
+        specs.append(str(folder / f"{k}.npy"))
+    extra = [Extra(logits=s, weight=w) for s, w in zip(specs[1:], shares, strict=True)]
+    return Clip(logits=specs[0], scale=scale, extra=extra), tables
+
+
+def opened_clips(config, folder):
+    return teachers.open_clip_teachers(config, TOY, CPU, folder, None)
+
+
+@pytest.mark.parametrize("scale", ["model", "match_std", "calibrated"])
+def test_several_zero_shot_teachers_are_mixed_by_their_shares_each_at_its_scale(tmp_path, scale):
+    config, tables = three(tmp_path, scale)
+    task, clips = task_table(), opened_clips(config, tmp_path)
+    teacher = FusedTeacher(
+        Config(clip=config, fusion=Fusion(alpha=0.6)), SPLIT, LABELS, task, clips
+    )
+    own, wide = task.train.double().numpy(), [table.astype(np.float64) for table in tables]
+
+    def spread(values):
+        return (values - values.mean(1, keepdims=True)).std()
+
+    if scale == "model":
+        factors = [1.0] * 3
+    elif scale == "match_std":
+        factors = [spread(own[:28]) / spread(table[:28]) for table in wide]
+    else:
+        fitted = [
+            fusion.fit_temperature(torch.from_numpy(table[28:ROWS]), LABELS[28:])
+            for table in (own, *wide)
+        ]
+        factors = [fitted[0] / each for each in fitted[1:]]
+    mixed = sum(w * f * table for w, f, table in zip((0.5, 0.2, 0.3), factors, wide, strict=True))
+    assert [clip.weight for clip in clips] == pytest.approx([0.5, 0.2, 0.3])
+    assert teacher.factors == pytest.approx(factors, rel=1e-4)
+    np.testing.assert_allclose(teacher.zero_shot["train"], mixed[:ROWS], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(teacher.zero_shot["test"], mixed[ROWS:], rtol=1e-3, atol=1e-3)
+    expected = (0.6 * own + 0.4 * mixed[:ROWS])[BATCH[0]] / 3
+    expected = torch.from_numpy(expected).log_softmax(1).float()
+    torch.testing.assert_close(teacher.target(*BATCH), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_all_zero_shot_teachers_that_take_part_are_known_by_what_they_say(tmp_path):
+    config, _ = three(tmp_path)
+    clips = opened_clips(config, tmp_path)
+    identities = FusedTeacher(Config(clip=config), SPLIT, LABELS, task_table(), clips).identities
+    assert list(identities) == ["teacher", "clip", "clip 2", "clip 3"]
+    assert len(set(identities.values())) == 4
+    assert [clip.source for clip in clips] == [
+        *("clip.logits", "clip.extra[0].logits", "clip.extra[1].logits"),
+    ]
+
+
+def test_a_teacher_without_a_share_is_not_opened(tmp_path):
+    config, tables = three(tmp_path, shares=(0.0, 1.0))
+    for k in (0, 1):
+        (tmp_path / f"{k}.npy").unlink()
+    (clip,) = opened_clips(config, tmp_path)
+    assert (clip.source, clip.weight) == ("clip.extra[1].logits", 1.0)
+    assert np.array_equal(clip.train, tables[2][:ROWS])
+
+
+def test_test_logits_that_one_does_not_have_make_the_mixture_unknown(tmp_path):
+    config, _ = three(tmp_path, rows=(ROWS + 20, ROWS, ROWS + 20))
+    clips = opened_clips(config, tmp_path)
+    assert [clip.test is None for clip in clips] == [False, True, False]
+    teacher = FusedTeacher(Config(clip=config), SPLIT, LABELS, task_network(), clips)
+    assert set(teacher.shown("test")) == {"teacher"}
+    assert set(teacher.shown("train")) == {"teacher", "clip", "fused"}
+
+
+def test_an_error_in_a_further_teacher_names_its_place(tmp_path):
+    config, _ = three(tmp_path, rows=(ROWS, ROWS, ROWS - 1))
+    with pytest.raises(DataError, match=r"clip.extra\[1\].logits must hold one row an image"):
+        opened_clips(config, tmp_path)

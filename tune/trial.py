@@ -1,16 +1,13 @@
 """One trial: in a process that goes on to the next, or shared by several workers of Ray Train."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray.tune
 
 from richkd.config import from_dict
 from richkd.errors import RichkdError
-from richkd.files import NO_SPACE
-
-if TYPE_CHECKING:
-    from richkd.distill import Outcome
+from tune.endings import ended, foreseen
 
 RESTARTS = 3  # of the workers of a trial, after one of them died
 
@@ -90,22 +87,3 @@ def _shared(job: dict[str, Any]) -> None:
                 return
             if left == 0:
                 raise
-
-
-def foreseen(error: BaseException) -> dict[str, str] | None:
-    """Return the report of an error that would only come again, None of any other.
-
-    A full disk is no fault of the trial's: it goes on when there is space.
-    """
-    if isinstance(error, RichkdError):
-        return {"failed": f"{type(error).__name__}: {error}"}
-    if isinstance(error, OSError) and error.errno in NO_SPACE:
-        return {"stopped": f"the disk is full ({error.filename or 'of the run folder'})"}
-    return None
-
-
-def ended(outcome: "Outcome", tested: dict[str, float]) -> dict[str, Any]:
-    """Return the last report of a run."""
-    teacher = outcome.teacher
-    known = {f"identity/{k}": v for k, v in teacher.identities.items()} if teacher else {}
-    return outcome.metrics | tested | known | {"finished": True}

@@ -7,7 +7,7 @@ import ray.train
 from ray.util import get_current_placement_group
 
 from richkd.config import from_dict
-from tune.trial import ended
+from tune.endings import ended
 
 
 def worker(job: dict[str, Any]) -> None:

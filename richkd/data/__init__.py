@@ -29,6 +29,10 @@ OWN = {  # keys of one or two sources alone
     "download": ("cifar100",),
     "path": ("folder", "arrays"),
     "names": ("folder", "arrays"),
+    "size": ("folder",),
+    "unreadable": ("folder",),
+    "folds": ("folder", "arrays"),
+    "fold": ("folder", "arrays"),
 }
 
 __all__ = ["Batches", "Dataset", "Images", "Split", "Views", "load", "rows", "split"]
@@ -54,7 +58,7 @@ def load(config: Data, cache_root: Path | None = None, progress: Progress | None
             f"data.source must be one of {', '.join(SOURCES)} but got {config.source!r}."
         )
     for key, sources in OWN.items():
-        if getattr(config, key) and config.source not in sources:
+        if getattr(config, key) != getattr(Data(), key) and config.source not in sources:
             raise ConfigError(
                 f"data.{key} is a matter of data.source={' or '.join(sources)} but data.source is {config.source}; "
                 "leave it out."

@@ -1,6 +1,5 @@
 """Images of one's own in a `.npz` file: `images`, `labels` and, if there are any, class `names`."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -28,24 +27,11 @@ def arrays(config: Data, root: Path, progress: Progress | None) -> Dataset:
         raise ConfigError(
             f"data.path must be an .npz file with `images` and `labels` but got {config.path}."
         )
+    pixels, labels, names = _entries(config.path)
     try:
-        with open(config.path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            entries = getattr(archive, "files", [])  # of a single array there are none
-            if missing := {"images", "labels"} - set(entries):
-                raise ConfigError(
-                    f"data.path must hold `images` and `labels` but {config.path} lacks {', '.join(sorted(missing))}; "
-                    f"it has {', '.join(entries) or 'no names at all'}."
-                )
-            pixels, labels = archive["images"], archive["labels"]
-            names = tuple(map(str, archive["names"])) if "names" in entries else None
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zipfile.zlib.error) as error:
-        if "allow_pickle" in str(error):
-            raise DataError(
-                f"data.path={config.path} must hold plain numbers and text but has Python objects; save them as arrays."
-            ) from error
-        reason = " ".join(str(error).split())[:200]
-        raise CorruptError(f"{config.path} cannot be decoded ({reason}); write it anew.") from error
-    everything = Images(pixels=pixels, labels=labels)
+        everything = Images(pixels=pixels, labels=labels)
+    except DataError as error:
+        raise DataError(f"data.path={config.path}: {error}") from error
     count = int(everything.labels.max(initial=-1)) + 1
     if config.names is not None:
         names = read_names(Path(config.names), count)
@@ -60,3 +46,49 @@ def arrays(config: Data, root: Path, progress: Progress | None) -> Dataset:
         pad=max(everything.pixels.shape[1:3]) // 8,  # 4 of 32, as for CIFAR
         flip=True,
     )
+
+
+def _entries(path: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...] | None]:
+    """Return `images`, `labels` and, if they are there, `names`."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            raise ConfigError(
+                f"data.path must be an .npz file, as numpy.savez writes it, but {path} is none."
+            )
+        file.seek(0)
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                if missing := {"images", "labels"} - set(archive.files):
+                    raise ConfigError(
+                        f"data.path must hold `images` and `labels` but {path} lacks {', '.join(sorted(missing))}; "
+                        f"it has {', '.join(archive.files) or 'nothing'}."
+                    )
+                pixels, labels = archive["images"], archive["labels"]
+                names = archive["names"] if "names" in archive.files else None
+        except ConfigError:
+            raise
+        except Exception as error:  # NumPy, zipfile and zlib have their own for a torn file
+            if "allow_pickle" in str(error):
+                raise DataError(
+                    f"data.path={path} must hold plain numbers and text but has Python objects; save them as arrays, "
+                    "names as numpy.array(names, str)."
+                ) from error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise CorruptError(
+                f"data.path={path} cannot be decoded ({reason}); write it anew."
+            ) from error
+    if names is None:
+        return pixels, labels, None
+    if names.ndim != 1 or names.dtype.kind not in "US":
+        raise DataError(
+            f"data.path={path}: `names` must be text, one a class, but got {names.dtype} of shape {names.shape}; "
+            "write it anew, or leave it out and give data.names."
+        )
+    if names.dtype.kind == "S":
+        try:
+            names = np.char.decode(names, "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"data.path={path}: `names` must be UTF-8 but cannot be decoded ({error}); write it anew as text."
+            ) from error
+    return pixels, labels, tuple(map(str, names))

@@ -1,6 +1,7 @@
 """The complete CIFAR-100 in torchvision's layout: 50,000 training and 10,000 test images of 32 x 32."""
 
 import os
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from richkd.config import Data
 from richkd.data.dataset import Dataset, Images
 from richkd.errors import ConfigError, CorruptError
+from richkd.files import NO_SPACE
 from richkd.progress import Progress
 
 FOLDER = "cifar-100-python"
@@ -23,26 +25,28 @@ def cifar100(config: Data, root: Path, progress: Progress | None) -> Dataset:
     from torchvision.datasets import CIFAR100
 
     place = config.root or os.environ.get("RICHKD_DATA")
-    if place is None and config.download:
-        place = str(root / "data")
-    if place is None:
+    if not place and config.download:
+        place = root / "data"
+    if not place:
         raise ConfigError(
             f"data.root must name the folder that holds {FOLDER} but is not given, nor is RICHKD_DATA; give it, or "
             "data.download=true."
         )
-    there = (Path(place) / FOLDER / "train").exists()
-    if not there and not config.download:
+    place = Path(place).expanduser()
+    if not (place / FOLDER / "train").exists() and not config.download:
         raise ConfigError(
             f"data.root must hold {FOLDER}, as torchvision lays it out, but {place} does not; give another, or "
             "data.download=true."
         )
     try:
         parts = [CIFAR100(place, train=train, download=config.download) for train in (True, False)]
-    except (RuntimeError, OSError) as error:  # of the checksums; of the network
+    except (RuntimeError, OSError, HTTPException) as error:  # of the checksums; of the network
+        if isinstance(error, OSError) and (not config.download or error.errno in NO_SPACE):
+            raise
         reason = " ".join(str(error).split())[:200]
         if not config.download:
             raise CorruptError(
-                f"{Path(place) / FOLDER} is damaged ({reason}); fetch it anew."
+                f"{place / FOLDER} must hold the published files but one is damaged or missing; fetch it anew."
             ) from error
         raise ConfigError(
             f"data.download: CIFAR-100 could not be fetched into {place} ({reason}); download it on a machine with "
@@ -53,5 +57,11 @@ def cifar100(config: Data, root: Path, progress: Progress | None) -> Dataset:
         for part, start in zip(parts, (0, len(parts[0])), strict=True)
     )
     return Dataset(
-        name="cifar100", names=tuple(parts[0].classes), train=train, test=test, pad=4, flip=True
+        name="cifar100",
+        names=tuple(parts[0].classes),
+        train=train,
+        test=test,
+        pad=4,
+        flip=True,
+        first_test=len(train),
     )

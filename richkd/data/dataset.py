@@ -94,6 +94,7 @@ class Dataset:
     flip: bool  # whether a mirror image keeps its class
     held_out: np.ndarray | None = None  # training rows that the source itself sets aside
     unreadable: tuple[str, ...] = ()  # files that were left out, and why
+    first_test: int | None = None  # place of its first test row in the source; None: cut by us
     mean: tuple[float, ...] | None = None  # of each channel of the training pixels, in 0 to 1
     std: tuple[float, ...] | None = None
     digest: str = ""

@@ -31,4 +31,5 @@ def digits(config: Data, root: Path, progress: Progress | None) -> Dataset:
         ),
         pad=1,  # shifts of one pixel: an eighth of the image, as 4 of 32 for CIFAR
         flip=False,
+        first_test=len(train),
     )

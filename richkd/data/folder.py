@@ -135,6 +135,7 @@ def folder(config: Data, root: Path, progress: Progress | None) -> Dataset:
         flip=True,
         held_out=held_out,
         unreadable=unreadable,
+        first_test=None if _layout(listed.root) == [""] else int(listed.test[0]),
         mean=tuple(card["mean"]),
         std=tuple(card["std"]),
     )

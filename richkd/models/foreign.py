@@ -3,6 +3,8 @@
 A file may be a `.safetensors`, or whatever `torch.save` wrote as long as it holds plain tensors and numbers.
 """
 
+import argparse
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +16,13 @@ from richkd.models.library import own_names
 
 NESTED = ("state_dict", "model", "net")  # keys under which other projects keep the weights
 SHOWN = 5  # keys that a message names
-# what some projects save beside their weights, an accuracy for instance; carries a number and nothing else
-NUMBERS = [
+# what some projects save beside their weights, an accuracy or their options; carries values and runs nothing
+BESIDE = [
     np._core.multiarray.scalar,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # as NumPy 1 called it
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")),
+    argparse.Namespace,
 ]
 
 
@@ -34,19 +38,21 @@ def read_weights(path: Path, *, field: str) -> dict[str, Tensor]:
 
             found = load_file(path)
         else:
-            with torch.serialization.safe_globals(NUMBERS):
+            with torch.serialization.safe_globals(BESIDE):
                 found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own exceptions for a torn or foreign file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"{field}={path} must be a file of weights that can be read without running code but cannot ({reason}); "
-            "save its state_dict alone: torch.save(model.state_dict(), FILE)."
+            f"{field}={path} must be a file of weights that can be read without running code but cannot "
+            f"({_reason(error)}); save its state_dict alone: torch.save(model.state_dict(), FILE)."
         ) from error
-    while isinstance(found, dict) and (
-        inner := [k for k in NESTED if isinstance(found.get(k), dict)]
+    for _ in NESTED:  # one in another, at most so often; a file can hold itself
+        inner = [k for k in NESTED if isinstance(found, dict) and isinstance(found.get(k), dict)]
+        found = found[inner[0]] if inner else found
+    if (
+        not isinstance(found, dict)
+        or not found
+        or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in found.items())
     ):
-        found = found[inner[0]]
-    if not isinstance(found, dict) or not found or not all(map(torch.is_tensor, found.values())):
         has = (
             ", ".join(map(str, list(found)[:SHOWN]))
             if isinstance(found, dict)
@@ -56,6 +62,16 @@ def read_weights(path: Path, *, field: str) -> dict[str, Tensor]:
             f"{field}={path} must hold a state_dict, by itself or under {', '.join(NESTED)}, but holds {has or 'nothing'}."
         )
     return {name.removeprefix("module."): value for name, value in found.items()}
+
+
+def _reason(error: Exception) -> str:
+    """Return in one line why a file was refused; of PyTorch's advice only what was found."""
+    text = re.sub(r"\x1b\[\d*m", "", str(error)).strip()  # it is printed in bold
+    if found := re.search(r"GLOBAL (\S+)", text):
+        return f"it holds {found[1]}"
+    if found := re.search(r"WeightsUnpickler error: ([^\n]*)", text):
+        text = found[1]
+    return " ".join(f"torn, or of another format: {type(error).__name__}: {text}".split())[:200]
 
 
 def load(network: nn.Module, path: Path, *, field: str, name: str) -> None:

@@ -3,8 +3,10 @@
 Shapes: N images, M texts, D features.
 """
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from importlib.metadata import version
 from itertools import islice
@@ -63,9 +65,8 @@ class OpenClip:
         tag = (open_clip.get_pretrained_cfg(model, pretrained) or {}) if pretrained and file else {}
         preprocessing = {f"image_{key}": tag[key] for key in PREPROCESSING if key in tag}
         # drawn from a fixed seed where weights are random, and without a trace in the caller's stream
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=[]), _quiet():
             torch.manual_seed(0)
-            warnings.simplefilter("ignore")  # of random weights, which were asked for
             try:
                 self.network, _, self.transform = open_clip.create_model_and_transforms(
                     model,
@@ -121,6 +122,19 @@ class OpenClip:
             for part in tokens.split(BATCH)
         ]
         return F.normalize(torch.cat(parts), dim=1)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what the libraries say while a model is made: of random weights, and of each try of a download."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # what matters comes as an exception
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _check(open_clip: Any, model: str, pretrained: str | None) -> None:
