@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from richkd import data
 from richkd.__main__ import ABOUT, VERBS
 from richkd.command import Done, Stop, Verb, main
 from richkd.config import Data
@@ -264,9 +265,10 @@ def test_of_a_run_it_can_be_said_where_its_data_lie_and_nothing_else(tmp_path, m
     assert main("python -m richkd", ABOUT, VERBS, ["distill", *words, "--name", "mine"]) == 0
     capsys.readouterr()
     (tmp_path / "moved").mkdir()
-    Path("data.npz").rename("moved/data.npz")
+    Path("data.npz").rename("moved/renamed.npz")
+    data._loaded.clear()
     assert evaluated(capsys, "mine")[0] == 2
-    code, found, _ = evaluated(capsys, "mine", "data.path=moved/data.npz")
+    code, found, _ = evaluated(capsys, "mine", "data.path=moved/renamed.npz")
     assert (code, "test" in found) == (0, True)
     code, found, _ = evaluated(capsys, "mine", "data.seed=1")
     assert code == 2

@@ -39,7 +39,7 @@ def arrays(config: Data, root: Path, progress: Progress | None) -> Dataset:
     test = fold_of(everything.labels, config)
     train = np.setdiff1d(np.arange(len(everything)), test)
     return Dataset(
-        name=Path(config.path).stem,
+        name="arrays",
         names=names,
         train=Images(pixels=pixels[train], labels=labels[train], ids=train),
         test=Images(pixels=pixels[test], labels=labels[test], ids=test),
