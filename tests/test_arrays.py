@@ -45,7 +45,7 @@ def refused(path, tmp_path, kind, **options):
 def test_rows_keep_their_pixels_their_labels_and_their_places(tmp_path, dtype, save):
     save(tmp_path / "mine.npz", images=pixels(), labels=LABELS.astype(dtype))
     found = opened(tmp_path / "mine.npz", tmp_path)
-    assert found.name == "mine"
+    assert found.name == "arrays"
     for part in (found.train, found.test):
         assert np.array_equal(part.pixels, pixels()[part.ids])
         assert np.array_equal(part.labels, LABELS[part.ids])
