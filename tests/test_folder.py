@@ -698,6 +698,18 @@ def test_files_are_decoded_once_and_progress_is_told_by_the_caller(tmp_path):
     assert len(list((tmp_path / "cache" / "images").glob("*.json"))) == 2
 
 
+def test_other_pictures_of_the_same_names_sizes_and_times_are_decoded_anew(tmp_path):
+    found = []
+    for grey in (50, 200):
+        root = fill(tmp_path / f"of {grey}", APART)
+        for path in root.rglob("*.png"):
+            path.write_bytes(stored(Image.new("RGB", (8, 8), (grey, grey, grey)), "BMP"))
+            os.utime(path, (1, 1))
+        found.append(opened(root, tmp_path))
+    assert found[0].digest != found[1].digest
+    assert [int(dataset.train.pixels.max()) for dataset in found] == [50, 200]
+
+
 @pytest.mark.parametrize("after", [0, 1, 5, 11])
 def test_a_stop_leaves_nothing_and_the_next_time_works(tmp_path, after):
     root = fill(tmp_path / "d", APART)

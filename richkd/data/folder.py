@@ -275,7 +275,11 @@ def _images(root: Path, folder: str) -> list[str]:
 
 
 def _stamp(listed: Listing, order: np.ndarray) -> str:
-    """Return a digest that changes with the name, size or time of any file, and with the order of rows."""
+    """Return a digest that changes with the name, size or times of any file, and with the order of rows.
+
+    The time of change is one of them, since that of modification can be anything: many archives give all files
+    the same, and pictures without compression have the same size.
+    """
     text = hashlib.sha256()
     for k in order:
         path = listed.root / listed.files[k]
@@ -285,7 +289,8 @@ def _stamp(listed: Listing, order: np.ndarray) -> str:
             raise _refused(path, reason(error)) from error
         if not stat.S_ISREG(status.st_mode):
             raise _refused(path, "no regular file")
-        text.update(json.dumps([listed.files[k], status.st_size, status.st_mtime_ns]).encode())
+        times = status.st_mtime_ns, status.st_ctime_ns
+        text.update(json.dumps([listed.files[k], status.st_size, *times]).encode())
     return text.hexdigest()
 
 
