@@ -320,12 +320,15 @@ def initial_student(config: Config, dataset: Dataset) -> nn.Module:
     """Return the untrained student; its weights depend on the seed alone, not on what ran before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(config.seed, "initialisation"))
-        return models.build(
+        student = models.build(
             config.student.name,
             len(dataset.names),
             channels=dataset.channels,
             shortcut=config.student.shortcut,
         )
+    field = f"student.name={config.student.name}"
+    models.check_size(student, dataset.channels, dataset.size, field=field)
+    return student
 
 
 def open_student(config: Config, task: Task) -> nn.Module:

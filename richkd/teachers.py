@@ -146,6 +146,7 @@ def open_task(
     views = {name: part.normalised_by(mean, std) for name, part in views.items()}
     if size is not None and (size, size) != dataset.size:
         network = Resized(network, size)
+    models.check_size(network, dataset.channels, dataset.size, field="teacher.name, teacher.size")
     identity = _short(hashlib.sha256(repr((sha256, mean, std, size)).encode()).hexdigest())
 
     def keep(part: str, compute: Callable[[int, int], np.ndarray]) -> np.ndarray:

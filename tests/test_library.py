@@ -93,6 +93,21 @@ def test_timm_takes_images_of_one_channel():
     assert network(torch.randn(2, 1, 32, 32)).shape == (2, 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("timm/vit_tiny_patch16_224", "doesn't match model"),
+        ("torchvision/vit_b_16", "Wrong image height"),
+        ("torchvision/alexnet", "Output size is too small"),
+    ],
+)
+def test_network_that_does_not_take_so_small_images_is_refused(name, why):
+    network = models.build(name, 3)
+    with pytest.raises(ConfigError, match=f"student.name=.* of 32 x 32 pixels .*{why}.*; take ano"):
+        models.check_size(network, 3, (32, 32), field=f"student.name={name}")
+    assert network.training
+
+
 def test_torchvision_is_refused_images_of_one_channel():
     with pytest.raises(ConfigError, match="3 channels but the images have 1; take timm/NAME"):
         models.build("torchvision/resnet18", 3, channels=1)

@@ -11,7 +11,7 @@ from richkd.errors import ConfigError
 from richkd.models import library
 from richkd.models.cnn import Cnn
 from richkd.models.mobilenet import MobileNetV2
-from richkd.models.network import Network
+from richkd.models.network import Network, check_size
 from richkd.models.resnet import NARROW, X4, ResNet
 from richkd.models.resnet_imagenet import Basic, Bottleneck, ImageNetResNet
 from richkd.models.shufflenet import ShuffleNetV1, ShuffleNetV2
@@ -47,6 +47,8 @@ NETWORKS: dict[str, tuple[Any, ...]] = {  # class and its first arguments
     "cnn24": (Cnn, 24),
 }
 NAMES = tuple(NETWORKS)
+
+__all__ = ["NAMES", "NETWORKS", "Network", "build", "check_size"]
 
 
 def build(name: str, classes: int, *, channels: int = 3, shortcut: str = "B") -> Network:

@@ -3,7 +3,10 @@
 Shapes: N images of C channels, D features, K classes.
 """
 
+import torch
 from torch import Tensor, nn
+
+from richkd.errors import ConfigError
 
 
 class Network(nn.Module):
@@ -23,6 +26,28 @@ class Network(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits `(N, K)` of `images` `(N, C, H, W)`."""
         return self.head(self.features(images))
+
+
+@torch.no_grad()
+def check_size(network: nn.Module, channels: int, size: tuple[int, int], *, field: str) -> None:
+    """Raise ConfigError unless `network` takes images of `channels` x `size`; it is left as it is.
+
+    Args:
+        network: On the CPU.
+        channels: C.
+        size: H and W.
+        field: Config key that the network comes from, for the message.
+    """
+    training = network.training
+    try:
+        network.eval()(torch.zeros(1, channels, *size))
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:  # each has its own
+        raise ConfigError(
+            f"{field}: the network must take images of {size[0]} x {size[1]} pixels but does not "
+            f"({' '.join(str(error).split())[:200]}); take another, or larger images."
+        ) from error
+    finally:
+        network.train(training)
 
 
 def draw_convolutions(network: nn.Module) -> None:
