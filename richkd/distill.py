@@ -140,7 +140,6 @@ def check_teachers(
     seen = (*(each.identity for each in (own, *clips) if each is not None), task.split.digest)
     if seen in _looked_at:
         return
-    _looked_at.add(seen)
     rows = torch.from_numpy(task.split.validation)
     some = rows[:: -(-len(rows) // SOME)]
     source = next((key for key in BROUGHT if getattr(given, key) is not None), None)
@@ -150,6 +149,7 @@ def check_teachers(
             teachers.check_normalisation(own, some[::2], task.labels[some[::2]])
     for clip in clips:
         teachers.check_sense(clip.source, clip.train[rows], task.labels[rows])
+    _looked_at.add(seen)  # last: a teacher that is refused is refused again
 
 
 def trained_teacher(config: Config, task: Task, progress: Progress | None = None) -> Path:

@@ -178,7 +178,8 @@ def _network(
                 f"teacher.pretrained={config.pretrained} of {config.name} knows {network.head.out_features} classes but "
                 f"{dataset.name} has {len(dataset.names)}; give a teacher of this task: teacher.checkpoint=FILE."
             )
-        return network, _digest_of(network), wanted
+        # by name, too: networks that differ in their activation alone share their weights
+        return network, f"{config.name} {_digest_of(network)}", wanted
     given = Path(config.checkpoint or "")
     if trained is None and given.is_file():
         network = models.build(
@@ -315,14 +316,20 @@ def check_sense(source: str, logits: Tensor, labels: Tensor) -> None:
         labels: `(N,)`.
 
     Raises:
-        DataError: If they are the same for all classes.
+        DataError: If they are not finite, or the same for all classes.
     """
+    if bad := int((~logits.isfinite().all(1)).sum()):
+        raise DataError(
+            f"{source} must give finite logits but is NaN or infinite on {bad} of {len(logits)} held-out rows; look at "
+            "its weights."
+        )
     if fusion.spread(logits) == 0:
         raise DataError(
             f"{source} gives each image the same logit for all classes; compute them anew."
         )
     top1, chance = accuracy(logits.cpu(), labels)["top1"], 100 / logits.shape[1]
-    if top1 < 1.5 * chance:
+    # of two classes, half as much again as a guess would be 75 %
+    if top1 < min(1.5 * chance, chance + (100 - chance) / 10):
         warnings.warn(
             f"{source} is right on {top1:.1f} % of the held-out rows, where a guess is on {chance:.1f} %; check "
             "the order of its rows and of its classes, its normalisation, or the prompts.",

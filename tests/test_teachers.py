@@ -529,6 +529,8 @@ def test_a_published_teacher_sees_what_it_was_trained_on(monkeypatch, tag, name)
     images = normalize(pixels, (0.5,) * 3, STD)
     with torch.no_grad():
         torch.testing.assert_close(own.plain(torch.arange(5)), network.eval()(images))
+    other = open_foreign(Teacher(name=f"{name}_of_another_activation", pretrained=tag))
+    assert other.identity != task.identity
     network.head.weight.data[0, 0] += 1
     assert open_foreign(Teacher(name=name, pretrained=tag)).identity != task.identity
 
@@ -604,6 +606,43 @@ def test_a_teacher_that_only_guesses_is_named_by_its_key(source):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         checked(teacher, own)
+
+
+@pytest.mark.filterwarnings("error")
+def test_of_two_classes_a_teacher_that_is_right_on_70_percent_is_no_guess():
+    labels = torch.arange(100) % 2
+    said = torch.where(torch.arange(100) < 70, labels, 1 - labels)
+    teachers.check_sense("clip.prompts", F.one_hot(said, 2).float(), labels)
+    with pytest.raises(UserWarning, match="is right on 50.0 %"):
+        teachers.check_sense(
+            "clip.prompts", F.one_hot(labels[:1], 2).float().expand(100, 2), labels
+        )
+
+
+def test_a_teacher_whose_weights_are_not_finite_is_refused_by_its_key(tmp_path):
+    network, config = foreign_teacher(tmp_path)
+    network.head.bias.data[1] = torch.nan
+    torch.save(network.state_dict(), config.checkpoint)
+    with pytest.raises(
+        DataError, match="teacher.checkpoint must give finite logits .* 8 of 8 held"
+    ):
+        distill.check_teachers(
+            config,
+            SimpleNamespace(
+                split=SimpleNamespace(validation=np.arange(8), digest="nan"), labels=EVERY[1]
+            ),
+            open_foreign(config),
+            [],
+        )
+
+
+def test_a_teacher_that_is_refused_is_refused_again():
+    own = TaskTeacher(identity="constant", given=(torch.ones(ROWS, CLASSES), None), **BOTH)
+    for _ in range(2):
+        with pytest.raises(DataError, match="the same logit for all classes"):
+            distill.check_teachers(
+                Teacher(logits="x"), SimpleNamespace(split=SPLIT, labels=LABELS), own, []
+            )
 
 
 def test_the_same_teachers_are_looked_at_once_a_process():
