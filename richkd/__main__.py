@@ -137,7 +137,7 @@ def evaluate(arguments: argparse.Namespace) -> Done:
         return _evaluate_teachers(arguments)
     overrides = [word for word in arguments.words if "=" in word]
     given = configuration.read(["data.source=digits", *overrides])
-    changes = {entry.key: entry.value for entry in given.entries if entry.key != "data.source"}
+    changes = {entry.key: entry.value for entry in given.entries[1:]}
     for key in changes:
         if key not in configuration.UNHASHED:
             raise ConfigError(

@@ -38,7 +38,7 @@ TABLES = ("sweep.space.", "sweep.settings.")  # their keys are dotted keys thems
 # change no result: where things lie and what is used; that data are the same is checked by their digest
 UNHASHED = (
     *("device", "storage", "cache"),
-    *("data.root", "data.path", "data.download", "data.memory"),
+    *("data.root", "data.path", "data.names", "data.download", "data.memory"),
 )
 MAX_BYTES, MAX_DEPTH, MAX_KEYS, MAX_NAME = 1_000_000, 8, 10_000, 200
 

@@ -187,6 +187,10 @@ def _network(
         )
         foreign.load(network, given, field="teacher.checkpoint", name=config.name)
         return network, f"{config.name} {config.shortcut} {sha256_of(given)}", Preprocessing()
+    if trained is None and not given.exists() and not checkpoint.exists(given):
+        raise ConfigError(
+            f"teacher.checkpoint must be a run, a checkpoint or a file of weights but {given} is missing."
+        )
     try:
         saved = checkpoint.load(trained or find_checkpoint(given))
         check_meta(saved)

@@ -260,16 +260,21 @@ def test_of_a_run_it_can_be_said_where_its_data_lie_and_nothing_else(tmp_path, m
     rng = np.random.default_rng(0)
     whole = {"images": rng.integers(0, 256, (60, 8, 8, 3), np.uint8), "labels": np.arange(60) % 3}
     np.savez("data.npz", **whole)
-    words = ["data.source=arrays", "data.path=data.npz", "data.validation=6", "method.name=ce"]
+    Path("names.txt").write_text("a\nb\nc\n")
+    words = ["data.source=arrays", "data.path=data.npz", "data.names=names.txt"]
+    words += ["data.validation=6", "method.name=ce"]
     words += ["student.name=cnn8", "train.epochs=1", "train.batch_size=16"]
     assert main("python -m richkd", ABOUT, VERBS, ["distill", *words, "--name", "mine"]) == 0
     capsys.readouterr()
     (tmp_path / "moved").mkdir()
     Path("data.npz").rename("moved/renamed.npz")
+    Path("names.txt").rename("moved/names.txt")
     data._loaded.clear()
     assert evaluated(capsys, "mine")[0] == 2
-    code, found, _ = evaluated(capsys, "mine", "data.path=moved/renamed.npz")
+    moved = "data.path=moved/renamed.npz", "data.names=moved/names.txt"
+    code, found, _ = evaluated(capsys, "mine", *moved)
     assert (code, "test" in found) == (0, True)
-    code, found, _ = evaluated(capsys, "mine", "data.seed=1")
-    assert code == 2
-    assert "but got data.seed" in found["error"]
+    for word in ("data.seed=1", "data.source=folder"):
+        code, found, _ = evaluated(capsys, "mine", *moved, word)
+        assert code == 2
+        assert f"but got {word.partition('=')[0]}" in found["error"]

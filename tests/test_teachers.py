@@ -302,8 +302,10 @@ def test_a_teacher_of_another_task_is_refused(tmp_path, changes, message):
 
 
 def test_a_missing_teacher_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=f"{tmp_path}/none holds no checkpoint"):
+    with pytest.raises(ConfigError, match=f"or a file of weights but {tmp_path}/none is missing"):
         open_saved(tmp_path / "none")
+    with pytest.raises(ConfigError, match=f"teacher.checkpoint: {tmp_path} holds no checkpoint"):
+        open_saved(tmp_path)
 
 
 def test_given_logits_are_teachers_of_either_kind(tmp_path):
