@@ -243,6 +243,10 @@ def test_an_array_that_claims_to_be_vast_is_refused(tmp_path):
         ({"labels": LABELS[:, None]}, r"one label an image but got \(60, 1\)"),
         ({"labels": LABELS.astype(float)}, "labels must be integers but got float64"),
         ({"labels": np.array(list("abc") * 20)}, "labels must be integers but got <U1"),
+        (
+            {"labels": np.append(LABELS[1:], 2**31 - 1)},
+            "or be -1, but there is 2147483647 among 60",
+        ),
         ({"names": np.array(3)}, "`names` must be text, one a class, but got int64 of shape"),
         ({"names": np.array([1, 2, 3])}, "`names` must be text, one a class, but got int64"),
         ({"names": np.array([["a", "b", "c"]])}, r"but got <U1 of shape \(1, 3\)"),

@@ -416,6 +416,7 @@ def test_training_and_test_images_of_two_shapes_are_refused(other):
         ((), "at least 2 classes but got 0"),
         (("a", "b", "a"), r"2 of the 3 names of toy do not: \['a', 'a'\]"),
         (("caf\u00e9", "b", "cafe\u0301"), "after Unicode's NFC, but 2 of the 3 names"),
+        (("maple_tree", "b", "maple tree"), "with spaces for underscores .* 2 of the 3 names"),
         (("a", "", "c"), "one line of text, for the prompts, but got ''"),
         (("a", " \t", "c"), "one line of text"),
         (("a", "b\nb", "c"), r"one line of text, for the prompts, but got 'b\\nb'"),

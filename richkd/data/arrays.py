@@ -33,6 +33,11 @@ def arrays(config: Data, root: Path, progress: Progress | None) -> Dataset:
     except DataError as error:
         raise DataError(f"data.path={config.path}: {error}") from error
     count = int(everything.labels.max(initial=-1)) + 1
+    if count > len(everything):  # before anything of that size is made, as of 2**31 - 1 for unknown
+        raise DataError(
+            f"data.path={config.path}: labels must lie in 0 to the number of classes less 1, or be -1, but there is "
+            f"{count - 1} among {len(everything)} images; number the classes from 0."
+        )
     if config.names is not None:
         names = read_names(Path(config.names), count)
     names = names or tuple(map(str, range(count)))

@@ -143,12 +143,13 @@ class Dataset:
 
 def check_names(source: str, names: tuple[str, ...]) -> None:
     """Raise DataError unless the class names of `source` make distinct prompts of one line."""
-    # two spellings of one word in Unicode would give one prompt for two classes
-    spelled = Counter(unicodedata.normalize("NFC", name) for name in names)
-    twice = [name for name in names if spelled[unicodedata.normalize("NFC", name)] > 1]
+    # two spellings of one word would give one prompt for two classes, which reads underscores as spaces
+    spelled = [unicodedata.normalize("NFC", name).replace("_", " ") for name in names]
+    counts = Counter(spelled)
+    twice = [name for name, spoken in zip(names, spelled, strict=True) if counts[spoken] > 1]
     if twice:
         raise DataError(
-            f"class names must differ, also after Unicode's NFC, but {len(twice)} of the {len(names)} names "
+            f"class names must differ, also with spaces for underscores and after Unicode's NFC, but {len(twice)} of the {len(names)} names "
             f"of {source} do not: {twice!r}."
         )
     for name in names:

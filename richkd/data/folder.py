@@ -156,6 +156,10 @@ def listing(config: Data) -> Listing:
             f"data.path must be a folder that holds a folder of images for each class but got {config.path}."
         )
     root = Path(config.path).absolute()
+    if (root / "unlabeled").is_dir():  # it would be a class, or passed over
+        raise DataError(
+            f"data.path: pictures without a label lie in unlabelled but {root} has unlabeled; rename it."
+        )
     prefixes = _layout(root)
     classes = {prefix: _folders(root / prefix) for prefix in prefixes}
     if prefixes == [""]:
