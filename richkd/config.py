@@ -346,6 +346,10 @@ class Layers:
         return cls(entries=tuple(Entry(*entry) for entry in entries))
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that either version of YAML reads as something else."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema for plain scalars; no aliases."""
 
@@ -369,9 +373,10 @@ for _tag, _pattern, _first in (
         "-+0123456789.",
     ),
 ):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
-    )
+    for _each in (_Loader, _Dumper):
+        _each.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
+        )
 
 
 def _values(node: yaml.Node, loader: _Loader, origin: str, depth: int = 0) -> Any:
@@ -699,7 +704,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def dump(config: Any) -> str:
     """Return a config as YAML that `read_layer` reads back."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def digest(config: Config) -> str:

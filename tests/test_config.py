@@ -206,6 +206,13 @@ def test_a_config_survives_yaml_json_and_layers(tmp_path_factory, found):
     assert from_dict(json.loads(json.dumps(to_dict(made)))) == made
 
 
+@pytest.mark.parametrize("text", ["1e0", "1e3", "no", "010", "1_000", "null", "~", "1.", "+1"])
+def test_text_that_looks_like_something_else_is_written_as_text(tmp_path, text):
+    made = build(Layers().over("", {"clip.prompts": text}))
+    (tmp_path / "c.yaml").write_text(dump(made))
+    assert build(config.read_layer(tmp_path / "c.yaml")) == made
+
+
 def test_layers_survive_json():
     layers = read(["train.lr=0.3", "sweep.space.train.lr={uniform: [0, 1]}"])
     assert Layers.from_list(json.loads(json.dumps(layers.to_list()))) == layers
