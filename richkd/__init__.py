@@ -4,7 +4,7 @@ The best checkpoint of a sweep, verified:
 
     from richkd import load_student
     student = load_student("runs/digits-cnn8-261123-120000")
-    logits = student(images)  # uint8 (N, C, H, W)
+    logits = student(student.read("photo.jpg"))  # or any uint8 (N, C, H, W)
 """
 
 from typing import TYPE_CHECKING, Any

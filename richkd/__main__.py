@@ -186,10 +186,13 @@ def _evaluate_teachers(arguments: argparse.Namespace) -> Done:
         teacher = training.open_teacher(config, task, prepared)
         if teacher is None:
             raise ConfigError(
-                f"evaluate needs a run, or a config with a teacher, but method.name={config.method.name} has none."
+                f"evaluate needs a run, or a config with a teacher, but method.name={config.method.name} has none; give "
+                "method.name=kd or richkd-l."
             )
         found = training.evaluate_teachers(task, teacher)
-    answer = {}
+    answer: dict[str, Any] = {"alpha": config.fusion.alpha, "scale": config.clip.scale}
+    if "fused" in found:
+        say(f"fused at alpha {config.fusion.alpha:g}, clip.scale {config.clip.scale}")
     for who, parts in found.items():
         answer[who] = {
             part: percent(values) | {"rows": values["rows"]} for part, values in parts.items()
@@ -214,6 +217,8 @@ def cache(arguments: argparse.Namespace) -> Done:
         if arguments.rows is not None:
             text = "".join(f"{line}\n" for line in data.rows(config.data, task.dataset))
             write_atomic(Path(arguments.rows), text.encode("utf-8", "surrogateescape"))
+            names = ", ".join(task.dataset.names[:8]) + ", ..." * (len(task.dataset.names) > 8)
+            say(f"rows in {arguments.rows}; the columns of logits are {names}")
         teacher = training.open_teacher(config, task, told)
     answer = {
         "cache": str(task.cache),

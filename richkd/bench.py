@@ -339,4 +339,4 @@ def table(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"{name:<12}{own['images_per_second']:>10.1f}   {spread:<22}{own['ratio']:>17.2f}x"
         )
-    return lines
+    return [*lines, "medians over the rounds, of speeds and of each round's ratio"]

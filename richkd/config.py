@@ -74,7 +74,7 @@ class Data:
     unreadable: float = 0.0  # of folder: share of files that may be left out; 0: none
     folds: int = 5  # where a source has no test rows, one of so many parts of its rows is taken
     fold: int = 0  # which
-    memory: float = 4.0  # GiB of pixels held by a process; a larger set is read batch by batch
+    memory: float = 4.0  # GiB that the crops of a part may take; a larger one is read by batches
     validation: int | float = 0.1  # rows held out for settings and epochs, or a share below 1
     seed: int = 0  # of the split and of the labelled subset
     labelled_per_class: int | None = None  # None: every transfer row keeps its label
@@ -203,7 +203,11 @@ class Clip(ZeroShot):
     def __post_init__(self) -> None:
         ZeroShot.__post_init__(self)
         if isinstance(self.scale, str):
-            one_of("clip.scale", self.scale, ("model", "match_std", "calibrated", "none"))
+            scales = ("model", "match_std", "calibrated", "none")
+            if self.scale not in scales:
+                raise ConfigError(
+                    f"clip.scale must be one of {', '.join(scales)} or a number but got {self.scale!r}."
+                )
         else:
             in_range("clip.scale", self.scale, 1e-3, 1e5)
             object.__setattr__(self, "scale", float(self.scale))

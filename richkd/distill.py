@@ -8,6 +8,7 @@ an epoch), `last/` (the newest checkpoint, from which a run goes on) and `best/`
 validation accuracy). Test rows are not read here but once, by `test`, after the run.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -303,6 +304,28 @@ def train_epoch(
     return dict(zip(TERMS, terms.double().mean(0).tolist(), strict=True))
 
 
+def check_slices(batches: Batches, student: nn.Module, group: Group) -> None:
+    """Raise ConfigError if some worker would get one row that the student's batch norm cannot take alone.
+
+    It cannot where the last map has a single pixel.
+    """
+    sizes = {len(batches.transfer) % batches.batch_size, batches.batch_size} - {0}
+    if batches.share is not None:
+        sizes = {batches.batch_size}
+    slices = [
+        Group(rank=rank, size=group.size).slice(n) for n in sizes for rank in range(group.size)
+    ]
+    if not any(each.stop - each.start == 1 for each in slices):
+        return
+    try:
+        copy.deepcopy(student).train()(batches.views.images(batches.transfer[:1]))
+    except ValueError as error:  # of batch norm
+        raise ConfigError(
+            f"train.batch_size={batches.batch_size} leaves a batch, or a worker's slice of one, of a single row of the "
+            f"{len(batches.transfer)}, which the student's batch norm cannot take; change it a little."
+        ) from error
+
+
 def check_finite(terms: Tensor, student: nn.Module, epoch: int) -> None:
     """Raise NonFiniteError naming the first step and term of `terms` `(steps, 4)`, or the weight, not finite."""
     if not terms.isfinite().all():
@@ -397,6 +420,7 @@ def run(
     student = open_student(config, task)
     teacher = open_teacher(config, task, progress)
     batches = open_batches(config, task, distilled=teacher is not None)
+    check_slices(batches, student, group)
     optimizer = open_optimizer(config, student)
     meta, rows = None, []
     if record is not None:

@@ -35,7 +35,8 @@ def aligned(spec: str, dataset: Dataset, *, field: str) -> tuple[Tensor, Tensor 
     counts = [len(train) + len(test) + len(dataset.unreadable)]
     if dataset.first_test is not None:  # the source itself says which are for training
         counts.append(dataset.first_test)
-    values = read_logits(spec, counts, len(dataset.names), field=field)
+    left_out = np.setdiff1d(np.arange(max(counts)), np.concatenate([train.ids, test.ids]))
+    values = read_logits(spec, counts, len(dataset.names), field=field, unused=left_out)
     _check_labels(spec, dataset, field)
     whole = len(values) == counts[0]
     return values[train.ids], values[test.ids] if whole else None
@@ -67,7 +68,9 @@ def _check_labels(spec: str, dataset: Dataset, field: str) -> None:
         )
 
 
-def read_logits(spec: str, rows: list[int], classes: int, *, field: str) -> Tensor:
+def read_logits(
+    spec: str, rows: list[int], classes: int, *, field: str, unused: np.ndarray | None = None
+) -> Tensor:
     """Read logits that somebody computed elsewhere, float32, one of `rows` by `classes`.
 
     Args:
@@ -75,6 +78,7 @@ def read_logits(spec: str, rows: list[int], classes: int, *, field: str) -> Tens
         rows: Numbers of rows that would do.
         classes: Expected number of columns.
         field: Config key, for the messages.
+        unused: Rows that nobody asks for, such as those of files that cannot be read; they may hold anything.
 
     Raises:
         ConfigError: If the file or the key is missing.
@@ -87,8 +91,8 @@ def read_logits(spec: str, rows: list[int], classes: int, *, field: str) -> Tens
         if shape not in [(count, classes) for count in rows]:
             wanted = " or ".join(str((count, classes)) for count in sorted(rows))
             raise DataError(
-                f"{field} must hold one row an image, in the order of the data, and one column a class, {wanted}, "
-                f"but {spec} has {shape}."
+                f"{field} must hold one row an image (of all, or of the training images alone) and one column a class, "
+                f"{wanted}, but {spec} has {shape}; `python -m richkd cache ... --rows FILE` writes their order."
             )
 
     if not path.is_file():
@@ -116,10 +120,12 @@ def read_logits(spec: str, rows: list[int], classes: int, *, field: str) -> Tens
         )
     values = values.float()
     bad = ~values.isfinite().all(1)
+    if unused is not None:
+        bad[unused[unused < len(bad)]] = False
     if bad.any():
         raise DataError(
             f"{field} must hold finite logits but {int(bad.sum())} rows of {spec} do not, the first is row "
-            f"{int(bad.nonzero()[0])}; compute them anew."
+            f"{int(bad.nonzero()[0])}, counted from 0; compute them anew."
         )
     return values
 

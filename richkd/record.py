@@ -166,7 +166,8 @@ def momentum_of(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 def result_of(folder: Path) -> dict[str, Any]:
     """Return what a finished and tested run came to: `run`, `checkpoint`, `val`, `test`, speed, and its teachers."""
-    found = read_record(folder / "run.json", "metrics")["metrics"]
+    state = read_record(folder / "run.json", "metrics")
+    found = state["metrics"]
     result = {
         "run": str(folder),
         "checkpoint": str(folder / "best"),
@@ -177,6 +178,8 @@ def result_of(folder: Path) -> dict[str, Any]:
     for who in ("teacher", "clip", "fused"):
         if f"{who}/top1" in found:
             result[who] = {"top1": found[f"{who}/top1"]}
+    if "unreadable" in state:
+        result["unreadable"] = state["unreadable"]
     return result
 
 
@@ -190,4 +193,8 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     for part, who in (("test", "student"), ("val", "")):
         top1, top5 = (result[part][key] for key in ("top1", "top5"))
         lines.append(f"{who:<10} {part:<4} top1 {top1:6.2f} %  top5 {top5:6.2f} %")
+    if "unreadable" in result:
+        lines.append(
+            f"left out   {len(result['unreadable'])} files, listed in {result['run']}/run.json"
+        )
     return [*lines, f"checkpoint {result['checkpoint']}"]

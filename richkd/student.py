@@ -4,15 +4,18 @@ It takes a sweep, a run or a checkpoint:
 
     from richkd import load_student
     student = load_student("runs/digits-cnn8-261123-120000")
-    student.names[student(images).argmax(1)[0]]  # images: uint8 (N, C, H, W)
+    student.names[student(student.read("photo.jpg")).argmax(1)[0]]
 """
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from richkd import checkpoint, models
+from richkd.data.pictures import decode, pixels
 from richkd.data.views import normalise
 from richkd.errors import ConfigError, CorruptError
 from richkd.files import read_record
@@ -35,6 +38,27 @@ class Student(nn.Module):
         self.channels, self.size = meta["channels"], tuple(meta["size"])
         self.register_buffer("mean", torch.tensor([255 * m for m in meta["mean"]]))
         self.register_buffer("std", torch.tensor([255 * s for s in meta["std"]]))
+
+    def read(self, *paths: str | Path) -> Tensor:
+        """Return image files as this student takes them, uint8 `(N, C, H, W)`: upright, centre cut, scaled.
+
+        Raises:
+            DataError: If one cannot be read as an image.
+        """
+        height, width = self.size
+        fitted = [
+            ImageOps.fit(decode(Path(path)), (width, height), Image.Resampling.BICUBIC)
+            if height != width
+            else Image.fromarray(pixels(Path(path), height))
+            for path in paths
+        ]
+        grey = self.channels == 1
+        rows = [np.array(image.convert("L") if grey else image) for image in fitted]
+        return (
+            torch.from_numpy(np.stack(rows))
+            .view(-1, height, width, self.channels)
+            .permute(0, 3, 1, 2)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits `(N, K)` of uint8 `images` `(N, C, H, W)`."""
@@ -110,10 +134,10 @@ def best_of(sweep: Path) -> Path:
 
 
 def load_student(path: str | Path) -> Student:
-    """Return the student of a checkpoint, a run (its best epoch) or a sweep (its best refit), in eval mode.
+    """Return the student of a checkpoint, a run (its best epoch) or a sweep (its best refit), frozen, in eval mode.
 
     Raises:
         ConfigError: If there is no checkpoint of richkd at `path`.
         CorruptError: If a file's checksum is not the recorded one.
     """
-    return Student(checkpoint.load(find_checkpoint(Path(path)))).eval()
+    return Student(checkpoint.load(find_checkpoint(Path(path)))).eval().requires_grad_(False)

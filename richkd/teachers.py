@@ -331,6 +331,11 @@ def check_sense(source: str, logits: Tensor, labels: Tensor) -> None:
         raise DataError(
             f"{source} gives each image the same logit for all classes; compute them anew."
         )
+    if (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3:
+        warnings.warn(
+            f"{source} holds rows that sum to 1: these are probabilities, where logits are wanted; give their logarithm.",
+            stacklevel=2,
+        )
     top1, chance = accuracy(logits.cpu(), labels)["top1"], 100 / logits.shape[1]
     # of two classes, half as much again as a guess would be 75 %
     if top1 < min(1.5 * chance, chance + (100 - chance) / 10):
@@ -348,7 +353,7 @@ USUAL = {  # mean and deviation that published weights expect
     "-1 to 1's": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "0 to 1's": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
-CLEAR = 5.0  # points by which another normalisation must be better before it is named
+CLEAR = 3.0  # standard errors by which another normalisation must be better before it is named
 
 
 def check_normalisation(teacher: TaskTeacher, rows: Tensor, labels: Tensor) -> None:
@@ -363,18 +368,20 @@ def check_normalisation(teacher: TaskTeacher, rows: Tensor, labels: Tensor) -> N
     if views.shape[2] != 3:
         return
 
-    def top1(part: Views) -> float:
-        return accuracy(network_logits(teacher.network, part, rows).cpu(), labels)["top1"]
+    def right(part: Views) -> Tensor:
+        return network_logits(teacher.network, part, rows).cpu().argmax(1) == labels
 
-    own = top1(views)
-    found = {name: top1(views.normalised_by(*usual)) for name, usual in USUAL.items()}
-    best = max(found, key=found.get)
-    if found[best] > own + CLEAR:
+    own = right(views)
+    found = {name: right(views.normalised_by(*usual)) for name, usual in USUAL.items()}
+    best = max(found, key=lambda name: int(found[name].sum()))
+    gained, lost = (found[best] & ~own).sum().item(), (own & ~found[best]).sum().item()
+    if gained - lost > CLEAR * (gained + lost) ** 0.5:
         mean, std = (",".join(map(str, values)) for values in USUAL[best])
+        shares = [100 * each.double().mean().item() for each in (own, found[best])]
         warnings.warn(
-            f"teacher.mean and teacher.std are not given, and under the data's own the teacher is right on {own:.1f} % "
-            f"of {len(rows)} held-out rows, under {best} on {found[best]:.1f} %; give teacher.mean=[{mean}] "
-            f"teacher.std=[{std}] if it was trained so.",
+            f"teacher.mean and teacher.std are not given, and under the data's own the teacher is right on "
+            f"{shares[0]:.1f} % of {len(rows)} held-out rows, under {best} on {shares[1]:.1f} %; give "
+            f"teacher.mean=[{mean}] teacher.std=[{std}] if it was trained so.",
             stacklevel=2,
         )
 

@@ -182,6 +182,8 @@ def taught(tmp_path):
 def test_the_teachers_of_a_config_are_evaluated_on_all_rows(taught, capsys):
     code, found, told = evaluated(capsys, taught, "fusion.alpha=0.5")
     assert code == 0
+    assert (found.pop("alpha"), found.pop("scale")) == (0.5, "model")
+    assert "fused at alpha 0.5, clip.scale model" in told
     assert set(found) == {"teacher", "clip", "fused"}
     for parts in found.values():
         assert {part: values["rows"] for part, values in parts.items()} == {
@@ -200,7 +202,7 @@ def test_teachers_without_test_rows_are_evaluated_on_the_others(taught, tmp_path
     _, found, _ = evaluated(
         capsys, taught, f"teacher.logits={tmp_path}/train.npy", "method.name=kd"
     )
-    assert set(found) == {"teacher"}
+    assert set(found) == {"alpha", "scale", "teacher"}
     assert {part: values["rows"] for part, values in found["teacher"].items()} == {
         **{"val": 200, "all": 997},
     }

@@ -308,3 +308,20 @@ def test_logits_in_another_order_are_told_by_how_often_they_are_right(make, clip
     config = make(f"{field}={path}")
     with pytest.warns(UserWarning, match=rf"^{field} is right on .* check the order"):
         distill.open_teacher(config, distill.open_task(config))
+
+
+def test_a_last_batch_of_one_row_is_refused_where_batch_norm_cannot_take_it(make, tmp_path):
+    # 597 rows: batches of 149 leave one
+    one_pixel = ["student.name=torchvision/resnet18", "method.name=ce", "data.labelled_share=null"]
+    data = ["data.labelled_per_class=null", "train.batch_size=149"]
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (62, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(62) % 2)
+    source = [
+        *("data.source=arrays", f"data.path={tmp_path / 'data.npz'}", "data.folds=2"),
+        *("data.validation=6", "train.batch_size=8"),
+    ]
+    with pytest.raises(ConfigError, match="train.batch_size=8 leaves a batch, .* of a single row"):
+        distill.run(make(*one_pixel, *data, *source), tmp_path / "one")
+    outcome = distill.run(make("method.name=ce", *data, "train.epochs=1"), tmp_path / "more")
+    assert outcome.metrics["epoch"] == 1  # maps of several pixels can be normalised

@@ -229,7 +229,14 @@ def test_another_number_of_classes_is_named_with_both_shapes(tmp_path):
     text = refused(tmp_path / "w.pth")
     assert "head.weight (100, 64) instead of (7, 64)" in text
     assert "2 of another shape" in text
-    assert "number of classes" in text
+    assert "give a teacher of this task's classes and channels" in text
+
+
+def test_shortcuts_without_parameters_are_recognised(tmp_path):
+    torch.save(models.build("resnet8", 7, shortcut="A").state_dict(), tmp_path / "w.pth")
+    assert "give teacher.shortcut=A" in refused(tmp_path / "w.pth")
+    torch.save(models.build("resnet14", 7).state_dict(), tmp_path / "w.pth")
+    assert "give another teacher.name" in refused(tmp_path / "w.pth")
 
 
 def test_missing_and_unexpected_weights_are_named_and_counted(tmp_path):

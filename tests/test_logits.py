@@ -225,7 +225,7 @@ def test_each_fold_of_arrays_meets_its_own_rows(tmp_path, fold):
 
 @pytest.mark.parametrize("rows", [0, 12, 27, 29, 39, 41])
 def test_another_number_of_rows_is_told_both_that_would_do(tmp_path, rows):
-    with pytest.raises(DataError, match=r"one row an image, .* \(28, 4\) or \(40, 4\), but"):
+    with pytest.raises(DataError, match=r"one row an image .* \(28, 4\) or \(40, 4\), but"):
         put(GIVEN, write(tmp_path, ".npy", np.zeros((rows, CLASSES), np.float32)))
 
 
@@ -337,3 +337,13 @@ def test_rows_of_files_that_cannot_be_read_are_passed_over(tmp_path, without):
     assert test is None
     with pytest.raises(DataError, match=r"\(6, 2\) or \(10, 2\)"):
         put(source, write(tmp_path, ".npy", values[:7]))
+
+
+def test_rows_that_nobody_asks_for_may_hold_anything(tmp_path):
+    values = LOGITS.copy()
+    values[[3, 7]] = np.nan
+    spec = write(tmp_path, ".npy", values)
+    found = read_logits(spec, [ROWS], CLASSES, field="clip.logits", unused=np.array([3, 7, 999]))
+    assert np.array_equal(found.numpy(), values, equal_nan=True)
+    with pytest.raises(DataError, match="1 rows of .* the first is row 7, counted from 0"):
+        read_logits(spec, [ROWS], CLASSES, field="clip.logits", unused=np.array([3]))

@@ -614,11 +614,21 @@ def test_a_teacher_that_only_guesses_is_named_by_its_key(source):
 def test_of_two_classes_a_teacher_that_is_right_on_70_percent_is_no_guess():
     labels = torch.arange(100) % 2
     said = torch.where(torch.arange(100) < 70, labels, 1 - labels)
-    teachers.check_sense("clip.prompts", F.one_hot(said, 2).float(), labels)
+    teachers.check_sense("clip.prompts", 5 * F.one_hot(said, 2).float(), labels)
     with pytest.raises(UserWarning, match="is right on 50.0 %"):
         teachers.check_sense(
-            "clip.prompts", F.one_hot(labels[:1], 2).float().expand(100, 2), labels
+            "clip.prompts", 5 * F.one_hot(labels[:1], 2).float().expand(100, 2), labels
         )
+
+
+def test_probabilities_in_place_of_logits_are_told_apart():
+    labels, logits = torch.arange(60) % 3, 5 * F.one_hot(torch.arange(60) % 3, 3).float()
+    with pytest.warns(UserWarning, match="clip.logits holds rows that sum to 1: .* probabilities"):
+        teachers.check_sense("clip.logits", logits.softmax(1), labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teachers.check_sense("clip.logits", logits, labels)
+        teachers.check_sense("clip.logits", logits.log_softmax(1), labels)
 
 
 def test_a_teacher_whose_weights_are_not_finite_is_refused_by_its_key(tmp_path):

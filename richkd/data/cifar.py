@@ -34,8 +34,9 @@ def cifar100(config: Data, root: Path, progress: Progress | None) -> Dataset:
         )
     place = Path(place).expanduser()
     if not (place / FOLDER / "train").exists() and not config.download:
+        hint = f"give its parent, {place.parent}" if place.name == FOLDER else "give another"
         raise ConfigError(
-            f"data.root must hold {FOLDER}, as torchvision lays it out, but {place} does not; give another, or "
+            f"data.root must hold {FOLDER}, as torchvision lays it out, but {place} does not; {hint}, or "
             "data.download=true."
         )
     try:

@@ -107,8 +107,13 @@ def load(network: nn.Module, path: Path, *, field: str, name: str) -> None:
             for kind, keys in problems.items()
             if keys
         )
+        # parameter-free shortcuts, as in He et al.'s own networks for small images
+        only_shortcuts = all(".downsample." in key for key in problems["missing"])
+        others = problems["unexpected"] or problems["of another shape"]
+        hint = "teacher.shortcut=A" if only_shortcuts and not others else "another teacher.name"
+        if problems["of another shape"] and not problems["missing"]:
+            hint = "a teacher of this task's classes and channels"
         raise ConfigError(
-            f"{field}={path} does not hold the weights of {name} for this task: {said}; see teacher.name, "
-            "teacher.shortcut and the number of classes."
+            f"{field}={path} does not hold the weights of {name} for this task: {said}; give {hint}."
         )
     network.load_state_dict(weights)
