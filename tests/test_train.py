@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import ray
+import ray.tune
 from mlflow.tracking import MlflowClient
+from ray.tune.schedulers import FIFOScheduler
 
 from richkd import load_student
 from richkd.command import Stop
@@ -163,6 +165,8 @@ def test_trials_of_several_workers_give_back_what_they_took_however_they_end(
     while ray.available_resources().get("CPU") != 2 and time.monotonic() < ends:
         time.sleep(0.2)
     assert ray.available_resources()["CPU"] == 2
+    running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
+    assert not [name for name in running if b"PlacementGroupCleaner" in name]
     assert not (tmp_path / ".ray").exists()
 
 
@@ -171,3 +175,45 @@ def test_more_workers_than_there_are_cores_are_refused_before_anything_is_made(o
     with pytest.raises(ConfigError, match="resources.workers=1000 .* CPUs but take 1000"):
         train(layers, tmp_path / "many", command="")
     assert not (tmp_path / "many").exists()
+
+
+class Busy(FIFOScheduler):
+    """A driver that takes its time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[int] = []
+
+    def on_trial_result(self, tune_controller: object, trial: object, result: dict) -> str:
+        """Hear of an epoch, slowly."""
+        self.heard.append(result["run/epoch"])
+        time.sleep(1)  # in which the workers report again, and end
+        return FIFOScheduler.CONTINUE
+
+
+@pytest.mark.timeout(60)
+def test_a_trial_whose_workers_end_while_the_driver_is_busy_ends_too(cluster, tmp_path):
+    def hasty(job: dict) -> None:  # nested, since a worker cannot import this file
+        import ray.train.torch
+
+        from tune import trial
+
+        class Hasty(ray.train.torch.TorchTrainer):
+            def fit(self) -> None:
+                (relay,) = self.run_config.callbacks
+                for epoch in (1, 2):
+                    relay.after_report(None, [{"run": {"epoch": epoch}}], None)
+
+        ray.train.torch.TorchTrainer = Hasty
+        trial.trial(job)
+
+    job = {"id": "hasty", "folder": str(tmp_path), "scratch": str(tmp_path), "config": {}}
+    job |= {"workers": 2, "each": {"CPU": 1}}
+    busy = Busy()
+    ray.tune.Tuner(
+        ray.tune.with_resources(hasty, {"CPU": 1}),
+        param_space=job,
+        tune_config=ray.tune.TuneConfig(scheduler=busy),
+        run_config=ray.tune.RunConfig(storage_path=str(tmp_path), verbose=0),
+    ).fit()
+    assert busy.heard == [1, 2]
