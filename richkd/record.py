@@ -61,6 +61,11 @@ class Record:
                 )
         return before
 
+    def check(self, dataset: Dataset, teacher: FusedTeacher | None) -> None:
+        """Raise ConfigError if the folder holds a run with other data or teachers; writes nothing."""
+        self.state |= {"data": dataset.digest, "teachers": teacher.identities if teacher else {}}
+        self._check_same()
+
     def open(
         self, dataset: Dataset, split: Split, teacher: FusedTeacher | None, workers: int
     ) -> None:
@@ -69,8 +74,7 @@ class Record:
         Raises:
             ConfigError: If the folder holds a run with other data or teachers, or cannot be made.
         """
-        self.state |= {"data": dataset.digest, "teachers": teacher.identities if teacher else {}}
-        self._check_same()
+        self.check(dataset, teacher)
         self.state |= {"torch": torch.__version__, "python": platform.python_version()}
         # the last bits of a result depend on both
         self.state |= {"threads": torch.get_num_threads(), "workers": workers}

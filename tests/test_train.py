@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -17,11 +19,12 @@ from ray.tune.schedulers import FIFOScheduler
 from richkd import load_student
 from richkd.command import Stop
 from richkd.config import Config, build, read
-from richkd.errors import ConfigError
+from richkd.errors import ConfigError, CorruptError, Interrupted
 from tune import runner
 from tune.agenda import Job
-from tune.settings import Resources
-from tune.train import train
+from tune.display import Display
+from tune.settings import Resources, Settings
+from tune.train import RunLog, train
 
 EPOCHS = 6
 SHORT = [
@@ -107,6 +110,46 @@ def test_ray_leaves_nothing_in_the_run_folder(straight):
     assert {path.name for path in Path(straight["run"]).iterdir()} == {
         *("config.yaml", "run.json", "metrics.jsonl", "last", "best", "mlflow.json", "lock")
     }
+
+
+def test_only_the_same_run_goes_on_and_mlflow_hears_of_no_other(straight, overrides):
+    folder = Path(straight["run"])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(read(overrides), folder, command="")
+    with pytest.raises(ConfigError, match="was made with other settings"):
+        train(read([*overrides, "train.lr=0.2"]), folder, command="", resume=True)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    client = MlflowClient(straight["mlflow"]["tracking_uri"])
+    assert client.get_run(straight["mlflow"]["run_id"]).info.status == "FINISHED"
+
+
+def test_a_damaged_checkpoint_is_found_before_ray_starts(straight, overrides, tmp_path):
+    folder = shutil.copytree(straight["run"], tmp_path / "damaged")
+    weights = folder / "last" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(CorruptError, match="is damaged"):
+        train(read(overrides), folder, command="", resume=True)
+
+
+def test_a_run_that_is_interrupted_before_it_began_is_begun_anew(cluster, overrides, tmp_path):
+    stop = Stop()
+    stop.signum = signal.SIGINT
+    layers = read([*overrides, "method.name=ce"])
+    with pytest.raises(Interrupted, match="go on with: the same$"):
+        train(layers, tmp_path / "early", command="the same", stop=stop)
+    (tmp_path / "early" / "run.json").write_text("{}")
+    with pytest.raises(CorruptError, match="run.json must be an object"):
+        train(layers, tmp_path / "early", command="the same", resume=True)
+
+
+def test_the_id_of_the_run_in_mlflow_is_kept_from_the_first_epoch_on(tmp_path):
+    log = RunLog(tmp_path, build(read([]), Settings), Display("some"))
+    log.tracker = SimpleNamespace(log=lambda *_: None, known=lambda: {"some": "an id"})
+    job = SimpleNamespace(id="some", config=Config())
+    line = ("train/loss", "val/top1", "best_val_top1", "images_per_second")
+    log.epoch(job, {"epoch": 1} | dict.fromkeys(line, 1.0))
+    assert json.loads((tmp_path / "mlflow.json").read_text()) == {"some": "an id"}
 
 
 class Script:

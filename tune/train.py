@@ -12,13 +12,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from richkd import cache, distill
+from richkd import cache, checkpoint, distill
 from richkd.command import Stop
 from richkd.config import Config, Layers, build, digest, dump, flatten, to_dict
 from richkd.errors import RichkdError
 from richkd.files import make_folder, read_record, write_json
 from richkd.progress import epoch_line, stoppable
-from richkd.record import TESTED, result_of
+from richkd.record import TESTED, Record, result_of
 from tune.agenda import Agenda, Job, Refits
 from tune.display import Display
 from tune.driver import locked, resumable, work
@@ -40,9 +40,10 @@ class RunLog:
     def __init__(self, folder: Path, settings: Settings, display: Display) -> None:
         self.folder, self.settings, self.display = folder, settings, display
         self.ids = folder / "mlflow.json"
-        known = read_record(self.ids) if self.ids.exists() else {}
+        self.known = read_record(self.ids) if self.ids.exists() else {}
         tracking = settings.tracking
-        self.tracker = Tracker(Tracker.address(tracking.uri), tracking.experiment, known=known)
+        uri = Tracker.address(tracking.uri)
+        self.tracker = Tracker(uri, tracking.experiment, known=self.known)
         self.closed = False
 
     def started(self, job: Job) -> None:
@@ -73,6 +74,9 @@ class RunLog:
         self.display.line(epoch_line(metrics, job.config.train.epochs))
         values = {key: value for key, value in metrics.items() if key != "epoch"}
         self.tracker.log(job.id, values, metrics["epoch"])
+        if (known := self.tracker.known()) != self.known:  # a driver that is killed leaves it
+            self.known = known
+            write_json(self.ids, known)
 
     def ended(self, job: Job, state: str, metrics: dict[str, Any]) -> None:
         """Keep how it ended; a finished run leaves its checkpoint and its test accuracy there."""
@@ -103,6 +107,7 @@ def train(
     folder: Path,
     *,
     command: str,
+    resume: bool = False,
     address: str | None = None,
     stop: Stop | None = None,
 ) -> dict[str, Any]:
@@ -110,13 +115,15 @@ def train(
 
     Args:
         layers: Explicit settings.
-        folder: Run folder; if it holds this run, it goes on. Its name is that of the run in MLflow.
-        command: What goes on with the run after an interruption.
+        folder: Run folder; its name is that of the run in MLflow.
+        command: What began the run, and begins it anew; with ` --resume` it goes on.
+        resume: Whether the folder may hold this run already, which then goes on.
         address: Of a Ray cluster.
         stop: Says whether a signal came.
 
     Raises:
-        ConfigError: If something does not fit together; before Ray starts.
+        ConfigError: If something does not fit together, or the folder holds another run; before Ray starts.
+        CorruptError: If the checkpoint to go on from is damaged.
         RichkdError: If the run failed.
         Stopped: If it was interrupted; resumable.
     """
@@ -126,6 +133,7 @@ def train(
     config = build(layers.over("", {"cache": str(cache.root(config.cache))}))
     if address is None and "RAY_ADDRESS" not in os.environ:
         check_fits(settings.resources, {"CPU": os.cpu_count() or 1})
+    Tracker.address(settings.tracking.uri)  # refused now, if at all
     folder = folder.resolve()
     with Display(folder.name) as display:
         workers = settings.resources.workers
@@ -136,12 +144,21 @@ def train(
         # what all workers share is made once, and what cannot be used is refused here
         task = distill.open_task(config, progress)
         distill.initial_student(config, task.dataset)
-        distill.open_teacher(config, task, progress)
+        teacher = distill.open_teacher(config, task, progress)
         make_folder(folder, "storage")
         with locked(folder):
+            # in the lock, since another driver may have begun it a moment ago; before MLflow hears of it
+            Record(folder, config, resume=resume).check(task.dataset, teacher)
+            if checkpoint.exists(folder / "last"):
+                checkpoint.verify(folder / "last")
             log = RunLog(folder, settings, display)
             agenda = _agenda(config, folder, log)
-            with resumable(log.close, command):
+
+            def go_on() -> str:
+                begun = (folder / "run.json").exists()
+                return f"{command} --resume" if begun else command
+
+            with resumable(log.close, go_on):
                 scratch = folder / ".ray"
                 work(
                     agenda,
