@@ -120,7 +120,7 @@ def test_a_full_disk_is_found_at_the_bottom_of_an_error(error, full):
     ],
 )
 def test_as_many_trials_run_at_once_as_fit(resources, cluster, gpu, slots, each):
-    assert fit(resources, cluster, gpu=gpu) == (slots, each)
+    assert fit(resources, [cluster], gpu=gpu) == (slots, each)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,19 @@ def test_as_many_trials_run_at_once_as_fit(resources, cluster, gpu, slots, each)
 )
 def test_a_trial_that_fits_nowhere_is_refused(resources, cluster, message):
     with pytest.raises(ConfigError, match=message):
-        fit(resources, cluster, gpu=True)
+        fit(resources, [cluster], gpu=True)
+
+
+def test_a_worker_needs_all_that_it_takes_on_one_machine():
+    small, large = {"CPU": 3.0}, {"CPU": 6.0}
+    assert fit(Resources(cpus_per_worker=2), [small, large], gpu=True) == (4, {"CPU": 2})
+    assert fit(Resources(cpus_per_worker=2, workers=3), [small, large], gpu=True)[0] == 1
+    with pytest.raises(ConfigError, match="one of the cluster's 2 machines but only 1 do"):
+        fit(Resources(cpus_per_worker=4, workers=2), [small, large], gpu=True)
+    gpus = [{"CPU": 1.0, "GPU": 8.0}, {"CPU": 8.0}]
+    assert fit(Resources(), gpus, gpu=True)[0] == 1
+    with pytest.raises(ConfigError, match="cluster has 8, with CPUs beside them for 1"):
+        fit(Resources(workers=2), gpus, gpu=True)
 
 
 def test_workers_do_not_share_a_gpu():
