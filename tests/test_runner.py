@@ -189,3 +189,16 @@ def test_an_epoch_that_workers_report_again_is_heard_once():
             ]
         )
     assert heard == [1, 2, 3]
+
+
+def test_a_signal_while_workers_start_is_not_kept_waiting_for_an_epoch():
+    stopped: list[bool] = []
+    job = SimpleNamespace(id="train")
+    agenda = SimpleNamespace(running={"train": job}, stop=lambda: stopped.append(True))
+    stop = Stop()
+    stop.signum = 2
+    scheduler = JobScheduler(agenda, stop)
+    some = SimpleNamespace(config={"id": "train"})
+    started = {"run/placement_group": "a"}
+    assert scheduler.on_trial_result(None, some, started) == TrialScheduler.STOP
+    assert stopped == [True]

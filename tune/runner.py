@@ -122,7 +122,10 @@ class JobScheduler(FIFOScheduler):
                     stacklevel=2,
                 )
             self.placed[job.id] = metrics["placement_group"]
-            return TrialScheduler.CONTINUE
+            if self.stop.signum is None:
+                return TrialScheduler.CONTINUE
+            self.agenda.stop()
+            return TrialScheduler.STOP
         before = self.latest.get(job.id, {}).get("epoch", 0)
         if metrics.get("epoch", before + 1) <= before and "finished" not in metrics:
             return TrialScheduler.CONTINUE  # workers that started anew do not know what arrived
