@@ -1,5 +1,6 @@
 """Distillations over two workers of a real local Ray: tracked, gone on with after a death, and freed when stopped."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -50,16 +51,28 @@ def straight(cluster, overrides, tmp_path_factory) -> dict:
     return train(read(overrides), folder, command="")
 
 
+def processes() -> dict[int, bytes]:
+    """Return the command lines of this process's descendants: others on the machine may use Ray too."""
+    names, parents = {}, {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            pid = int(path.name)
+            names[pid] = (path / "cmdline").read_bytes()
+            # after the name, which is in brackets and may hold anything: the state, then the parent
+            parents[pid] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+
+    def ours(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and ours(parents[pid]))
+
+    return {pid: name for pid, name in names.items() if ours(pid)}
+
+
 def kill_a_worker(folder: Path, killed: list[int]) -> None:
     """Kill one of the processes of Ray Train's workers when two epochs are done."""
     metrics, ends = folder / "metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < ends:
         if metrics.exists() and len(metrics.read_text().splitlines()) >= 2:
-            pid = next(
-                int(path.parent.name)
-                for path in Path("/proc").glob("[0-9]*/cmdline")
-                if b"RayTrainWorker" in path.read_bytes()
-            )
+            pid = next(pid for pid, name in processes().items() if b"RayTrainWorker" in name)
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
             return
@@ -208,8 +221,7 @@ def test_trials_of_several_workers_give_back_what_they_took_however_they_end(
     while ray.available_resources().get("CPU") != 2 and time.monotonic() < ends:
         time.sleep(0.2)
     assert ray.available_resources()["CPU"] == 2
-    running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
-    assert not [name for name in running if b"PlacementGroupCleaner" in name]
+    assert not [name for name in processes().values() if b"PlacementGroupCleaner" in name]
     assert not (tmp_path / ".ray").exists()
 
 

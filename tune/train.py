@@ -151,6 +151,7 @@ def train(
             Record(folder, config, resume=resume).check(task.dataset, teacher)
             if checkpoint.exists(folder / "last"):
                 checkpoint.verify(folder / "last")
+            del task, teacher  # of which the workers have their own
             log = RunLog(folder, settings, display)
             agenda = _agenda(config, folder, log)
 
