@@ -9,6 +9,7 @@ A run folder is what `python -m richkd distill` leaves; the driver's `mlflow.jso
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from richkd.config import Config, Layers, build, digest, dump, flatten, to_dict
 from richkd.errors import RichkdError
 from richkd.files import make_folder, read_record, write_json
 from richkd.progress import epoch_line, stoppable
-from richkd.record import TESTED, Record, result_of
+from richkd.record import TESTED, Metrics, Record, result_of, rows_of
 from tune.agenda import Agenda, Job, Refits
 from tune.display import Display
 from tune.driver import locked, resumable, work
@@ -35,9 +36,13 @@ class RunLog:
         folder: Run folder.
         settings: Where MLflow is, and what the run takes of the cluster.
         display: Where lines go.
+        before: Metrics of the epochs that lie behind, of which a killed driver may not have sent all.
     """
 
-    def __init__(self, folder: Path, settings: Settings, display: Display) -> None:
+    def __init__(
+        self, folder: Path, settings: Settings, display: Display, before: Sequence[Metrics] = ()
+    ) -> None:
+        self.before = before
         self.folder, self.settings, self.display = folder, settings, display
         self.ids = folder / "mlflow.json"
         self.known = read_record(self.ids) if self.ids.exists() else {}
@@ -66,6 +71,8 @@ class RunLog:
         }
         self.tracker.start()
         self.tracker.sweep(job.id, params, tags)
+        if self.before:
+            self.tracker.fill(job.id, self.before)
         self.tracker.text(job.id, dump(job.config), "config.yaml")
         self.tracker.text(job.id, json.dumps(found, indent=2), "environment.json")
 
@@ -149,10 +156,11 @@ def train(
         with locked(folder):
             # in the lock, since another driver may have begun it a moment ago; before MLflow hears of it
             Record(folder, config, resume=resume).check(task.dataset, teacher)
+            before = []
             if checkpoint.exists(folder / "last"):
-                checkpoint.verify(folder / "last")
+                before = rows_of(folder, checkpoint.verify(folder / "last")["meta"])
             del task, teacher  # of which the workers have their own
-            log = RunLog(folder, settings, display)
+            log = RunLog(folder, settings, display, before)
             agenda = _agenda(config, folder, log)
 
             def go_on() -> str:
