@@ -94,7 +94,8 @@ class RunLog:
             tags["richkd.error"] = metrics["error"]
         if state == "finished":
             tested = {key: value for key, value in metrics.items() if key.startswith(TESTED)}
-            self.tracker.log(job.id, tested, job.config.train.epochs)
+            # filled in, since a run that is finished can be gone on with, and ends again
+            self.tracker.fill(job.id, [tested | {"epoch": job.config.train.epochs}])
             self.tracker.artifacts(job.id, job.folder / "best", "checkpoint")
         self.tracker.tag(job.id, tags)
         self.close(STATUS[state])
