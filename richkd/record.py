@@ -61,6 +61,11 @@ class Record:
                 )
         return before
 
+    def check(self, dataset: Dataset, teacher: FusedTeacher | None) -> None:
+        """Raise ConfigError if the folder holds a run with other data or teachers; writes nothing."""
+        self.state |= {"data": dataset.digest, "teachers": teacher.identities if teacher else {}}
+        self._check_same()
+
     def open(
         self, dataset: Dataset, split: Split, teacher: FusedTeacher | None, workers: int
     ) -> None:
@@ -69,8 +74,7 @@ class Record:
         Raises:
             ConfigError: If the folder holds a run with other data or teachers, or cannot be made.
         """
-        self.state |= {"data": dataset.digest, "teachers": teacher.identities if teacher else {}}
-        self._check_same()
+        self.check(dataset, teacher)
         self.state |= {"torch": torch.__version__, "python": platform.python_version()}
         # the last bits of a result depend on both
         self.state |= {"threads": torch.get_num_threads(), "workers": workers}
@@ -111,14 +115,13 @@ class Record:
                 # with the parameter's own strides: the fused optimiser walks both in memory order
                 buffer = torch.empty_like(parameter).copy_(saved.state[name])
                 optimizer.state[parameter]["momentum_buffer"] = buffer
-        meta, path = saved.meta, self.folder / "metrics.jsonl"
+        meta, rows = saved.meta, rows_of(self.folder, saved.meta)
         epoch = meta["epoch"]
         if epoch and meta["best"]["epoch"] == epoch:
             checkpoint.save(self.folder / "best", dict(student.state_dict()), {}, meta)
-        lines = path.read_text().splitlines()[: max(epoch - 1, 0)] if path.exists() else []
-        lines += [json.dumps(meta["metrics"])] if epoch else []
-        write_atomic(path, "".join(line + "\n" for line in lines).encode())
-        return meta, [json.loads(line) for line in lines]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomic(self.folder / "metrics.jsonl", lines.encode())
+        return meta, rows
 
     def begin(self, student: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
         """Say that the run goes on after `epoch`; before the first there is a checkpoint, too, to go on from."""
@@ -153,6 +156,13 @@ class Record:
         """Say that the run has finished; what a run before this one read of the test rows stays."""
         self.state |= {"state": "finished", "seconds": seconds, "metrics": metrics | self.tested}
         write_json(self.folder / "run.json", self.state)
+
+
+def rows_of(folder: Path, meta: dict[str, Any]) -> list[Metrics]:
+    """Return the metrics of each epoch up to that of `last/`, whose `meta` knows its own if a kill came before its line."""
+    path, epoch = folder / "metrics.jsonl", meta["epoch"]
+    lines = path.read_text().splitlines()[: max(epoch - 1, 0)] if path.exists() else []
+    return [json.loads(line) for line in lines] + ([meta["metrics"]] if epoch else [])
 
 
 def momentum_of(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

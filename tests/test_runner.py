@@ -120,7 +120,7 @@ def test_a_full_disk_is_found_at_the_bottom_of_an_error(error, full):
     ],
 )
 def test_as_many_trials_run_at_once_as_fit(resources, cluster, gpu, slots, each):
-    assert fit(resources, cluster, gpu=gpu) == (slots, each)
+    assert fit(resources, [cluster], gpu=gpu) == (slots, each)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,19 @@ def test_as_many_trials_run_at_once_as_fit(resources, cluster, gpu, slots, each)
 )
 def test_a_trial_that_fits_nowhere_is_refused(resources, cluster, message):
     with pytest.raises(ConfigError, match=message):
-        fit(resources, cluster, gpu=True)
+        fit(resources, [cluster], gpu=True)
+
+
+def test_a_worker_needs_all_that_it_takes_on_one_machine():
+    small, large = {"CPU": 3.0}, {"CPU": 6.0}
+    assert fit(Resources(cpus_per_worker=2), [small, large], gpu=True) == (4, {"CPU": 2})
+    assert fit(Resources(cpus_per_worker=2, workers=3), [small, large], gpu=True)[0] == 1
+    with pytest.raises(ConfigError, match="one of the cluster's 2 machines but only 1 do"):
+        fit(Resources(cpus_per_worker=4, workers=2), [small, large], gpu=True)
+    gpus = [{"CPU": 1.0, "GPU": 8.0}, {"CPU": 8.0}]
+    assert fit(Resources(), gpus, gpu=True)[0] == 1
+    with pytest.raises(ConfigError, match="cluster has 8, with CPUs beside them for 1"):
+        fit(Resources(workers=2), gpus, gpu=True)
 
 
 def test_workers_do_not_share_a_gpu():
@@ -177,3 +189,16 @@ def test_an_epoch_that_workers_report_again_is_heard_once():
             ]
         )
     assert heard == [1, 2, 3]
+
+
+def test_a_signal_while_workers_start_is_not_kept_waiting_for_an_epoch():
+    stopped: list[bool] = []
+    job = SimpleNamespace(id="train")
+    agenda = SimpleNamespace(running={"train": job}, stop=lambda: stopped.append(True))
+    stop = Stop()
+    stop.signum = 2
+    scheduler = JobScheduler(agenda, stop)
+    some = SimpleNamespace(config={"id": "train"})
+    started = {"run/placement_group": "a"}
+    assert scheduler.on_trial_result(None, some, started) == TrialScheduler.STOP
+    assert stopped == [True]

@@ -259,6 +259,22 @@ def test_odd_values_of_parameters_are_taken(start, client, params):
     assert found == {key: str(value)[:6000] for key, value in params.items()}
 
 
+def test_what_a_killed_driver_had_not_sent_is_filled_in_and_nothing_doubled(start, client):
+    tracker = start()
+    run = tracker.sweep("filled", {}, {})
+    tracker.log(run, {"val/top1": 1.0, "lr": 0.5}, step=1)
+    tracker.log(run, {"val/top1": 2.0}, step=2)
+    known = sent(tracker).known()
+    again = start(known)
+    again.sweep("filled", {}, {})
+    again.fill(run, [{"epoch": k, "val/top1": float(k), "lr": 0.5} for k in (1, 2, 3)])
+    again.log(run, {"val/top1": 4.0}, step=4)
+    run_id = sent(again).run_id(run)
+    top1, lr = (client.get_metric_history(run_id, key) for key in ("val/top1", "lr"))
+    assert sorted((p.step, p.value) for p in top1) == [(k, float(k)) for k in (1, 2, 3, 4)]
+    assert sorted(p.step for p in lr) == [1, 2, 3]
+
+
 def test_known_runs_are_gone_on_with(start, client):
     first = start()
     sweep = first.sweep("digits", {"a": 1, "odd@key": 1}, {"richkd.state": "running"})

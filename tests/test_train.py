@@ -1,25 +1,31 @@
 """Distillations over two workers of a real local Ray: tracked, gone on with after a death, and freed when stopped."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
+import ray.tune
 from mlflow.tracking import MlflowClient
+from ray.tune.schedulers import FIFOScheduler
 
 from richkd import load_student
 from richkd.command import Stop
 from richkd.config import Config, build, read
-from richkd.errors import ConfigError
+from richkd.errors import ConfigError, CorruptError, Interrupted
 from tune import runner
 from tune.agenda import Job
-from tune.settings import Resources
-from tune.train import train
+from tune.display import Display
+from tune.settings import Resources, Settings
+from tune.train import RunLog, train
 
 EPOCHS = 6
 SHORT = [
@@ -45,16 +51,28 @@ def straight(cluster, overrides, tmp_path_factory) -> dict:
     return train(read(overrides), folder, command="")
 
 
+def processes() -> dict[int, bytes]:
+    """Return the command lines of this process's descendants: others on the machine may use Ray too."""
+    names, parents = {}, {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            pid = int(path.name)
+            names[pid] = (path / "cmdline").read_bytes()
+            # after the name, which is in brackets and may hold anything: the state, then the parent
+            parents[pid] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+
+    def ours(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and ours(parents[pid]))
+
+    return {pid: name for pid, name in names.items() if ours(pid)}
+
+
 def kill_a_worker(folder: Path, killed: list[int]) -> None:
     """Kill one of the processes of Ray Train's workers when two epochs are done."""
     metrics, ends = folder / "metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < ends:
         if metrics.exists() and len(metrics.read_text().splitlines()) >= 2:
-            pid = next(
-                int(path.parent.name)
-                for path in Path("/proc").glob("[0-9]*/cmdline")
-                if b"RayTrainWorker" in path.read_bytes()
-            )
+            pid = next(pid for pid, name in processes().items() if b"RayTrainWorker" in name)
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
             return
@@ -105,6 +123,46 @@ def test_ray_leaves_nothing_in_the_run_folder(straight):
     assert {path.name for path in Path(straight["run"]).iterdir()} == {
         *("config.yaml", "run.json", "metrics.jsonl", "last", "best", "mlflow.json", "lock")
     }
+
+
+def test_only_the_same_run_goes_on_and_mlflow_hears_of_no_other(straight, overrides):
+    folder = Path(straight["run"])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(read(overrides), folder, command="")
+    with pytest.raises(ConfigError, match="was made with other settings"):
+        train(read([*overrides, "train.lr=0.2"]), folder, command="", resume=True)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    client = MlflowClient(straight["mlflow"]["tracking_uri"])
+    assert client.get_run(straight["mlflow"]["run_id"]).info.status == "FINISHED"
+
+
+def test_a_damaged_checkpoint_is_found_before_ray_starts(straight, overrides, tmp_path):
+    folder = shutil.copytree(straight["run"], tmp_path / "damaged")
+    weights = folder / "last" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(CorruptError, match="is damaged"):
+        train(read(overrides), folder, command="", resume=True)
+
+
+def test_a_run_that_is_interrupted_before_it_began_is_begun_anew(cluster, overrides, tmp_path):
+    stop = Stop()
+    stop.signum = signal.SIGINT
+    layers = read([*overrides, "method.name=ce"])
+    with pytest.raises(Interrupted, match="go on with: the same$"):
+        train(layers, tmp_path / "early", command="the same", stop=stop)
+    (tmp_path / "early" / "run.json").write_text("{}")
+    with pytest.raises(CorruptError, match="run.json must be an object"):
+        train(layers, tmp_path / "early", command="the same", resume=True)
+
+
+def test_the_id_of_the_run_in_mlflow_is_kept_from_the_first_epoch_on(tmp_path):
+    log = RunLog(tmp_path, build(read([]), Settings), Display("some"))
+    log.tracker = SimpleNamespace(log=lambda *_: None, known=lambda: {"some": "an id"})
+    job = SimpleNamespace(id="some", config=Config())
+    line = ("train/loss", "val/top1", "best_val_top1", "images_per_second")
+    log.epoch(job, {"epoch": 1} | dict.fromkeys(line, 1.0))
+    assert json.loads((tmp_path / "mlflow.json").read_text()) == {"some": "an id"}
 
 
 class Script:
@@ -163,6 +221,7 @@ def test_trials_of_several_workers_give_back_what_they_took_however_they_end(
     while ray.available_resources().get("CPU") != 2 and time.monotonic() < ends:
         time.sleep(0.2)
     assert ray.available_resources()["CPU"] == 2
+    assert not [name for name in processes().values() if b"PlacementGroupCleaner" in name]
     assert not (tmp_path / ".ray").exists()
 
 
@@ -171,3 +230,45 @@ def test_more_workers_than_there_are_cores_are_refused_before_anything_is_made(o
     with pytest.raises(ConfigError, match="resources.workers=1000 .* CPUs but take 1000"):
         train(layers, tmp_path / "many", command="")
     assert not (tmp_path / "many").exists()
+
+
+class Busy(FIFOScheduler):
+    """A driver that takes its time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[int] = []
+
+    def on_trial_result(self, tune_controller: object, trial: object, result: dict) -> str:
+        """Hear of an epoch, slowly."""
+        self.heard.append(result["run/epoch"])
+        time.sleep(1)  # in which the workers report again, and end
+        return FIFOScheduler.CONTINUE
+
+
+@pytest.mark.timeout(60)
+def test_a_trial_whose_workers_end_while_the_driver_is_busy_ends_too(cluster, tmp_path):
+    def hasty(job: dict) -> None:  # nested, since a worker cannot import this file
+        import ray.train.torch
+
+        from tune import trial
+
+        class Hasty(ray.train.torch.TorchTrainer):
+            def fit(self) -> None:
+                (relay,) = self.run_config.callbacks
+                for epoch in (1, 2):
+                    relay.after_report(None, [{"run": {"epoch": epoch}}], None)
+
+        ray.train.torch.TorchTrainer = Hasty
+        trial.trial(job)
+
+    job = {"id": "hasty", "folder": str(tmp_path), "scratch": str(tmp_path), "config": {}}
+    job |= {"workers": 2, "each": {"CPU": 1}}
+    busy = Busy()
+    ray.tune.Tuner(
+        ray.tune.with_resources(hasty, {"CPU": 1}),
+        param_space=job,
+        tune_config=ray.tune.TuneConfig(scheduler=busy),
+        run_config=ray.tune.RunConfig(storage_path=str(tmp_path), verbose=0),
+    ).fit()
+    assert busy.heard == [1, 2]

@@ -57,11 +57,14 @@ def train(arguments: argparse.Namespace) -> Done:
     from richkd.record import result_lines
     from tune.train import train as run
 
-    again = ["python", "-m", "tune", "train", *arguments.words, "--name", folder.name, "--resume"]
+    again = ["python", "-m", "tune", "train", *arguments.words, "--name", folder.name]
+    if arguments.address is not None:
+        again += ["--address", arguments.address]
     answer = run(
         layers,
         folder,
         command=shlex.join(again),
+        resume=arguments.resume,
         address=arguments.address,
         stop=arguments.stop,
     )

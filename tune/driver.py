@@ -61,12 +61,12 @@ def work(
 
 
 @contextlib.contextmanager
-def resumable(close: Callable[[str], None], command: str) -> Iterator[None]:
+def resumable(close: Callable[[str], None], command: Callable[[], str]) -> Iterator[None]:
     """Let what ends the work early say how to go on.
 
     Args:
         close: Told what MLflow is to say of the end.
-        command: Goes on.
+        command: Says what goes on from where it ended.
     """
     try:
         yield
@@ -78,7 +78,7 @@ def resumable(close: Callable[[str], None], command: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             close("KILLED" if isinstance(stopped, Stopped) else "FAILED")
         if isinstance(stopped, Stopped):
-            stopped.args = (f"{stopped}; go on with: {command}",)
+            stopped.args = (f"{stopped}; go on with: {command()}",)
         raise stopped from error.__cause__
 
 

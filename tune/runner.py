@@ -122,7 +122,10 @@ class JobScheduler(FIFOScheduler):
                     stacklevel=2,
                 )
             self.placed[job.id] = metrics["placement_group"]
-            return TrialScheduler.CONTINUE
+            if self.stop.signum is None:
+                return TrialScheduler.CONTINUE
+            self.agenda.stop()
+            return TrialScheduler.STOP
         before = self.latest.get(job.id, {}).get("epoch", 0)
         if metrics.get("epoch", before + 1) <= before and "finished" not in metrics:
             return TrialScheduler.CONTINUE  # workers that started anew do not know what arrived
@@ -212,7 +215,8 @@ def run(
         # of its own notes, which nobody reads: on a full disk it would say a screen about them
         logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     try:
-        slots, each = fit(resources, ray.cluster_resources(), gpu=gpu)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        slots, each = fit(resources, nodes, gpu=gpu)
         shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
         alone = resources.workers == 1
         shared = {
@@ -242,27 +246,34 @@ def run(
 
 
 def fit(
-    resources: Resources, cluster: dict[str, float], *, gpu: bool
+    resources: Resources, nodes: list[dict[str, float]], *, gpu: bool
 ) -> tuple[int, dict[str, float]]:
     """Return how many trials fit into the cluster at once, and what each of their workers takes.
 
     Args:
         resources: What is asked for.
-        cluster: CPUs and GPUs that there are, as Ray says.
+        nodes: CPUs and GPUs of each machine, as Ray says; a worker is on one of them.
         gpu: Whether a GPU is used where there is one.
 
     Raises:
         ConfigError: If not even one fits.
     """
+    cluster = {what: sum(node.get(what, 0) for node in nodes) for what in ("CPU", "GPU")}
     check_fits(resources, cluster)
     each: dict[str, float] = {"CPU": resources.cpus_per_worker}
-    slots = int(cluster.get("CPU", 0) // (resources.workers * resources.cpus_per_worker))
-    if gpu and cluster.get("GPU", 0):
+    places = [int(node.get("CPU", 0) // resources.cpus_per_worker) for node in nodes]
+    if sum(places) < resources.workers:
+        raise ConfigError(
+            f"resources.workers={resources.workers} with resources.cpus_per_worker={resources.cpus_per_worker} must "
+            f"each fit into one of the cluster's {len(nodes)} machines but only {sum(places)} do; lower one of them."
+        )
+    if gpu and cluster["GPU"]:
         each["GPU"] = 1 / resources.trials_per_gpu
-        slots = min(slots, int(cluster["GPU"]) * resources.trials_per_gpu // resources.workers)
-        if slots == 0:
+        gpus = [int(node.get("GPU", 0)) * resources.trials_per_gpu for node in nodes]
+        places = [min(both) for both in zip(places, gpus, strict=True)]
+        if sum(places) < resources.workers:
             raise ConfigError(
-                f"resources.workers={resources.workers} take a GPU each but the cluster has {cluster['GPU']:g}; lower "
-                "it, or use device=cpu."
+                f"resources.workers={resources.workers} take a GPU each but the cluster has {cluster['GPU']:g}, with "
+                f"CPUs beside them for {sum(places)}; lower it, or use device=cpu."
             )
-    return slots, each
+    return sum(places) // resources.workers, each

@@ -297,7 +297,7 @@ def search_and_refit(
     seconds: Callable[[], float],
 ) -> dict[str, Any]:
     """Run what the agenda says and return the result; MLflow hears of the end, whatever it is."""
-    with resumable(logbook.close, f"python -m tune resume {called(sweep.folder)}"):
+    with resumable(logbook.close, lambda: f"python -m tune resume {called(sweep.folder)}"):
         dataset = load(sweep.base.data, cache.root(sweep.base.cache))
         logbook.open(sweep.settings, sweep.base, sweep.space, environment(), dataset)
         agenda = plan(sweep, first, [display, logbook])

@@ -188,6 +188,16 @@ class Tracker:
         numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, Real)}
         self._put("log", run, numbers, int(step))
 
+    def fill(self, run: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Send what MLflow lacks of the metrics of some epochs, as after a kill; each has its `epoch`."""
+        points = [
+            (key, float(value), int(row["epoch"]))
+            for row in rows
+            for key, value in row.items()
+            if key != "epoch" and isinstance(value, Real)
+        ]
+        self._put("fill", run, points)
+
     def tag(self, run: str, tags: Mapping[str, Any]) -> None:
         """Set tags of a run."""
         self._put("tag", run, dict(tags))
@@ -501,6 +511,16 @@ class _Store:
         tags = [RunTag(NONFINITE, str(count))] if dropped else []
         self.client.log_batch(self.ids[run], metrics=batch, tags=tags, synchronous=True)
         self.nonfinite[run] = count
+
+    def fill(self, run: str, at: int, points: list[tuple[str, float, int]]) -> None:
+        """Send those points of (key, value, step) whose step MLflow has not got."""
+        known = {
+            key: {point.step for point in self.client.get_metric_history(self.ids[run], _key(key))}
+            for key in {key for key, *_ in points}
+        }
+        missing = [(k, value, at, step) for k, value, step in points if step not in known[k]]
+        for first in range(0, len(missing), METRICS_PER_BATCH):
+            self.metrics(run, at, missing[first : first + METRICS_PER_BATCH])
 
     def tag(self, run: str, _at: int, tags: dict[str, Any]) -> None:
         """Set tags."""

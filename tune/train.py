@@ -9,16 +9,17 @@ A run folder is what `python -m richkd distill` leaves; the driver's `mlflow.jso
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from richkd import cache, distill
+from richkd import cache, checkpoint, distill
 from richkd.command import Stop
 from richkd.config import Config, Layers, build, digest, dump, flatten, to_dict
 from richkd.errors import RichkdError
 from richkd.files import make_folder, read_record, write_json
 from richkd.progress import epoch_line, stoppable
-from richkd.record import TESTED, result_of
+from richkd.record import TESTED, Metrics, Record, result_of, rows_of
 from tune.agenda import Agenda, Job, Refits
 from tune.display import Display
 from tune.driver import locked, resumable, work
@@ -35,14 +36,19 @@ class RunLog:
         folder: Run folder.
         settings: Where MLflow is, and what the run takes of the cluster.
         display: Where lines go.
+        before: Metrics of the epochs that lie behind, of which a killed driver may not have sent all.
     """
 
-    def __init__(self, folder: Path, settings: Settings, display: Display) -> None:
+    def __init__(
+        self, folder: Path, settings: Settings, display: Display, before: Sequence[Metrics] = ()
+    ) -> None:
+        self.before = before
         self.folder, self.settings, self.display = folder, settings, display
         self.ids = folder / "mlflow.json"
-        known = read_record(self.ids) if self.ids.exists() else {}
+        self.known = read_record(self.ids) if self.ids.exists() else {}
         tracking = settings.tracking
-        self.tracker = Tracker(Tracker.address(tracking.uri), tracking.experiment, known=known)
+        uri = Tracker.address(tracking.uri)
+        self.tracker = Tracker(uri, tracking.experiment, known=self.known)
         self.closed = False
 
     def started(self, job: Job) -> None:
@@ -65,6 +71,8 @@ class RunLog:
         }
         self.tracker.start()
         self.tracker.sweep(job.id, params, tags)
+        if self.before:
+            self.tracker.fill(job.id, self.before)
         self.tracker.text(job.id, dump(job.config), "config.yaml")
         self.tracker.text(job.id, json.dumps(found, indent=2), "environment.json")
 
@@ -73,6 +81,9 @@ class RunLog:
         self.display.line(epoch_line(metrics, job.config.train.epochs))
         values = {key: value for key, value in metrics.items() if key != "epoch"}
         self.tracker.log(job.id, values, metrics["epoch"])
+        if (known := self.tracker.known()) != self.known:  # a driver that is killed leaves it
+            self.known = known
+            write_json(self.ids, known)
 
     def ended(self, job: Job, state: str, metrics: dict[str, Any]) -> None:
         """Keep how it ended; a finished run leaves its checkpoint and its test accuracy there."""
@@ -83,7 +94,8 @@ class RunLog:
             tags["richkd.error"] = metrics["error"]
         if state == "finished":
             tested = {key: value for key, value in metrics.items() if key.startswith(TESTED)}
-            self.tracker.log(job.id, tested, job.config.train.epochs)
+            # filled in, since a run that is finished can be gone on with, and ends again
+            self.tracker.fill(job.id, [tested | {"epoch": job.config.train.epochs}])
             self.tracker.artifacts(job.id, job.folder / "best", "checkpoint")
         self.tracker.tag(job.id, tags)
         self.close(STATUS[state])
@@ -103,6 +115,7 @@ def train(
     folder: Path,
     *,
     command: str,
+    resume: bool = False,
     address: str | None = None,
     stop: Stop | None = None,
 ) -> dict[str, Any]:
@@ -110,13 +123,15 @@ def train(
 
     Args:
         layers: Explicit settings.
-        folder: Run folder; if it holds this run, it goes on. Its name is that of the run in MLflow.
-        command: What goes on with the run after an interruption.
+        folder: Run folder; its name is that of the run in MLflow.
+        command: What began the run, and begins it anew; with ` --resume` it goes on.
+        resume: Whether the folder may hold this run already, which then goes on.
         address: Of a Ray cluster.
         stop: Says whether a signal came.
 
     Raises:
-        ConfigError: If something does not fit together; before Ray starts.
+        ConfigError: If something does not fit together, or the folder holds another run; before Ray starts.
+        CorruptError: If the checkpoint to go on from is damaged.
         RichkdError: If the run failed.
         Stopped: If it was interrupted; resumable.
     """
@@ -126,6 +141,7 @@ def train(
     config = build(layers.over("", {"cache": str(cache.root(config.cache))}))
     if address is None and "RAY_ADDRESS" not in os.environ:
         check_fits(settings.resources, {"CPU": os.cpu_count() or 1})
+    Tracker.address(settings.tracking.uri)  # refused now, if at all
     folder = folder.resolve()
     with Display(folder.name) as display:
         workers = settings.resources.workers
@@ -136,12 +152,23 @@ def train(
         # what all workers share is made once, and what cannot be used is refused here
         task = distill.open_task(config, progress)
         distill.initial_student(config, task.dataset)
-        distill.open_teacher(config, task, progress)
+        teacher = distill.open_teacher(config, task, progress)
         make_folder(folder, "storage")
         with locked(folder):
-            log = RunLog(folder, settings, display)
+            # in the lock, since another driver may have begun it a moment ago; before MLflow hears of it
+            Record(folder, config, resume=resume).check(task.dataset, teacher)
+            before = []
+            if checkpoint.exists(folder / "last"):
+                before = rows_of(folder, checkpoint.verify(folder / "last")["meta"])
+            del task, teacher  # of which the workers have their own
+            log = RunLog(folder, settings, display, before)
             agenda = _agenda(config, folder, log)
-            with resumable(log.close, command):
+
+            def go_on() -> str:
+                begun = (folder / "run.json").exists()
+                return f"{command} --resume" if begun else command
+
+            with resumable(log.close, go_on):
                 scratch = folder / ".ray"
                 work(
                     agenda,

@@ -1,5 +1,6 @@
 """One trial: in a process that goes on to the next, or shared by several workers of Ray Train."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from richkd.errors import RichkdError
 from tune.endings import ended, foreseen
 
 RESTARTS = 3  # of the workers of a trial, after one of them died
+SETTLE = 0.5  # seconds for Tune to hand on the report that it has just taken
 
 
 def trial(job: dict[str, Any]) -> None:
@@ -51,32 +53,15 @@ def _shared(job: dict[str, Any]) -> None:
 
     Not by Ray Train itself, which would also start anew what is bound to fail again.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-    from ray.train.torch import TorchTrainer
-    from ray.tune.integration.ray_train import TuneReportCallback
+    from ray.train import WorkerGroupError
 
     from richkd import checkpoint
-    from tune.worker import worker
 
     last = Path(job["folder"]) / "last"
     heard = checkpoint.load(last).meta["epoch"] if checkpoint.exists(last) else 0
     for left in reversed(range(RESTARTS + 1)):
         try:
-            TorchTrainer(
-                worker,
-                train_loop_config=job | {"heard": heard},
-                scaling_config=ScalingConfig(
-                    num_workers=job["workers"],
-                    use_gpu="GPU" in job["each"],
-                    resources_per_worker=job["each"],
-                ),
-                run_config=RunConfig(
-                    name=f"{job['id']}-{left}",
-                    storage_path=job["scratch"],
-                    failure_config=FailureConfig(max_failures=0),
-                    callbacks=[TuneReportCallback()],
-                ),
-            ).fit()
+            _fit(job | {"heard": heard}, f"{job['id']}-{left}")
             return
         except WorkerGroupError as error:
             # Ray wraps what a worker raised; what comes of a killed process is no error of ours
@@ -87,3 +72,51 @@ def _shared(job: dict[str, Any]) -> None:
                 return
             if left == 0:
                 raise
+
+
+def _fit(job: dict[str, Any], name: str) -> None:
+    """Start the workers of a job and return when they have ended, and Tune has taken all of their reports."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    from tune.worker import worker
+
+    class Relay(TuneReportCallback):
+        """What carries the workers' reports to Tune."""
+
+        def drain(self) -> None:
+            """Wait until they are taken: Tune locks up if the trial itself reports or returns before."""
+            while not self._training_actor_item_queue.empty():
+                time.sleep(0.1)
+            time.sleep(SETTLE)
+
+    class Trainer(TorchTrainer):
+        """Without the actor that frees placement groups, which `runner.free` does.
+
+        It would outlive each trial that is stopped, for good where no dashboard runs.
+        """
+
+        def _create_default_callbacks(self) -> list:
+            found = super()._create_default_callbacks()
+            return [one for one in found if type(one).__name__ != "PlacementGroupCleanerCallback"]
+
+    relay = Relay()
+    try:
+        Trainer(
+            worker,
+            train_loop_config=job,
+            scaling_config=ScalingConfig(
+                num_workers=job["workers"],
+                use_gpu="GPU" in job["each"],
+                resources_per_worker=job["each"],
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=job["scratch"],
+                failure_config=FailureConfig(max_failures=0),
+                callbacks=[relay],
+            ),
+        ).fit()
+    finally:
+        relay.drain()
