@@ -22,7 +22,7 @@ from PIL import Image, ImageCms
 from torchvision.transforms import v2
 
 from richkd import __main__ as command_line
-from richkd import distill
+from richkd import distill, load_student
 from richkd.command import main
 from richkd.config import Data, build, read
 from richkd.data import Batches, Dataset, Images, Views, rows, split
@@ -875,3 +875,27 @@ def test_a_student_learns_from_a_folder_and_the_run_tells_what_was_left_out(tmp_
     lines = file.read_text().splitlines()
     assert len(lines) == 37
     assert "train/a/bad.png\ta" in lines
+
+
+def test_a_student_reads_a_file_as_it_was_trained_on_it(tmp_path):
+    for k in range(12):
+        (tmp_path / "d" / f"class{k % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(20 + k, 31, 3, seed=k)).save(
+            tmp_path / "d" / f"class{k % 2}" / f"{k}.png"
+        )
+    overrides = [
+        "data.source=folder",
+        f"data.path={tmp_path / 'd'}",
+        "data.size=16",
+        "data.folds=3",
+    ]
+    short = ["data.validation=2", "method.name=ce", "student.name=cnn8", "train.epochs=1"]
+    config = build(read([*overrides, *short, "train.batch_size=2", f"cache={tmp_path / 'cache'}"]))
+    outcome = distill.run(config, tmp_path / "run")
+    student, images = load_student(tmp_path / "run"), outcome.task.dataset.train
+    found = student.read(*images.files)
+    assert np.array_equal(found.permute(0, 2, 3, 1).numpy(), images.pixels)
+    assert student(found).shape == (len(images), 2)
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        (tmp_path / "text.png").write_text("text")
+        student.read(tmp_path / "text.png")
