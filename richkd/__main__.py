@@ -124,14 +124,16 @@ def _print(answer: dict[str, Any]) -> None:
 def evaluate(arguments: argparse.Namespace) -> Done:
     """Evaluate the student of a run, a sweep or a checkpoint again, or the teachers of a config."""
     names = [word for word in arguments.words if "=" not in word]
-    place = _existing(names[0]) if len(names) == 1 else None
+    storage = [word.partition("=")[2] for word in arguments.words if word.startswith("storage=")]
+    folder = Path((storage or [configuration.Config().storage])[-1])
+    place = _existing(names[0], folder) if len(names) == 1 else None
     if place is None:
         for name in names:
             try:
                 configuration.find_layer(name)
             except ConfigError as error:
                 raise ConfigError(
-                    f"evaluate takes a run, a sweep, a checkpoint or layers but {name} is none: no folder here or in runs/, "
+                    f"evaluate takes a run, a sweep, a checkpoint or layers but {name} is none: no folder here or in {folder}, "
                     f"and {error}"
                 ) from error
         return _evaluate_teachers(arguments)
@@ -160,12 +162,12 @@ def evaluate(arguments: argparse.Namespace) -> Done:
     return Done(answer)
 
 
-def _existing(name: str) -> Path | None:
-    """Return the folder that `name` calls, by its path or as a run, None if there is none.
+def _existing(name: str, storage: Path) -> Path | None:
+    """Return the folder that `name` calls, by its path or as a run in `storage`, None if there is none.
 
     A folder that happens to be called like a layer, such as that of the data, is none.
     """
-    for path in (Path(name), Path(configuration.Config().storage) / name):
+    for path in (Path(name), storage / name):
         made_by_us = any(
             (path / file).exists() for file in ("run.json", "sweep.json", "manifest.json")
         )

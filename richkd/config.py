@@ -53,6 +53,14 @@ def in_range(name: str, value: float | None, low: float, high: float) -> None:
         raise ConfigError(f"{name} must lie in {low} to {high} but got {value}.")
 
 
+def expand(section: Any, *keys: str) -> None:
+    """Put the home folder in place of a leading `~` in paths, which a shell does not do behind `key=`."""
+    for key in keys:
+        value = getattr(section, key)
+        if value is not None and value.startswith("~"):
+            object.__setattr__(section, key, str(Path(value).expanduser()))
+
+
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ConfigError unless `value` is one of `choices`."""
     if value not in choices:
@@ -81,6 +89,7 @@ class Data:
     labelled_share: float | None = None  # share of labelled rows in each batch; None: as they fall
 
     def __post_init__(self) -> None:
+        expand(self, "root", "path", "names")
         in_range("data.size", self.size, 8, 1024)
         in_range("data.pad", self.pad, 0, 256)
         in_range("data.unreadable", self.unreadable, 0, 0.5)
@@ -128,6 +137,7 @@ class Teacher:
     size: int | None = None  # pixels of a side that it sees; None: its own, or the data's
 
     def __post_init__(self) -> None:
+        expand(self, "checkpoint", "logits")
         one_of("teacher.shortcut", self.shortcut, ("A", "B"))
         in_range("teacher.epochs", self.epochs, 1, 100_000)
         in_range("teacher.batch_size", self.batch_size, 2, 1_000_000)
@@ -179,6 +189,7 @@ class ZeroShot:
     logits: str | None = None  # as teacher.logits, instead of a model
 
     def __post_init__(self) -> None:
+        expand(self, "file", "prompts", "logits")
         one_of("clip.reduce", self.reduce, ("embedding", "logits", "probs"))
 
 

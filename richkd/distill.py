@@ -336,6 +336,7 @@ def check_finite(terms: Tensor, student: nn.Module, epoch: int) -> None:
         )
     for name, value in student.state_dict().items():
         if not value.isfinite().all():
+            name = name.removeprefix("module.")  # of a student wrapped for several workers
             raise NonFiniteError(f"weight {name} is not finite after epoch {epoch + 1}; {ADVICE}.")
 
 

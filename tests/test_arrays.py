@@ -151,7 +151,9 @@ def test_validation_is_no_other_number(validation):
 @pytest.mark.parametrize("path", [None, "none.npz", "."])
 def test_a_missing_file_is_asked_for(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="data.path must be an .npz file .* but got"):
+    with pytest.raises(
+        ConfigError, match="data.path must be an .npz file .* but .* (given|no file)"
+    ):
         load(Data(source="arrays", path=path), tmp_path)
 
 
@@ -293,3 +295,8 @@ def test_a_key_of_another_source_is_not_passed_over(tmp_path, source, options):
     (key,) = options
     with pytest.raises(ConfigError, match=f"data.{key} is a matter of data.source=.*{source}; lea"):
         load(Data(source=source, **options), tmp_path)
+
+
+def test_labels_that_begin_at_one_are_told_so(tmp_path):
+    told = refused(written(tmp_path, labels=LABELS + 1), tmp_path, DataError)
+    assert "labels must begin at 0 but the lowest is 1" in told

@@ -368,3 +368,9 @@ def test_what_a_teacher_sees_is_a_list_a_channel(words, message):
         build(read(["teacher.checkpoint=x", *words]))
     assert message in str(caught.value)
     assert str(caught.value).startswith("teacher.")
+
+
+def test_the_home_folder_is_put_in_place_of_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = build(read(["data.source=folder", "data.path=~/photos", "clip.logits=~/c.npz:en"]))
+    assert (config.data.path, config.clip.logits) == ("/home/me/photos", "/home/me/c.npz:en")

@@ -447,3 +447,10 @@ def test_the_digest_changes_with_pixels_labels_names_and_their_order():
     digests |= {dataset(names=names).digest for names in (("a", "c", "b"), ("a", "b", "d"))}
     assert len(digests) == 5
     assert dataset(images()).digest in digests
+
+
+def test_a_validation_part_of_the_source_has_a_row_of_each_class():
+    held = dataset(held_out=np.array([0, 1, 2]))
+    assert split(held, Data(), 0).validation.tolist() == [0, 1, 2]
+    with pytest.raises(DataError, match=r"validation image but toy has none for \['c'\]"):
+        dataset(held_out=np.array([0, 1, 3]))

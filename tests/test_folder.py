@@ -408,13 +408,13 @@ def test_val_alone_is_the_test_set(tmp_path):
 
 
 def test_val_beside_test_is_held_out(tmp_path):
-    root = fill(tmp_path / "d", APART | {"val/dog": 2, "unlabelled/x": 1})
+    root = fill(tmp_path / "d", APART | {"val/cat": 1, "val/dog": 1, "unlabelled/x": 1})
     task = opened(root, tmp_path)
-    assert task.train.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1, -1]
+    assert task.train.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 1, -1]
     assert task.held_out.tolist() == [7, 8]
     assert paths(task.train, root)[7:] == [
+        "val/cat/00.png",
         "val/dog/00.png",
-        "val/dog/01.png",
         "unlabelled/x/00.png",
     ]
     assert np.array_equal(task.test.ids, np.arange(10, 14))

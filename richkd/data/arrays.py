@@ -25,7 +25,8 @@ def arrays(config: Data, root: Path, progress: Progress | None) -> Dataset:
     """
     if config.path is None or not Path(config.path).is_file():
         raise ConfigError(
-            f"data.path must be an .npz file with `images` and `labels` but got {config.path}."
+            "data.path must be an .npz file with `images` and `labels` but "
+            + ("none is given." if config.path is None else f"{config.path} is no file.")
         )
     pixels, labels, names = _entries(config.path)
     try:
@@ -37,6 +38,10 @@ def arrays(config: Data, root: Path, progress: Progress | None) -> Dataset:
         raise DataError(
             f"data.path={config.path}: labels must lie in 0 to the number of classes less 1, or be -1, but there is "
             f"{count - 1} among {len(everything)} images; number the classes from 0."
+        )
+    if (lowest := everything.labels[everything.labels >= 0].min(initial=count)) > 0 and count:
+        raise DataError(
+            f"data.path={config.path}: labels must begin at 0 but the lowest is {lowest}; number the classes from 0."
         )
     if config.names is not None:
         names = read_names(Path(config.names), count)

@@ -123,6 +123,14 @@ class Dataset:
                 raise DataError(
                     f"each class needs a labelled image but {self.name} has none for {empty!r} among its {part} rows."
                 )
+        if self.held_out is not None:
+            counts = np.bincount(self.train.labels[self.held_out], minlength=classes)
+            if (counts == 0).any():
+                empty = [self.names[k] for k in np.flatnonzero(counts == 0)[:5]]
+                raise DataError(
+                    f"each class needs a validation image but {self.name} has none for {empty!r} among those that it "
+                    "sets aside; add some, or leave them all to be cut from the training images."
+                )
         if self.mean is None:
             mean, std = moments(self.train.pixels)
             object.__setattr__(self, "mean", mean)
