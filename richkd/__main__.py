@@ -133,7 +133,7 @@ def evaluate(arguments: argparse.Namespace) -> Done:
                 configuration.find_layer(name)
             except ConfigError as error:
                 raise ConfigError(
-                    f"evaluate takes a run, a sweep, a checkpoint or layers but {name} is none: no folder here or in {folder}, "
+                    f"evaluate takes a run, a sweep, a checkpoint or layers but {name} is none: no folder here or in {folder}/, "
                     f"and {error}"
                 ) from error
         return _evaluate_teachers(arguments)
