@@ -124,8 +124,10 @@ def _print(answer: dict[str, Any]) -> None:
 def evaluate(arguments: argparse.Namespace) -> Done:
     """Evaluate the student of a run, a sweep or a checkpoint again, or the teachers of a config."""
     names = [word for word in arguments.words if "=" not in word]
-    storage = [word.partition("=")[2] for word in arguments.words if word.startswith("storage=")]
-    folder = Path((storage or [configuration.Config().storage])[-1])
+    overrides = [word for word in arguments.words if "=" in word]
+    given = configuration.read(["data.source=digits", *overrides])
+    changes = {entry.key: entry.value for entry in given.entries[1:]}
+    folder = Path(str(changes.get("storage", configuration.Config().storage)))
     place = _existing(names[0], folder) if len(names) == 1 else None
     if place is None:
         for name in names:
@@ -137,9 +139,6 @@ def evaluate(arguments: argparse.Namespace) -> Done:
                     f"and {error}"
                 ) from error
         return _evaluate_teachers(arguments)
-    overrides = [word for word in arguments.words if "=" in word]
-    given = configuration.read(["data.source=digits", *overrides])
-    changes = {entry.key: entry.value for entry in given.entries[1:]}
     for key in changes:
         if key not in configuration.UNHASHED:
             raise ConfigError(

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from richkd import distill, methods
 from richkd.config import Config, Method
 from richkd.data import Views
+from richkd.data.pictures import picture
 from richkd.distill import Task
 from richkd.errors import Interrupted
 from richkd.progress import Progress, stoppable
@@ -110,9 +111,7 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, k: int) -> tuple[Tensor, int, int]:
         row = self.rows[k]
-        pixels = self.pixels[row]
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-        return self.transform(image), self.labels[row], row
+        return self.transform(picture(self.pixels[row])), self.labels[row], row
 
 
 class Reference:

@@ -144,11 +144,7 @@ class Teacher:
         in_range("teacher.lr", self.lr, 1e-8, 100)
         in_range("teacher.weight_decay", self.weight_decay, 0, 10)
         in_range("teacher.size", self.size, 8, 4096)
-        given = {
-            f"teacher.{key}": value
-            for key in ("checkpoint", "pretrained", "logits")
-            if (value := getattr(self, key)) is not None
-        }
+        given = {f"teacher.{key}": getattr(self, key) for key in self.brought}
         if len(given) > 1:
             raise ConfigError(
                 f"{' and '.join(given)} exclude each other but are both given "
@@ -175,6 +171,12 @@ class Teacher:
                         f"teacher.{key} is a matter of teacher.checkpoint or teacher.pretrained but neither is given; "
                         "leave it out."
                     )
+
+    @property
+    def brought(self) -> tuple[str, ...]:
+        """The key that the teacher comes from, none if it is trained here."""
+        keys = ("checkpoint", "pretrained", "logits")
+        return tuple(key for key in keys if getattr(self, key) is not None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,12 +36,7 @@ from richkd.workers import Group
 ADVICE = "lower train.lr or loss.logit, or raise loss.temperature"  # of a run that diverged
 ALONE = Group()
 UNSURE = 3  # epochs of which reports can be on their way when a worker dies: two, and one to spare
-BROUGHT = (
-    "checkpoint",
-    "pretrained",
-    "logits",
-)  # where a teacher that is not trained here comes from
-SOME = 500  # held-out rows on which such a teacher is looked at
+SOME = 500  # held-out rows on which a teacher that is not trained here is looked at
 TERMS = ("loss_ce", "loss_logit", "loss", "target_entropy")
 
 _looked_at: set[tuple[str, ...]] = set()  # teachers, with the rows that they were asked about
@@ -121,9 +116,7 @@ def open_teacher(
         )
     if config.fusion.alpha > 0 or relative:
         given = config.teacher
-        trained = None
-        if given.checkpoint is given.pretrained is given.logits is None:
-            trained = trained_teacher(config, task, progress)
+        trained = None if given.brought else trained_teacher(config, task, progress)
         own = teachers.open_task(
             given, trained, task.dataset, task.train, task.test, task.cache, progress
         )
@@ -143,8 +136,7 @@ def check_teachers(
         return
     rows = torch.from_numpy(task.split.validation)
     some = rows[:: -(-len(rows) // SOME)]
-    source = next((key for key in BROUGHT if getattr(given, key) is not None), None)
-    if own is not None and source is not None:
+    for source in given.brought if own is not None else ():
         teachers.check_sense(f"teacher.{source}", own.plain(some), task.labels[some])
         if source == "checkpoint" and Path(given.checkpoint).is_file() and given.mean is None:
             teachers.check_normalisation(own, some[::2], task.labels[some[::2]])
@@ -312,10 +304,7 @@ def check_slices(batches: Batches, student: nn.Module, group: Group) -> None:
     sizes = {len(batches.transfer) % batches.batch_size, batches.batch_size} - {0}
     if batches.share is not None:
         sizes = {batches.batch_size}
-    slices = [
-        Group(rank=rank, size=group.size).slice(n) for n in sizes for rank in range(group.size)
-    ]
-    if not any(each.stop - each.start == 1 for each in slices):
+    if not any(1 in group.lengths(rows) for rows in sizes):
         return
     try:
         copy.deepcopy(student).train()(batches.views.images(batches.transfer[:1]))

@@ -42,6 +42,11 @@ class Group:
         start = self.rank * each + min(self.rank, more)
         return slice(start, start + each + (self.rank < more))
 
+    def lengths(self, rows: int) -> list[int]:
+        """Return how many of `rows` rows each worker's part has."""
+        slices = [Group(rank=rank, size=self.size).slice(rows) for rank in range(self.size)]
+        return [each.stop - each.start for each in slices]
+
     def wrap(self, student: nn.Module) -> nn.Module:
         """Return `student` such that a backward pass leaves the mean of all workers' gradients in its parameters.
 
@@ -68,8 +73,7 @@ class Group:
         padded[: len(part)] = part
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded)
-        slices = [Group(rank=k, size=self.size).slice(rows) for k in range(self.size)]
-        lengths = [each.stop - each.start for each in slices]
+        lengths = self.lengths(rows)
         return torch.cat([each[:length] for each, length in zip(parts, lengths, strict=True)])
 
     def from_first(self, value: Any) -> Any:

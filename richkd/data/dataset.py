@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from richkd.config import UNUSABLE
-from richkd.data.pictures import decode
+from richkd.data.pictures import decode, picture
 from richkd.errors import DataError
 
 if TYPE_CHECKING:
@@ -72,14 +72,8 @@ class Images:
 
     def pictures(self, start: int, stop: int) -> "Iterator[Image]":
         """Yield rows `start` to `stop` as CLIP should see them: from their files, in full, where there are any."""
-        from PIL import Image
-
         for k in range(start, stop):
-            if self.files is not None:
-                yield decode(self.files[k])
-            else:
-                row = self.pixels[k]
-                yield Image.fromarray(row[..., 0] if row.shape[2] == 1 else row)
+            yield picture(self.pixels[k]) if self.files is None else decode(self.files[k])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -117,16 +111,12 @@ class Dataset:
                     f"{part} labels must lie in 0 to {classes - 1}{unlabelled} for {classes} classes but "
                     f"{self.name} has {low} to {high}."
                 )
-            counts = np.bincount(images.labels[images.labels >= 0], minlength=classes)
-            if (counts == 0).any():
-                empty = [self.names[k] for k in np.flatnonzero(counts == 0)[:5]]
+            if empty := self._without(images.labels):
                 raise DataError(
                     f"each class needs a labelled image but {self.name} has none for {empty!r} among its {part} rows."
                 )
         if self.held_out is not None:
-            counts = np.bincount(self.train.labels[self.held_out], minlength=classes)
-            if (counts == 0).any():
-                empty = [self.names[k] for k in np.flatnonzero(counts == 0)[:5]]
+            if empty := self._without(self.train.labels[self.held_out]):
                 raise DataError(
                     f"each class needs a validation image but {self.name} has none for {empty!r} among those that it "
                     "sets aside; add some, or leave them all to be cut from the training images."
@@ -137,6 +127,11 @@ class Dataset:
             object.__setattr__(self, "std", std)
         text = repr((self.name, self.names, self.train.digest, self.test.digest))
         object.__setattr__(self, "digest", hashlib.sha256(text.encode()).hexdigest())
+
+    def _without(self, labels: np.ndarray) -> list[str]:
+        """Return the names of classes, five at most, that have no row among `labels`."""
+        counts = np.bincount(labels[labels >= 0], minlength=len(self.names))
+        return [self.names[k] for k in np.flatnonzero(counts == 0)[:5]]
 
     @property
     def channels(self) -> int:

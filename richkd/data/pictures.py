@@ -76,6 +76,11 @@ def pixels(source: Path | bytes, size: int) -> np.ndarray:
     return np.array(square)
 
 
+def picture(values: np.ndarray) -> Image.Image:
+    """Return uint8 `(H, W, C)` as a picture, grey if it has one channel."""
+    return Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
+
+
 def reason(error: Exception) -> str:
     """Return what an exception says, in one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -4,6 +4,8 @@ Weights start as PyTorch draws them. The names of the submodules are RepDistille
 last layer is called `head`. Shapes: N images of C channels, D features, K classes.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +18,26 @@ STEM = 24  # channels
 def shuffle(x: Tensor, groups: int) -> Tensor:
     """Return `x` `(N, C, H, W)` with its channels dealt out, so that each group sees all the others."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def three_stages(
+    stages: tuple[tuple[int, int], ...],
+    first: Callable[[int, int], nn.Module],
+    other: Callable[[int], nn.Module],
+) -> list[nn.Sequential]:
+    """Return the stages behind the stem: of each, a `first` unit, which halves the image, and `other` ones.
+
+    Args:
+        stages: Channels and units of each stage.
+        first: Given the channels before and of the stage.
+        other: Given the channels of the stage.
+    """
+    layers, inside = [], STEM
+    for outside, units in stages:
+        halving = first(inside, outside)
+        layers.append(nn.Sequential(halving, *(other(outside) for _ in range(1, units))))
+        inside = outside
+    return layers
 
 
 class GroupedUnit(nn.Module):
@@ -69,13 +91,12 @@ class ShuffleNetV1(Network):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, STEM, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(STEM)
-        inside, layers = STEM, []
-        for outside, units in stages:
-            rest = (GroupedUnit(outside, outside, 1, groups) for _ in range(1, units))
-            layers.append(nn.Sequential(GroupedUnit(inside, outside, 2, groups), *rest))
-            inside = outside
-        self.layer1, self.layer2, self.layer3 = layers
-        self.head = nn.Linear(inside, classes)
+        self.layer1, self.layer2, self.layer3 = three_stages(
+            stages,
+            lambda inside, outside: GroupedUnit(inside, outside, 2, groups),
+            lambda width: GroupedUnit(width, width, 1, groups),
+        )
+        self.head = nn.Linear(stages[-1][0], classes)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`."""
@@ -148,13 +169,8 @@ class ShuffleNetV2(Network):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, STEM, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(STEM)
-        inside, layers = STEM, []
-        for outside, units in stages:
-            rest = (SplitUnit(outside) for _ in range(1, units))
-            layers.append(nn.Sequential(DownUnit(inside, outside), *rest))
-            inside = outside
-        self.layer1, self.layer2, self.layer3 = layers
-        self.conv2 = nn.Conv2d(inside, last, 1, bias=False)
+        self.layer1, self.layer2, self.layer3 = three_stages(stages, DownUnit, SplitUnit)
+        self.conv2 = nn.Conv2d(stages[-1][0], last, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(last)
         self.head = nn.Linear(last, classes)
 
