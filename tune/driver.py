@@ -36,13 +36,7 @@ def work(
 ) -> None:
     """Let Ray do what is on the agenda, if anything is left.
 
-    Args:
-        agenda: What there is to do.
-        stop: Says whether a signal came.
-        resources: What a job takes.
-        scratch: Folder of Ray's own notes.
-        gpu: Whether a GPU is used where there is one.
-        address: Of a Ray cluster.
+    The arguments are those of `runner.run`.
 
     Raises:
         Interrupted: If a signal came.

@@ -34,7 +34,7 @@ class Logbook:
     """
 
     def __init__(self, folder: Path, uri: str, experiment: str) -> None:
-        self.folder, self.name, self.experiment = folder, folder.name, experiment
+        self.folder, self.name = folder, folder.name
         self.ids = folder / "mlflow.json"
         known = read_record(self.ids) if self.ids.exists() else {}
         self.tracker = Tracker(uri, experiment, known=known)
@@ -97,16 +97,10 @@ class Logbook:
     def ended(self, job: Job, state: str, metrics: dict[str, Any]) -> None:
         """End a child run; a refit leaves its checkpoint and its test accuracy there."""
         run = self._key(job)
-        tags = {"richkd.state": state}
-        for key in (key for key in metrics if key.startswith("identity/")):
-            tags[key.replace("identity/", "richkd.")] = metrics[key]
-        if state == "failed":
-            tags["richkd.error"] = metrics["error"]
         if state == "finished" and job.kind == "refit":
-            tested = {key: value for key, value in metrics.items() if key.startswith(TESTED)}
-            self.tracker.log(run, tested, job.config.train.epochs)
+            self.tracker.log(run, tested(metrics), job.config.train.epochs)
             self.tracker.artifacts(run, job.folder / "best", "checkpoint")
-        self.tracker.tag(run, tags)
+        self.tracker.tag(run, ending(state, metrics))
         self.tracker.finish(run, STATUS[state])
         write_json(
             self.ids, self.tracker.known()
@@ -143,18 +137,9 @@ class Logbook:
         note = {"mlflow.note.content": _note(result, columns)}  # the run's description in the UI
         self.tracker.tag(self.name, {"richkd.best_trial": best["trial"], **found, **note})
         self.close("FINISHED")
-        links = self.tracker.links(self.name, [f"{self.name}/{job}" for job in result["leading"]])
-        names = {"command": "MLflow UI", "sweep": "this sweep", "compare": "best trials"}
-        lines = {names[key]: line for key, line in links.items() if key in names}
-        if self.tracker.problem:
-            lines["MLflow"] = f"is incomplete: {self.tracker.problem}"
-        return {
-            "tracking_uri": self.tracker.public_uri,
-            "experiment": self.experiment,
-            "run_id": self.tracker.run_id(self.name),
-            "links": links,
-            "lines": lines,
-        }
+        leading = [f"{self.name}/{job}" for job in result["leading"]]
+        titles = {"command": "MLflow UI", "sweep": "this sweep", "compare": "best trials"}
+        return self.tracker.place(self.name, leading, titles=titles)
 
     def close(self, status: str) -> None:
         """End the parent run and wait until MLflow has everything; a second call does nothing."""
@@ -169,6 +154,21 @@ class Logbook:
 
     def _key(self, job: Job) -> str:
         return f"{self.name}/{job.id}"
+
+
+def ending(state: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the tags that say how a run ended, and with which teachers."""
+    tags = {"richkd.state": state}
+    for key in (key for key in metrics if key.startswith("identity/")):
+        tags[key.replace("identity/", "richkd.")] = metrics[key]
+    if state == "failed":
+        tags["richkd.error"] = metrics["error"]
+    return tags
+
+
+def tested(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics of the test rows."""
+    return {key: value for key, value in metrics.items() if key.startswith(TESTED)}
 
 
 def _note(result: dict[str, Any], columns: dict[str, list]) -> str:

@@ -115,6 +115,8 @@ class JobScheduler(FIFOScheduler):
         prefix = "run/"
         metrics = {k.removeprefix(prefix): v for k, v in result.items() if k.startswith(prefix)}
         job = self._job(trial)
+        if self.stop.signum is not None:
+            self.agenda.stop()
         if "placement_group" in metrics:  # its workers have started
             if job.id in self.placed:
                 warnings.warn(
@@ -122,16 +124,11 @@ class JobScheduler(FIFOScheduler):
                     stacklevel=2,
                 )
             self.placed[job.id] = metrics["placement_group"]
-            if self.stop.signum is None:
-                return TrialScheduler.CONTINUE
-            self.agenda.stop()
-            return TrialScheduler.STOP
+            return TrialScheduler.CONTINUE if self.stop.signum is None else TrialScheduler.STOP
         before = self.latest.get(job.id, {}).get("epoch", 0)
         if metrics.get("epoch", before + 1) <= before and "finished" not in metrics:
             return TrialScheduler.CONTINUE  # workers that started anew do not know what arrived
         self.latest[job.id] = metrics
-        if self.stop.signum is not None:
-            self.agenda.stop()
         if "stopped" in metrics:
             self.agenda.broke(Stopped(metrics["stopped"]))
         if metrics.keys() & {"failed", "finished", "stopped"}:

@@ -305,6 +305,31 @@ class Tracker:
             )
         return links
 
+    def place(
+        self, run: str, children: Iterable[str] = (), *, titles: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Return where a run is to be seen, as plain JSON.
+
+        Args:
+            run: Its key.
+            children: As in `links`.
+            titles: What a person is told of which link.
+
+        Returns:
+            `tracking_uri`, `experiment`, `run_id`, `links`, and `lines` for the terminal.
+        """
+        links = self.links(run, children)
+        lines = {titles[key]: line for key, line in links.items() if key in titles}
+        if self.problem:
+            lines["MLflow"] = f"is incomplete: {self.problem}"
+        return {
+            "tracking_uri": self.public_uri,
+            "experiment": self._store.experiment,
+            "run_id": self.run_id(run),
+            "links": links,
+            "lines": lines,
+        }
+
     def _put(self, name: str, run: str, *arguments: Any) -> None:
         # a SimpleQueue can be put to from a signal handler that interrupts another put
         self._queue.put(_Operation(name, run, time.time_ns() // 1_000_000, arguments))

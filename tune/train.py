@@ -19,12 +19,12 @@ from richkd.config import Config, Layers, build, digest, dump, flatten, to_dict
 from richkd.errors import RichkdError
 from richkd.files import make_folder, read_record, write_json
 from richkd.progress import epoch_line, stoppable
-from richkd.record import TESTED, Metrics, Record, result_of, rows_of
+from richkd.record import Metrics, Record, result_of, rows_of
 from tune.agenda import Agenda, Job, Refits
 from tune.display import Display
 from tune.driver import locked, resumable, work
 from tune.environment import environment
-from tune.logbook import CLOSE_SECONDS, HIDDEN, STATUS
+from tune.logbook import CLOSE_SECONDS, HIDDEN, STATUS, ending, tested
 from tune.settings import Settings, check_fits
 from tune.tracking import Tracker
 
@@ -87,17 +87,11 @@ class RunLog:
 
     def ended(self, job: Job, state: str, metrics: dict[str, Any]) -> None:
         """Keep how it ended; a finished run leaves its checkpoint and its test accuracy there."""
-        tags = {"richkd.state": state}
-        for key in (key for key in metrics if key.startswith("identity/")):
-            tags[key.replace("identity/", "richkd.")] = metrics[key]
-        if state == "failed":
-            tags["richkd.error"] = metrics["error"]
         if state == "finished":
-            tested = {key: value for key, value in metrics.items() if key.startswith(TESTED)}
             # filled in, since a run that is finished can be gone on with, and ends again
-            self.tracker.fill(job.id, [tested | {"epoch": job.config.train.epochs}])
+            self.tracker.fill(job.id, [tested(metrics) | {"epoch": job.config.train.epochs}])
             self.tracker.artifacts(job.id, job.folder / "best", "checkpoint")
-        self.tracker.tag(job.id, tags)
+        self.tracker.tag(job.id, ending(state, metrics))
         self.close(STATUS[state])
 
     def close(self, status: str) -> None:
@@ -206,16 +200,6 @@ def _agenda(config: Config, folder: Path, log: RunLog) -> Agenda:
 
 def _answer(folder: Path, log: RunLog) -> dict[str, Any]:
     """Return the result, and where it is to be seen."""
-    links = log.tracker.links(folder.name, [])
-    names = {"command": "MLflow UI", "sweep": "this run"}
-    shown = {names[key]: line for key, line in links.items() if key in names}
-    if log.tracker.problem:
-        shown["MLflow"] = f"is incomplete: {log.tracker.problem}"
-    mlflow = {
-        "tracking_uri": log.tracker.public_uri,
-        "experiment": log.settings.tracking.experiment,
-        "run_id": log.tracker.run_id(folder.name),
-        "links": links,
-        "lines": shown,
-    }
+    titles = {"command": "MLflow UI", "sweep": "this run"}
+    mlflow = log.tracker.place(folder.name, titles=titles)
     return result_of(folder) | {"workers": log.settings.resources.workers, "mlflow": mlflow}

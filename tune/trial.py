@@ -58,7 +58,7 @@ def _shared(job: dict[str, Any]) -> None:
     from richkd import checkpoint
 
     last = Path(job["folder"]) / "last"
-    heard = checkpoint.load(last).meta["epoch"] if checkpoint.exists(last) else 0
+    heard = checkpoint.verify(last)["meta"]["epoch"] if checkpoint.exists(last) else 0
     for left in reversed(range(RESTARTS + 1)):
         try:
             _fit(job | {"heard": heard}, f"{job['id']}-{left}")
