@@ -62,9 +62,8 @@ class Resources:
 
     workers: int = 1  # that share the batches of a trial
     cpus_per_worker: int = 1  # and threads
-    trials_per_gpu: int = (
-        1  # where there are GPUs, and `device` is not cpu; for trials of one worker
-    )
+    # where there are GPUs, and `device` is not cpu; for trials of one worker
+    trials_per_gpu: int = 1
     max_concurrent: int | None = None  # None: as many as fit
 
     def __post_init__(self) -> None:
