@@ -20,7 +20,10 @@ from tune.space import Space
 from tune.tracking import Tracker
 
 STATUS = {"finished": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
-HIDDEN = ("sweep.space", "sweep.settings", "sweep.name", "storage", "cache", "device", "tracking")
+HIDDEN = (
+    *("sweep.space", "sweep.settings", "sweep.name", "sweep.state", "sweep.study"),
+    *("storage", "cache", "device", "tracking"),
+)
 CLOSE_SECONDS = 60.0  # a healthy store needs about 5 for a hundred runs on two cores
 
 

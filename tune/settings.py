@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from richkd.config import Config, check_name, in_range, one_of
+from richkd.config import Config, check_name, expand, in_range, one_of
 from richkd.config import digest as config_digest
 from richkd.errors import ConfigError
 
@@ -22,6 +22,11 @@ class Sweep:
     scheduler: str = "asha"  # asha | none
     min_epochs: int = 4  # epochs before the first decision of asha
     reduction: int = 3  # asha lets one in `reduction` trials pass a decision
+    hours: float | None = None  # of wall time, resumed ones counted in; None: until all is done
+    gpu_hours: float | None = None  # of GPUs held by runs, likewise
+    seeds_per_trial: int = 1  # that a trial runs side by side; it reports their mean
+    state: str | None = None  # folder of study, lock and spool; None: in `storage`
+    study: str | None = None  # address of Optuna's database; None: study.db in `state`
     settings: dict[str, Any] = field(default_factory=dict)  # dotted key: value, in every trial
     space: dict[str, Any] = field(default_factory=dict)  # dotted key: {distribution: bounds}
 
@@ -30,7 +35,11 @@ class Sweep:
         in_range("sweep.startup", self.startup, 0, MANY)
         in_range("sweep.min_epochs", self.min_epochs, 1, MANY)
         in_range("sweep.reduction", self.reduction, 2, MANY)
+        in_range("sweep.hours", self.hours, 1e-4, 1e6)
+        in_range("sweep.gpu_hours", self.gpu_hours, 1e-4, 1e6)
+        in_range("sweep.seeds_per_trial", self.seeds_per_trial, 1, 1000)
         one_of("sweep.scheduler", self.scheduler, ("asha", "none"))
+        expand(self, "state")
         if self.name is not None:
             check_name("sweep.name", self.name)
 
@@ -65,11 +74,13 @@ class Resources:
     # where there are GPUs, and `device` is not cpu; for trials of one worker
     trials_per_gpu: int = 1
     max_concurrent: int | None = None  # None: as many as fit
+    patience: float = 1800.0  # seconds without a step after which a run counts as hung
 
     def __post_init__(self) -> None:
         in_range("resources.workers", self.workers, 1, 10_000)
         in_range("resources.cpus_per_worker", self.cpus_per_worker, 1, MANY)
         in_range("resources.max_concurrent", self.max_concurrent, 1, MANY)
+        in_range("resources.patience", self.patience, 1, 1e6)
         in_range("resources.trials_per_gpu", self.trials_per_gpu, 1, 64)
         if self.workers > 1 and self.trials_per_gpu > 1:
             raise ConfigError(
@@ -108,10 +119,11 @@ def check_fits(resources: Resources, cluster: dict[str, float]) -> None:
 
 
 def digest(settings: Settings, base: Config) -> str:
-    """Return 12 hexadecimal digits that change with everything that changes a sweep's result."""
+    """Return 12 hexadecimal digits that change with everything that changes a sweep's result, but for its length."""
     kept = asdict(settings)
     for key in ("resources", "tracking"):
         del kept[key]
-    del kept["sweep"]["name"]
+    for key in ("name", "hours", "gpu_hours", "state", "study"):
+        del kept["sweep"][key]
     text = json.dumps([config_digest(base), kept], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
