@@ -1,5 +1,6 @@
 """The order of a sweep's jobs and how each ends, on scripted metrics."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from richkd.errors import ConfigError, Stopped
 from tune.agenda import Agenda, Job, Refits
 from tune.scheduler import pruner
 from tune.settings import Sweep
-from tune.study import Search
+from tune.study import Failure, Search
 from tune.warmstart import Point
 
 EPOCHS = 4
@@ -29,7 +30,7 @@ class Log:
         self.started_: list[str] = []
         self.epochs: list[tuple[str, int]] = []
         self.ends: list[tuple[str, str]] = []
-        self.errors: dict[str, str] = {}
+        self.errors: dict[str, Failure] = {}
 
     def started(self, job: Job) -> None:
         """Hear of a start."""
@@ -43,7 +44,7 @@ class Log:
         """Hear of an end."""
         self.ends.append((job.id, state))
         if state == "failed":
-            self.errors[job.id] = metrics["error"]
+            self.errors[job.id] = Failure(metrics["failure"], metrics["error"])
 
 
 class Script:
@@ -53,7 +54,7 @@ class Script:
         self.storage, self.seeds, self.scheduler = InMemoryStorage(), seeds, scheduler
         self.refitted: set[str] = set()  # what lies finished in the run folders
         self.settings: dict[str, dict] = {}  # what each job ran
-        self.failing: dict[str, str] = {}
+        self.failing: dict[str, Failure] = {}
 
     def agenda(self) -> tuple[Agenda, Log]:
         """Return an agenda on the script's study, as a start or a restart makes it."""
@@ -125,7 +126,7 @@ class Script:
             heard += 1
             if heard == stop_after:
                 agenda.stop()
-            metrics = {"epoch": epoch + 1, "val/top1": top1}
+            metrics = {"epoch": epoch + 1, "val/top1": top1, "best_val_top1": top1}
             if not agenda.epoch(job, metrics):
                 agenda.ended(job, metrics, None)
             elif epoch + 1 < EPOCHS:
@@ -189,7 +190,10 @@ def test_a_refit_runs_what_its_search_found_over_its_own_settings():
 
 def test_failed_trials_are_counted_and_never_the_best():
     script = Script()
-    script.failing = {"trial-002": "RuntimeError: no", "refit-paper-1": "killed"}
+    script.failing = {
+        "trial-002": Failure("error", "RuntimeError: no"),
+        "refit-paper-1": Failure("lost", "killed"),
+    }
     agenda, log = script.agenda()
     script.drive(agenda)
     assert agenda.failed == log.errors == script.failing
@@ -200,7 +204,10 @@ def test_failed_trials_are_counted_and_never_the_best():
 
 def test_a_restart_knows_which_trials_failed_and_why():
     script = Script()
-    script.failing = {"trial-001": "RuntimeError: no", "trial-kd-000": "killed"}
+    script.failing = {
+        "trial-001": Failure("error", "RuntimeError: no"),
+        "trial-kd-000": Failure("lost", "killed"),
+    }
     agenda, _ = script.agenda()
     script.drive(agenda, stop_after=12)
     again, _ = script.agenda()
@@ -223,10 +230,10 @@ def test_a_full_disk_stops_the_sweep_and_fails_no_trial():
 
 def test_a_search_without_a_success_leaves_its_refits_in_failed():
     script = Script()
-    script.failing = {f"trial-kd-00{k}": "RuntimeError: no" for k in range(2)}
+    script.failing = {f"trial-kd-00{k}": Failure("error", "RuntimeError: no") for k in range(2)}
     agenda, log = script.agenda()
     script.drive(agenda)
-    assert agenda.failed.pop("refit-kd_tuned") == "its search has no finished trial"
+    assert agenda.failed.pop("refit-kd_tuned").text == "its search has no finished trial"
     assert agenda.failed == script.failing
     assert not any("kd_tuned" in job for job in log.started_)
     assert sum(state == "finished" for _, state in log.ends) == 4 + 4
@@ -246,7 +253,7 @@ def test_settings_that_the_config_refuses_together_make_a_failed_trial(monkeypat
     script.drive(agenda)
     assert agenda.searches[0].states() == {"COMPLETE": 2, "FAIL": 2}
     assert list(agenda.failed) == ["trial-000", "trial-001"]
-    assert "cannot both be 0" in agenda.failed["trial-000"]
+    assert "cannot both be 0" in agenda.failed["trial-000"].text
     assert log.started_[0] == "trial-002"
 
 
@@ -266,18 +273,10 @@ def test_a_trial_is_not_pruned_at_its_last_epoch_and_a_refit_never():
     script = Script(scheduler="asha")
     agenda, _ = script.agenda()
     first, second = agenda.next(), agenda.next()
-    assert agenda.epoch(first, {"epoch": EPOCHS, "val/top1": 90.0})
-    assert agenda.epoch(second, {"epoch": EPOCHS, "val/top1": 10.0})
+    assert agenda.epoch(first, {"epoch": EPOCHS, "val/top1": 90.0, "best_val_top1": 90.0})
+    assert agenda.epoch(second, {"epoch": EPOCHS, "val/top1": 10.0, "best_val_top1": 10.0})
     refit = replace(second, id="refit-paper-0", kind="refit", method="paper")
-    assert agenda.epoch(refit, {"epoch": 1, "val/top1": 0.0})
-
-
-def test_metrics_without_an_accuracy_are_passed_on_and_decide_nothing():
-    agenda, log = Script(scheduler="asha").agenda()
-    job = agenda.next()
-    assert agenda.epoch(job, {"epoch": 1, "teacher/top1": 80.0})
-    assert log.epochs == [(job.id, 1)]
-    assert agenda.searches[0].study.trials[0].intermediate_values == {}
+    assert agenda.epoch(refit, {"epoch": 1, "val/top1": 0.0, "best_val_top1": 0.0})
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 9, 17, 25, 40])
@@ -317,3 +316,48 @@ def test_a_stop_between_jobs_gives_out_nothing_more():
     assert agenda.next() is None
     assert agenda.over
     assert log.started_ == []
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {"best_val_top1": 90.0},
+        {"val/top1": 90.0},
+        {"val/top1": math.nan, "best_val_top1": 90.0},
+        {"val/top1": "90", "best_val_top1": 90.0},
+    ],
+)
+def test_a_trial_whose_report_lacks_the_metric_fails_and_the_others_go_on(metrics):
+    script = Script()
+    agenda, log = script.agenda()
+    job = agenda.next()
+    assert not agenda.epoch(job, {"epoch": 1, **metrics})
+    agenda.ended(job, {"epoch": 1, **metrics}, None)
+    script.drive(agenda)
+    assert [(name, why.kind) for name, why in agenda.failed.items()] == [("trial-000", "metric")]
+    assert agenda.searches[0].states() == {"COMPLETE": 3, "FAIL": 1}
+    assert agenda.searches[0].best().number != 0
+    assert log.epochs[0] != ("trial-000", 1)  # MLflow is not sent what cannot be compared
+
+
+@pytest.mark.parametrize("best", [{}, *({"best_val_top1": v} for v in (math.nan, math.inf))])
+def test_a_trial_that_ends_without_a_finite_result_is_a_failed_one(best):
+    agenda, log = Script().agenda()
+    job = agenda.next()
+    agenda.ended(job, {"epoch": EPOCHS, "finished": True, **best}, None)
+    assert (agenda.failed[job.id].kind, log.ends) == ("metric", [(job.id, "failed")])
+
+
+def test_a_restart_ends_a_trial_that_was_to_stop_and_runs_it_no_further():
+    script = Script(scheduler="asha")
+    agenda, _ = script.agenda()
+    best, other = agenda.next(), agenda.next()
+    assert agenda.epoch(best, {"epoch": 1, "val/top1": 90.0, "best_val_top1": 90.0})
+    assert not agenda.epoch(other, {"epoch": 1, "val/top1": 50.0, "best_val_top1": 50.0})
+    # here the driver is killed: Tune has not stopped the trial yet
+    again, log = script.agenda()
+    first = again.next()
+    assert (first.id, first.heard) == (best.id, 1)
+    assert again.next().id not in (best.id, other.id)
+    assert log.ends == [(other.id, "pruned")]
+    assert again.searches[0].states()["PRUNED"] == 1

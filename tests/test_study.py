@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from tune.scheduler import pruner
 from tune.settings import Sweep
-from tune.study import Search, settings_of
+from tune.study import Failure, Search, settings_of
 from tune.warmstart import Point
 
 SPACE = {
@@ -180,19 +180,101 @@ def test_two_searches_share_a_database_and_nothing_else(databases):
     assert kd.best().value == 99.0
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_not_finite_makes_a_failed_trial(storage, value):
-    search = open_search(storage, trials=1)
-    succeed(search, search.ask()[0], value)
-    assert search.states() == {"FAIL": 1}
-    assert search.best() is None
-    assert search.over
+def fail(search: Search, number: int, kind: str) -> None:
+    search.tell(number, TrialState.FAIL, {}, Failure(kind, f"why {number}"))
 
 
-def test_a_trial_without_a_value_is_a_failed_one(storage):
+def test_a_trial_that_does_not_fit_is_infeasible_and_the_sampler_keeps_away(storage):
+    search = open_search(storage, trials=60, space={"fusion.alpha": FloatDistribution(0, 1)})
+    drawn = []
+    while (asked := search.ask()) is not None:
+        number, params, _ = asked
+        drawn.append(params["fusion.alpha"])
+        if drawn[-1] > 0.5:
+            fail(search, number, "memory")
+        else:
+            succeed(search, number, 90.0)
+    states = search.states()
+    assert states["INFEASIBLE"] == sum(alpha > 0.5 for alpha in drawn) > 0
+    assert {why.kind for why in search.failures().values()} == {"memory"}
+    trials = search.study.trials
+    assert all(
+        (max(t.constraints.values(), default=0) > 0) == (t.params["fusion.alpha"] > 0.5)
+        for t in trials
+    )
+    late = drawn[30:]
+    assert sum(alpha > 0.5 for alpha in late) < len(late) / 4  # of random ones it would be half
+    assert search.leading(60) == sorted(t.number for t in trials if t.value is not None)
+
+
+def test_failed_trials_of_a_class_are_tried_again_as_new_ones_and_count_no_longer(databases):
+    storage = databases()
+    search = open_search(storage, trials=4, points=POINTS)
+    asked = [search.ask() for _ in range(4)]
+    fail(search, 0, "lost")
+    fail(search, 1, "nan")
+    fail(search, 2, "lost")
+    succeed(search, 3, 90.0)
+    again = open_search(storage, trials=4, points=POINTS)
+    assert again.over
+    assert again.retry(("lost", "hung")) == 2
+    assert not again.over
+    given = [again.ask(), again.ask()]
+    assert again.ask() is None
+    assert [number for number, *_ in given] == [4, 5]
+    assert [rest for _, *rest in given] == [list(asked[0][1:]), list(asked[2][1:])]
+    assert again.failures() == {1: Failure("nan", "why 1")}
+    for number, *_ in given:
+        succeed(again, number, 95.0)
+    # a restart knows it all, and does not try them once more
+    later = open_search(storage, trials=4, points=POINTS)
+    assert later.over
+    assert later.retry(("lost",)) == 0
+    assert later.failures() == {1: Failure("nan", "why 1")}
+
+
+def test_a_search_that_is_given_more_trials_goes_on_from_the_last_one(databases):
+    storage = databases()
+    first = open_search(storage, trials=3, points=POINTS)
+    while (asked := first.ask()) is not None:
+        succeed(first, asked[0], 90.0)
+    more = open_search(storage, trials=5, points=POINTS)
+    given = []
+    while (asked := more.ask()) is not None:
+        given.append(asked)
+        succeed(more, asked[0], 91.0)
+    assert [number for number, *_ in given] == [3, 4]
+    before = [trial.params for trial in more.study.trials[:3]]
+    assert all(params not in before for _, params, _ in given)
+
+
+def test_trials_that_ran_begin_anew_when_their_settings_have_changed(databases):
+    storage = databases()
+    search = open_search(storage, trials=2, points=POINTS)
+    asked = [search.ask(), search.ask()]
+    search.epoch(0, 1, 50.0)
+    succeed(search, 1, 90.0)
+    again = open_search(storage, trials=2, points=POINTS)
+    again.begin_anew()
+    number, *rest = again.ask()
+    assert (number, rest, again.newest(number)) == (2, list(asked[0][1:]), 0)
+    assert again.failures() == {}
+    assert again.ask() is None
+
+
+def test_what_an_earlier_driver_heard_is_known_and_not_reported_twice(databases):
+    storage = databases()
     search = open_search(storage, trials=1)
-    search.tell(search.ask()[0], TrialState.COMPLETE, {})
-    assert search.states() == {"FAIL": 1}
+    number, *_ = search.ask()
+    for epoch in (1, 2, 3):
+        search.epoch(number, epoch, 50.0 + epoch)
+    again = open_search(storage, trials=1)
+    assert again.ask()[0] == number
+    assert again.newest(number) == 3
+    again.epoch(number, 3, 99.0)
+    again.epoch(number, 4, 54.0)
+    found = again.study.trials[number].intermediate_values
+    assert found == {1: 51.0, 2: 52.0, 3: 53.0, 4: 54.0}
 
 
 def test_the_best_is_the_highest_and_a_tie_goes_to_the_lower_loss(storage):

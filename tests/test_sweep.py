@@ -304,7 +304,7 @@ def test_a_sweep_does_not_go_on_without_its_study(cluster, copied, damage):
     if damage != "gone":
         study.write_bytes(content[:5000] if damage == "cut" else b"x" * 200 + content[200:])
     with pytest.raises(CorruptError, match=r"study.db .*start a new sweep"):
-        sweeps.resume(copied)
+        sweeps.go_on(copied)
 
 
 @pytest.mark.parametrize("record", [[], {}, {"layers": [[1]], "tracking": ""}])
@@ -312,7 +312,7 @@ def test_a_sweep_whose_record_is_not_ours_is_refused_and_passed_over(swept, copi
     (copied / "summary.json").unlink()
     (copied / "sweep.json").write_text(json.dumps(record))
     with pytest.raises(CorruptError, match="sweep.json"):
-        sweeps.resume(copied)
+        sweeps.go_on(copied)
     whole = copied.with_name("whole")
     shutil.copytree(swept[0]["sweep"], whole)
     if "layers" not in record:
@@ -341,7 +341,7 @@ def test_a_finished_sweep_resumed_runs_nothing_and_answers_the_same(swept):
     answer, client = swept
     folder = Path(answer["sweep"])
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl")}
-    again = sweeps.resume(folder)
+    again = sweeps.go_on(folder)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl")} == before
     assert again["summary"] == answer["summary"]
     assert again["best"] == answer["best"]

@@ -2,7 +2,10 @@
 
     python -m tune sweep                              # the embedded default, some minutes on two cores
     python -m tune sweep my.yaml sweep.trials=50
+    python -m tune status                             # how it stands
     python -m tune resume                             # go on with an interrupted sweep
+    python -m tune resume --add-trials 16             # or give a finished one more to do
+    python -m tune retry --class lost                 # try failed trials again
     python -m tune train resources.workers=2          # one distillation over two workers
     python -m tune best --copy-to student             # the best checkpoint, verified
 
@@ -13,14 +16,24 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from richkd import config
 from richkd.command import Done, Verb, main, say
 from richkd.errors import ConfigError
 
+if TYPE_CHECKING:
+    from tune.sweep import More
 
-def _storage(overrides: list[str]) -> Path:
-    return Path(config.build(config.read(overrides)).storage)
+T = TypeVar("T", int, float)
+
+
+def _state(overrides: list[str]) -> Path:
+    from tune.settings import Settings
+    from tune.sweep import state_of
+
+    layers = config.read(overrides)
+    return state_of(config.build(layers, Settings), config.build(layers))
 
 
 def _one_sweep(words: list[str], *, finished: bool = False) -> Path:
@@ -28,15 +41,15 @@ def _one_sweep(words: list[str], *, finished: bool = False) -> Path:
 
     names = [word for word in words if "=" not in word]
     for word in words:
-        if "=" in word and not word.startswith("storage="):
+        if "=" in word and not word.startswith(("storage=", "sweep.state=")):
             raise ConfigError(
-                f"of a sweep that exists only storage=FOLDER can be said, where it lies, but got {word}; what it runs "
-                "is settled."
+                f"of a sweep that exists only storage=FOLDER or sweep.state=FOLDER can be said, where it lies, but got "
+                f"{word}; what it runs is settled."
             )
     if len(names) > 1:
         raise ConfigError(f"one SWEEP at a time but got {', '.join(names)}.")
-    storage = _storage([word for word in words if "=" in word])
-    return find_sweep(names[0] if names else None, storage, finished=finished)
+    state = _state([word for word in words if "=" in word])
+    return find_sweep(names[0] if names else None, state, finished=finished)
 
 
 def sweep(arguments: argparse.Namespace) -> Done:
@@ -45,8 +58,13 @@ def sweep(arguments: argparse.Namespace) -> Done:
     config.build(layers)  # most mistakes are refused here, before the slow imports
     from tune.sweep import start
 
-    answer = start(layers, address=arguments.address, stop=arguments.stop)
+    answer = start(layers, resume=arguments.resume, changed=arguments.changed, **_launch(arguments))
     return Done(answer, 3 if answer["failed"] else 0)
+
+
+def _launch(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what concerns one invocation."""
+    return {"address": arguments.address, "stop": arguments.stop}
 
 
 def train(arguments: argparse.Namespace) -> Done:
@@ -76,12 +94,71 @@ def train(arguments: argparse.Namespace) -> Done:
 
 
 def resume(arguments: argparse.Namespace) -> Done:
-    """Go on with a sweep."""
-    folder = _one_sweep(arguments.words)
-    from tune.sweep import resume as go_on
+    """Go on with a sweep, or give it more to do."""
+    from tune.sweep import More
 
-    answer = go_on(folder, address=arguments.address, stop=arguments.stop)
+    more = More(
+        trials=_number("add-trials", arguments.add_trials, int),
+        hours=_number("add-hours", arguments.add_hours, float),
+        gpu_hours=_number("add-gpu-hours", arguments.add_gpu_hours, float),
+    )
+    return _go_on(arguments, more)
+
+
+def retry(arguments: argparse.Namespace) -> Done:
+    """Try failed trials again, and go on."""
+    from tune.sweep import More
+
+    kinds = arguments.__dict__["class"] or ",".join(RETRIED)
+    return _go_on(arguments, More(retry=tuple(kinds.split(","))))
+
+
+def _go_on(arguments: argparse.Namespace, more: "More") -> Done:
+    folder = _one_sweep(arguments.words)
+    from tune.sweep import go_on
+
+    answer = go_on(folder, more=more, changed=arguments.changed, **_launch(arguments))
     return Done(answer, 3 if answer["failed"] else 0)
+
+
+def _number(flag: str, text: str | None, kind: type[T]) -> T:
+    """Return the number that a flag gives, 0 without it."""
+    try:
+        return kind(text or 0)
+    except ValueError:
+        raise ConfigError(f"--{flag} must be a number but got {text!r}.") from None
+
+
+def status(arguments: argparse.Namespace) -> Done:
+    """Show how a sweep stands."""
+    folder = _one_sweep(arguments.words)
+    from tune.status import lines
+    from tune.status import status as look
+
+    found = look(folder)
+    for line in lines(found):
+        say(line)
+    return Done(found)
+
+
+def doctor(arguments: argparse.Namespace) -> Done:
+    """Find, and mend, what faults left behind."""
+    folder = _one_sweep(arguments.words)
+    from tune.doctor import examine, mend
+
+    found = examine(folder, arguments.address)
+    for finding in found:
+        say(f"{finding.what}\n    {finding.advice}")
+    left = found
+    if arguments.fix:
+        mend(folder, found)
+        left = examine(folder)
+    mended = len(found) - len(left)
+    curable = sum(finding.mend is not None for finding in left)
+    hint = f"; mend {curable}: python -m tune doctor {folder.name} --fix" if curable else ""
+    say(f"{folder.name}: {len(found)} found, {mended} mended{hint}")
+    answer = {"found": [finding.what for finding in found], "mended": mended}
+    return Done(answer | {"left": [finding.what for finding in left]})
 
 
 def best(arguments: argparse.Namespace) -> Done:
@@ -111,8 +188,16 @@ ADDRESS = {
     "address=HOST:PORT": "a running Ray cluster, as RAY_ADDRESS; else a local one is started"
 }
 
+CHANGED = {"changed": "go on though code or settings have changed since the sweep began"}
+RETRIED = ("error", "lost", "hung", "metric")  # classes whose cause may have gone
+EXISTING = "[SWEEP] [storage=FOLDER]"
+
 VERBS = {
-    "sweep": Verb(run=sweep, help="search, refit over seeds, compare", flags=ADDRESS),
+    "sweep": Verb(
+        run=sweep,
+        help="search, refit over seeds, compare",
+        flags={"resume": "go on with the sweep of that name, if there is one"} | CHANGED | ADDRESS,
+    ),
     "train": Verb(
         run=train,
         help="distil one student, over several workers",
@@ -120,12 +205,38 @@ VERBS = {
         | ADDRESS,
     ),
     "resume": Verb(
-        run=resume, help="go on with a sweep", words="[SWEEP] [storage=FOLDER]", flags=ADDRESS
+        run=resume,
+        help="go on with a sweep, or give it more to do",
+        words=EXISTING,
+        flags={
+            "add-trials=N": "so many more trials of each search",
+            "add-hours=H": "so many more hours than sweep.hours",
+            "add-gpu-hours=H": "so many more than sweep.gpu_hours",
+        }
+        | CHANGED
+        | ADDRESS,
+    ),
+    "retry": Verb(
+        run=retry,
+        help="try failed trials again, and go on",
+        words=EXISTING,
+        flags={
+            "class=KINDS": f"which, of error,nan,memory,lost,hung,metric; else {','.join(RETRIED)}"
+        }
+        | CHANGED
+        | ADDRESS,
+    ),
+    "status": Verb(run=status, help="show how a sweep stands", words=EXISTING, flags={}),
+    "doctor": Verb(
+        run=doctor,
+        help="find what faults left behind",
+        words=EXISTING,
+        flags={"fix": "mend what can be mended", "address=HOST:PORT": "look at a Ray cluster, too"},
     ),
     "best": Verb(
         run=best,
         help="verify the best checkpoint",
-        words="[SWEEP] [storage=FOLDER]",
+        words=EXISTING,
         flags={"copy-to=DIR": "copy the checkpoint into a new folder"},
     ),
 }

@@ -3,8 +3,9 @@
 Plain Python, so that its rules can be tested on scripted metrics; `sweep` connects it to Ray.
 """
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from optuna.trial import TrialState
 
 from richkd.config import Config
 from richkd.errors import ConfigError
-from tune.study import Search, settings_of
+from tune.study import Failure, Search, settings_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -27,6 +28,7 @@ class Job:
         folder: Run folder.
         config: What is run.
         params: What distinguishes it: the searched parameters, or those found.
+        heard: The newest epoch that the driver knows of; 0 if none.
     """
 
     id: str
@@ -36,6 +38,7 @@ class Job:
     folder: Path
     config: Config
     params: dict[str, Any] = field(default_factory=dict)
+    heard: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -57,7 +60,7 @@ class Listener(Protocol):
         """Hear of an epoch."""
 
     def ended(self, job: Job, state: str, metrics: dict[str, Any]) -> None:
-        """Hear of an end: `finished`, `pruned`, `failed` or `stopped`."""
+        """Hear of an end: `finished`, `pruned`, `failed` (then `metrics` has `error` and `failure`) or `stopped`."""
 
 
 class Agenda:
@@ -91,7 +94,8 @@ class Agenda:
         self.ready: list[Job] = []
         self.running: dict[str, Job] = {}
         self.pruned: set[str] = set()
-        self.failed = {  # job id -> why
+        self.unusable: dict[str, Failure] = {}  # jobs that run, but report what cannot be compared
+        self.failed = {  # by job id
             f"trial-{search.label(number)}": why
             for search in searches
             for number, why in search.failures().items()
@@ -125,11 +129,22 @@ class Agenda:
     def _next_trial(self) -> Job | None:
         for search in self.searches:
             while (asked := search.ask()) is not None:
+                number = asked[0]
                 try:
-                    return self.trial_of(search, *asked)
+                    job = self.trial_of(search, *asked)
                 except ConfigError as error:  # takes each value, but not all together
-                    search.tell(asked[0], TrialState.FAIL, {}, str(error))
-                    self.failed[f"trial-{search.label(asked[0])}"] = str(error)
+                    why = Failure("error", str(error))
+                    search.tell(number, TrialState.FAIL, {}, why)
+                    self.failed[f"trial-{search.label(number)}"] = why
+                    continue
+                job = replace(job, heard=search.newest(number))
+                if 0 < job.heard < job.config.train.epochs and search.stops_here(number):
+                    search.tell(number, TrialState.PRUNED, {})
+                    for listener in self.listeners:
+                        listener.started(job)
+                        listener.ended(job, "pruned", {})
+                    continue
+                return job
         return None
 
     def _next_refit(self) -> Job | None:
@@ -142,7 +157,8 @@ class Agenda:
             self.waiting.remove(refits)
             settings = self.settings_of(refits)
             if settings is None:  # no trial of its search succeeded
-                self.failed[f"refit-{refits.method}"] = "its search has no finished trial"
+                why = Failure("error", "its search has no finished trial")
+                self.failed[f"refit-{refits.method}"] = why
                 continue
             jobs = (self.refit_of(refits, seed, settings) for seed in range(self.seeds))
             left = [job for job in jobs if not self.finished(job)]
@@ -170,9 +186,14 @@ class Agenda:
 
     def epoch(self, job: Job, metrics: dict[str, Any]) -> bool:
         """Hear of an epoch; return whether the job goes on."""
+        if not finite(metrics, "val/top1") or not finite(metrics, "best_val_top1"):
+            missing = "val/top1 and best_val_top1 must be reported as finite numbers"
+            why = Failure("metric", f"{missing} but are not in epoch {metrics['epoch']}")
+            self.unusable[job.id] = why
+            return False
         for listener in self.listeners:
             listener.epoch(job, metrics)
-        if job.kind == "trial" and "val/top1" in metrics:
+        if job.kind == "trial":
             search = self._search(job)
             last = metrics["epoch"] >= job.config.train.epochs
             if search.epoch(job.number, metrics["epoch"], metrics["val/top1"]) and not last:
@@ -180,14 +201,18 @@ class Agenda:
                 return False
         return not self.stopping
 
-    def ended(self, job: Job, metrics: dict[str, Any], error: str | None) -> None:
+    def ended(self, job: Job, metrics: dict[str, Any], why: Failure | None) -> None:
         """Hear of the end of a job: pruned, failed, stopped with the sweep, or finished."""
         self.running.pop(job.id, None)
         finished = metrics.get("finished", False)
-        if error is not None:
+        if why is None:
+            why = self.unusable.pop(job.id, None)
+        if why is None and finished and not finite(metrics, "best_val_top1"):
+            why = Failure("metric", "best_val_top1 must be a finite number but is not")
+        if why is not None:
             state = "failed"
-            self.failed[job.id] = error
-            metrics = metrics | {"error": error}
+            self.failed[job.id] = why
+            metrics = metrics | {"error": why.text, "failure": why.kind}
         elif job.id in self.pruned:
             state = "pruned"
         elif not finished:
@@ -200,9 +225,15 @@ class Agenda:
                 "pruned": TrialState.PRUNED,
                 "finished": TrialState.COMPLETE,
             }
-            self._search(job).tell(job.number, states[state], metrics, error)
+            self._search(job).tell(job.number, states[state], metrics, why)
         for listener in self.listeners:
             listener.ended(job, state, metrics)
 
     def _search(self, job: Job) -> Search:
         return next(search for search in self.searches if search.name == job.method)
+
+
+def finite(metrics: dict[str, Any], name: str) -> bool:
+    """Whether a metric is there, and a finite number."""
+    value = metrics.get(name)
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,5 +1,6 @@
 """What the terminal shows while a sweep runs: a live table of 80 columns or fewer, or plain lines."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from rich.text import Text
 from richkd.command import silence
 from richkd.progress import lines
 from tune.agenda import Agenda, Job
+from tune.best import called
+from tune.summary import columns
 
 SHOWN = 12  # rows of the live table
 SHORT = {
@@ -180,3 +183,55 @@ class Display:
                 Text(describe_job(job)),
             )
         return table
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the summary that a person reads."""
+    console = Terminal(highlight=False, soft_wrap=True)
+    console.width = max(
+        console.width, 80
+    )  # a narrower one wraps lines, where a table would lose its end
+
+    def line(what: str, text: str = "", style: str | None = None) -> None:
+        console.print(f"{what:<14}{text}" if text else what, style=style, markup=False)
+
+    table = Table(box=None, pad_edge=False)
+    found = columns(result["summary"])
+    for name in found:
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for row in zip(*found.values(), strict=True):
+        table.add_row(*row)
+    best, summary = result["best"], result["summary"]
+    n = summary["richkd"]["n"]
+    line("")
+    console.print(table)
+    if n > 1:
+        line(f"mean ± standard deviation over {n} seeds; differences paired by seed")
+    else:
+        line("a single seed: it can mislead by points; see refit.seeds")
+    gap = summary.get("difference_tuned")
+    if gap and gap["se"] is not None:
+        line(
+            f"as found against kd tuned by as many trials: {gap['mean']:+.2f} (95 % interval {gap['low']:+.2f} to "
+            f"{gap['high']:+.2f}), {gap['wins']} of {gap['n']} wins"
+        )
+    line("")
+    line("best setting", f"{describe(best['settings'])} at clip.scale {best['scale']}")
+    line("", f"trial {best['trial']}, {best['val_top1']:.2f} % on validation")
+    if best["origin"]:
+        line("", best["origin"])
+    line("checkpoint", short(best["checkpoint"]))
+    line("restore it", f"python -m tune best {called(Path(result['sweep']))} --copy-to student")
+    for what, text in result["mlflow"]["lines"].items():
+        line(what, text)
+    if result["failed"]:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in result["failures_by_class"].items())
+        line("failed", f"{kinds}: {next(iter(result['failures'].values()))}", "red")
+    line(f"{result['seconds']:.0f} s on {result['machine']['cores']} cores")
+
+
+def short(path: str | Path) -> str:
+    """Return a path as seen from this folder, if it lies in it."""
+    with contextlib.suppress(ValueError):
+        return str(Path(path).relative_to(Path.cwd()))
+    return str(path)

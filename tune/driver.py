@@ -1,51 +1,118 @@
 """What a driver does around an agenda, whatever is on it: the lock, the work, and an end that can be gone on from."""
 
 import contextlib
+import itertools
+import os
+import platform
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from richkd.command import Stop
-from richkd.errors import ConfigError, Interrupted, Stopped
-from richkd.files import NO_SPACE
+from richkd.errors import ConfigError, CorruptError, Interrupted, Stopped
+from richkd.files import NO_SPACE, read_record, write_json
 from tune.agenda import Agenda
 from tune.settings import Resources
+
+OWNER = "owner.json"
+BEAT_SECONDS = 5.0
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a sweep or a run; the operating system frees it when its holder dies."""
+    """Hold the lock of a sweep or a run; a driver that died holds it no longer.
+
+    On one machine the operating system sees to that. On a file system that several machines share it may not
+    hear of the others' locks; there a driver shows that it lives by a beat in `owner.json`. Nobody's clock is
+    compared with another's: who finds an owner on another machine waits for its next beat.
+
+    Raises:
+        ConfigError: If another driver works there.
+    """
+    lock = FileLock(folder / "lock")
     try:
-        with FileLock(folder / "lock", timeout=0):
-            yield
+        lock.acquire(timeout=0)
     except Timeout:
-        raise ConfigError(
-            f"another process is working on {folder.name}; wait for it, or stop it first."
-        ) from None
+        raise _taken(folder, owner_of(folder)) from None
+    try:
+        owner = owner_of(folder)
+        if owner and owner["host"] != platform.node():
+            time.sleep(2 * BEAT_SECONDS)
+            if (now := owner_of(folder)) and now != owner:
+                raise _taken(folder, now)
+        with _beating(folder):
+            yield
+    finally:
+        lock.release()
 
 
-def work(
-    agenda: Agenda,
-    stop: Stop,
-    resources: Resources,
-    scratch: Path,
-    *,
-    gpu: bool,
-    address: str | None,
-) -> None:
+def owner_of(folder: Path) -> dict[str, Any] | None:
+    """Return `host`, `pid`, `since` and `beat` of the driver that works there, or was killed there; None if none."""
+    try:
+        return read_record(folder / OWNER, "host", "pid", "since", "beat")
+    except (ConfigError, CorruptError):
+        return None
+
+
+def works(folder: Path) -> bool:
+    """Whether a driver on this machine holds the lock of a folder."""
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def _taken(folder: Path, owner: dict[str, Any] | None) -> ConfigError:
+    who = "another process"
+    if owner:
+        who += f" (pid {owner['pid']} on {owner['host']}, since {owner['since']})"
+    return ConfigError(f"{who} is working on {folder.name}; wait for it, or stop it first.")
+
+
+@contextlib.contextmanager
+def _beating(folder: Path) -> Iterator[None]:
+    """Show in a folder that its driver lives."""
+    path, done = folder / OWNER, threading.Event()
+    owner = {"host": platform.node(), "pid": os.getpid(), "since": time.strftime("%F %T%z")}
+
+    def beat() -> None:
+        for count in itertools.count():
+            with contextlib.suppress(OSError):  # a full disk costs the beat, not the sweep
+                write_json(path, owner | {"beat": count})
+            if done.wait(BEAT_SECONDS):
+                return
+
+    thread = threading.Thread(target=beat, name="beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def work(agenda: Agenda, stop: Stop, resources: Resources, scratch: Path, **more: Any) -> None:
     """Let Ray do what is on the agenda, if anything is left.
 
     The arguments are those of `runner.run`.
 
     Raises:
         Interrupted: If a signal came.
-        Stopped: If Ray ended early.
+        Stopped: If Ray ended early, or the budget is used up.
     """
     if not agenda.over:
         from tune.runner import run  # Ray takes seconds to import
 
-        run(agenda, stop, resources, scratch, gpu=gpu, address=address)
+        run(agenda, stop, resources, scratch, **more)
     if agenda.error is not None:
         raise agenda.error
     if agenda.stopping:

@@ -26,9 +26,14 @@ from richkd.command import Stop
 from richkd.config import to_dict
 from richkd.errors import ConfigError, Interrupted, Stopped
 from tune.agenda import Agenda, Job
+from tune.budget import Budget
 from tune.environment import PROJECT
 from tune.settings import Resources, check_fits
+from tune.study import Failure
 from tune.trial import trial as trainable
+
+RESTARTS = 3  # of a run whose process died, without an epoch in between
+NODE_DIED = "its node has died"  # Ray's words for the end of an actor that shared its machine's
 
 # Ray's own result files, progress output, handlers and snapshots: ours do without, or have their own.
 ENVIRONMENT = {
@@ -59,9 +64,9 @@ def guarded(agenda: Agenda) -> Iterator[None]:
 class JobSearcher(Searcher):
     """Gives Tune the agenda's next job, with what all jobs are run with."""
 
-    def __init__(self, agenda: Agenda, stop: Stop, shared: dict[str, Any]) -> None:
+    def __init__(self, agenda: Agenda, stop: Stop, shared: dict[str, Any], seeds: int) -> None:
         super().__init__()
-        self.agenda, self.stop, self.shared = agenda, stop, shared
+        self.agenda, self.stop, self.shared, self.seeds = agenda, stop, shared, seeds
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next job, None if it has to wait for others, FINISHED at the end."""
@@ -77,6 +82,8 @@ class JobSearcher(Searcher):
             "config": to_dict(job.config),
             "folder": str(job.folder),
             "test": job.kind != "trial",
+            "heard": job.heard,
+            "seeds": self.seeds if job.kind == "trial" else 1,
             **self.shared,
         }
 
@@ -125,10 +132,11 @@ class JobScheduler(FIFOScheduler):
                 )
             self.placed[job.id] = metrics["placement_group"]
             return TrialScheduler.CONTINUE if self.stop.signum is None else TrialScheduler.STOP
-        before = self.latest.get(job.id, {}).get("epoch", 0)
+        before = self.latest.get(job.id, {}).get("epoch", job.heard)
         if metrics.get("epoch", before + 1) <= before and "finished" not in metrics:
             return TrialScheduler.CONTINUE  # workers that started anew do not know what arrived
         self.latest[job.id] = metrics
+        trial.max_failures = trial.num_failures + RESTARTS  # it gets on
         if "stopped" in metrics:
             self.agenda.broke(Stopped(metrics["stopped"]))
         if metrics.keys() & {"failed", "finished", "stopped"}:
@@ -143,22 +151,73 @@ class JobScheduler(FIFOScheduler):
         self._ended(trial, None)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Pass the end on, with the last line of the exception."""
-        with open(trial.error_file) as file:
-            lines = file.read().strip().splitlines()
-        self._ended(trial, lines[-1] if lines else "the trial's process died")
+        """Pass the end on: a run says itself why it fails, so its process died, once too often."""
+        self._ended(trial, death_of(last_words(trial), trial.num_failures))
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
         """A trial that Tune takes away before it ran is left to a resume."""
         self._ended(trial, None)
 
-    def _ended(self, trial: Trial, error: str | None) -> None:
+    def _ended(self, trial: Trial, died: Failure | None) -> None:
         job = self._job(trial)
         metrics = self.latest.pop(job.id, {})
         if (group := self.placed.pop(job.id, None)) is not None:
             free(group)
+        said = Failure(metrics["class"], metrics["failed"]) if "failed" in metrics else None
         with guarded(self.agenda):
-            self.agenda.ended(job, metrics, error or metrics.get("failed"))
+            self.agenda.ended(job, metrics, said or died)
+
+
+class Deaths(ray.tune.Callback):
+    """Hears of runs that are started anew since their process died."""
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
+        """Say so; the loss of a machine is not held against the run."""
+        words = last_words(trial)
+        if NODE_DIED in words:
+            trial.max_failures += 1
+        what = "machine" if NODE_DIED in words else "process"
+        warnings.warn(
+            f"{trial.config['id']}: its {what} died; it goes on from its newest checkpoint.",
+            stacklevel=2,
+        )
+
+
+class Clock(ray.tune.Stopper):
+    """Ends everything where it is, at its newest checkpoint, when the budget is used up."""
+
+    def __init__(self, agenda: Agenda, budget: Budget, gpus: float) -> None:
+        self.agenda, self.budget, self.gpus = agenda, budget, gpus
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No single trial is stopped by it."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Count the time since Tune last asked, which it does several times a second."""
+        used_up = None
+        with guarded(self.agenda):
+            used_up = self.budget.tick(self.gpus * len(self.agenda.running))
+        if used_up is not None:
+            self.agenda.broke(Stopped(f"the budget is used up ({used_up})"))
+        return used_up is not None
+
+    def __getstate__(self) -> dict:
+        return {}
+
+
+def last_words(trial: Trial) -> str:
+    """Return what Ray wrote of the newest failure of a trial, in one line."""
+    with open(trial.error_file) as file:
+        return " ".join(file.read().rpartition("Failure #")[2].split())
+
+
+def death_of(words: str, times: int) -> Failure:
+    """Return the failure of a run whose process died, from what Ray says of it."""
+    _, _, detail = words.partition("Worker exit detail:")
+    short = (detail or words).strip().partition(". ")[0][:200]
+    kind = "memory" if "running low on memory" in words else "lost"
+    return Failure(kind, f"its process died {times} times: {short}")
 
 
 def free(group: str) -> None:
@@ -178,6 +237,8 @@ def run(
     *,
     gpu: bool,
     address: str | None,
+    budget: Budget | None = None,
+    seeds: int = 1,
 ) -> None:
     """Let Ray Tune run the agenda's jobs, each in a process that goes on to the next.
 
@@ -188,6 +249,8 @@ def run(
         scratch: Folder of Ray's own notes, which nobody reads; removed in the end.
         gpu: Whether a GPU is used where there is one.
         address: Of a running cluster; without it a local one is started, unless there is one.
+        budget: What may be spent; None: anything.
+        seeds: Runs that make up a trial, side by side.
     """
     ours = not ray.is_initialized()
     if ours:
@@ -221,12 +284,14 @@ def run(
             "each": each,
             "threads": resources.cpus_per_worker,
             "scratch": str(scratch / "train"),
+            "patience": resources.patience,
         }
+        gpus = each.get("GPU", 0) * resources.workers
         ray.tune.Tuner(
             # a trial that waits for its workers takes nothing that they need
             ray.tune.with_resources(trainable, each if alone else {"CPU": 0, "memory": 1}),
             tune_config=ray.tune.TuneConfig(
-                search_alg=JobSearcher(agenda, stop, shared),
+                search_alg=JobSearcher(agenda, stop, shared, seeds),
                 scheduler=JobScheduler(agenda, stop),
                 num_samples=agenda.total,
                 max_concurrent_trials=min(slots, resources.max_concurrent or slots),
@@ -234,7 +299,12 @@ def run(
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=ray.tune.RunConfig(
-                name=scratch.name, storage_path=str(scratch.parent), verbose=0
+                name=scratch.name,
+                storage_path=str(scratch.parent),
+                verbose=0,
+                failure_config=ray.tune.FailureConfig(max_failures=RESTARTS),
+                callbacks=[Deaths()],
+                stop=Clock(agenda, budget, gpus) if budget is not None else None,
             ),
         ).fit()
     finally:

@@ -2,14 +2,20 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from richkd.config import Config, check_name, expand, in_range, one_of
+from richkd.config import Config, check_name, expand, flatten, in_range, one_of
 from richkd.config import digest as config_digest
 from richkd.errors import ConfigError
 
 MANY = 1_000_000
+# change no result, but for how many there are
+UNHASHED = (
+    *("resources.", "tracking.", "sweep.name", "sweep.state", "sweep.study"),
+    *("sweep.trials", "sweep.hours", "sweep.gpu_hours"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +46,11 @@ class Sweep:
         in_range("sweep.seeds_per_trial", self.seeds_per_trial, 1, 1000)
         one_of("sweep.scheduler", self.scheduler, ("asha", "none"))
         expand(self, "state")
+        if self.study is not None and re.search(r"://[^/]*:[^/]*@", self.study):
+            raise ConfigError(
+                "sweep.study must hold no password, since it is written down; give it by the database's own way, such as "
+                "~/.pgpass or PGPASSWORD."
+            )
         if self.name is not None:
             check_name("sweep.name", self.name)
 
@@ -120,10 +131,6 @@ def check_fits(resources: Resources, cluster: dict[str, float]) -> None:
 
 def digest(settings: Settings, base: Config) -> str:
     """Return 12 hexadecimal digits that change with everything that changes a sweep's result, but for its length."""
-    kept = asdict(settings)
-    for key in ("resources", "tracking"):
-        del kept[key]
-    for key in ("name", "hours", "gpu_hours", "state", "study"):
-        del kept["sweep"][key]
+    kept = {k: v for k, v in flatten(asdict(settings)).items() if not k.startswith(UNHASHED)}
     text = json.dumps([config_digest(base), kept], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

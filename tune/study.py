@@ -5,8 +5,8 @@ finished (never asked again), what was running (given out again under its number
 """
 
 import logging
-import math
-from typing import Any
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -17,6 +17,16 @@ from tune.warmstart import Point
 logging.getLogger("optuna").setLevel(logging.ERROR)
 MAIN = "richkd"  # the search of the method itself
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+# of failures: a mistake of settings, data or code; NaN; does not fit into memory; process or machine died again and
+# again; no step for too long; a report lacks what is compared
+Kind = Literal["error", "nan", "memory", "lost", "hung", "metric"]
+
+
+class Failure(NamedTuple):
+    """Why a run failed: the class of it, and what happened, in a line."""
+
+    kind: Kind
+    text: str
 
 
 class Search:
@@ -27,10 +37,11 @@ class Search:
         storage: Database of the sweep's studies.
         space: What is searched.
         points: Trials to begin with.
-        trials: Trials in all, pruned and failed ones counted.
+        trials: Trials in all, pruned and failed ones counted, but none that tries a failed one again.
         startup: Random trials before the sampler learns.
         pruner: Early stopping.
         seed: Of the sampler; a resumed search draws anew, not the same points again.
+        prefix: Of its name in a database that several sweeps share.
     """
 
     def __init__(
@@ -43,16 +54,18 @@ class Search:
         startup: int,
         pruner: optuna.pruners.BasePruner,
         seed: int,
+        prefix: str = "",
     ) -> None:
-        self.name, self.space, self.trials = name, space, trials
+        self.name, self.space = name, space
         self.study = optuna.create_study(
-            study_name=name,
+            study_name=prefix + name,
             storage=storage,
             load_if_exists=True,
             direction="maximize",
             pruner=pruner,
         )
         known = self.study.get_trials(deepcopy=False)
+        self.trials = trials + sum("retry_of" in trial.user_attrs for trial in known)
         self.study.sampler = optuna.samplers.TPESampler(
             seed=seed + len(known), n_startup_trials=startup
         )
@@ -60,6 +73,7 @@ class Search:
             self.study.enqueue_trial(point.params, user_attrs={"settings": point.settings})
         self.left_over = [trial for trial in known if trial.state == TrialState.RUNNING]
         self.heard = {trial.number: set(trial.intermediate_values) for trial in self.left_over}
+        self.doomed = {trial.number for trial in self.left_over if "pruned_at" in trial.user_attrs}
         self.running: dict[int, Trial] = {}
 
     def label(self, number: int) -> str:
@@ -87,32 +101,48 @@ class Search:
         states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
         return sum(state != TrialState.WAITING for state in states)
 
+    def newest(self, number: int) -> int:
+        """Return the newest epoch that an earlier driver heard of a trial, 0 if none."""
+        return max(self.heard.get(number, ()), default=0)
+
+    def stops_here(self, number: int) -> bool:
+        """Whether a trial that an earlier driver left should stop where it is: that driver had no time to say so."""
+        return number in self.doomed or self.running[number].should_prune()
+
     def epoch(self, number: int, epoch: int, value: float) -> bool:
         """Hear of an epoch's validation accuracy; return whether the trial should stop here."""
         trial = self.running[number]
         if epoch not in self.heard.get(number, ()):  # it goes on from a checkpoint before it
             trial.report(value, epoch)
-        return trial.should_prune()
+        if trial.should_prune():
+            trial.set_user_attr("pruned_at", epoch)  # asked again, the pruner would let it pass
+            return True
+        return False
 
     def tell(
-        self, number: int, state: TrialState, metrics: dict[str, Any], error: str | None = None
+        self, number: int, state: TrialState, metrics: dict[str, Any], why: Failure | None = None
     ) -> None:
-        """End a trial. A value that is not finite makes it a failed one.
+        """End a trial.
+
+        One that did not fit into memory is told as pruned and infeasible, from which the sampler learns to keep away;
+        of a failed one it learns nothing.
 
         Args:
             number: Of the trial.
             state: How it ended.
             metrics: Its last ones.
-            error: Why it failed, if it did; kept for `failures`.
+            why: Why it failed, if it did; kept for `failures`.
         """
         trial = self.running.pop(number)
-        value = metrics.get("best_val_top1", math.nan)
-        if state == TrialState.COMPLETE and not math.isfinite(value):
-            state, error = TrialState.FAIL, f"best_val_top1 is {value}"
         trial.set_user_attr("val_loss", metrics.get("best_val_loss"))
-        if error is not None:
-            trial.set_user_attr("error", error)
-        self.study.tell(trial, value if state == TrialState.COMPLETE else None, state)
+        if why is not None:
+            trial.set_user_attr("error", why.text)
+            trial.set_user_attr("failure", why.kind)
+            if why.kind == "memory":
+                trial.set_constraint("memory", 1.0)
+                state = TrialState.PRUNED
+        value = metrics["best_val_top1"] if state == TrialState.COMPLETE else None
+        self.study.tell(trial, value, state)
 
     @property
     def over(self) -> bool:
@@ -133,24 +163,53 @@ class Search:
         """Return the first of `ranked`, None if no trial is complete."""
         return next(iter(self.ranked()), None)
 
-    def failures(self) -> dict[int, str]:
-        """Return why trials failed, by number."""
-        failed = self.study.get_trials(deepcopy=False, states=[TrialState.FAIL])
-        return {trial.number: trial.user_attrs.get("error", "unknown") for trial in failed}
+    def failures(self) -> dict[int, Failure]:
+        """Return why trials failed, by number; those that were tried again are no failures any more."""
+        trials = self.study.get_trials(deepcopy=False)
+        again = {trial.user_attrs.get("retry_of") for trial in trials}
+        return {
+            trial.number: Failure(trial.user_attrs["failure"], trial.user_attrs["error"])
+            for trial in trials
+            if "failure" in trial.user_attrs and trial.number not in again
+        }
+
+    def begin_anew(self) -> None:
+        """Let trials that an earlier driver left begin anew, as new ones: their settings have changed."""
+        left, self.left_over = self.left_over, []
+        for trial in left:
+            why = Failure("error", "the settings changed while it ran")
+            self.running[trial.number] = Trial(self.study, trial._trial_id)
+            self.tell(trial.number, TrialState.FAIL, {}, why)
+            attrs = {"settings": settings_of(trial), "retry_of": trial.number}
+            self.study.enqueue_trial(trial.params, user_attrs=attrs)
+        self.trials += len(left)
+
+    def retry(self, kinds: Collection[str]) -> int:
+        """Put failed trials of these kinds on the list again, as new ones; return how many."""
+        trials = self.study.get_trials(deepcopy=False)
+        failed = [number for number, why in self.failures().items() if why.kind in kinds]
+        for number in failed:
+            attrs = {"settings": settings_of(trials[number]), "retry_of": number}
+            self.study.enqueue_trial(trials[number].params, user_attrs=attrs)
+        self.trials += len(failed)
+        return len(failed)
 
     def leading(self, count: int) -> list[int]:
         """Return the numbers of the best trials, complete ones first, then by the last accuracy heard of."""
         stopped = [
             (-trial.intermediate_values[max(trial.intermediate_values)], trial.number)
             for trial in self.study.get_trials(deepcopy=False, states=[TrialState.PRUNED])
-            if trial.intermediate_values
+            if trial.intermediate_values and "failure" not in trial.user_attrs
         ]
         numbers = [trial.number for trial in self.ranked()]
         return (numbers + [number for _, number in sorted(stopped)])[:count]
 
     def states(self) -> dict[str, int]:
-        """Return how many trials ended in which state."""
-        names = [trial.state.name for trial in self.study.get_trials(deepcopy=False)]
+        """Return how many trials are in which state."""
+        names = [
+            "INFEASIBLE" if trial.user_attrs.get("failure") == "memory" else trial.state.name
+            for trial in self.study.get_trials(deepcopy=False)
+        ]
         return {name: names.count(name) for name in sorted(set(names))}
 
 

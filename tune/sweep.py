@@ -5,21 +5,33 @@
     python -m tune resume                        # go on with the latest
 
 A sweep folder holds `sweep.json` (what was asked for), `config.yaml` (the base config), `study.db` (both
-searches), `trials/` and `refits/` (run folders), and at the end `summary.json`. What is finished is read
-from the study and from the run folders, never from Ray's own state.
+searches), `spent.json` (the time it took), `trials/` and `refits/` (run folders), and at the end `summary.json`.
+What is finished is read from the study and from the run folders, never from Ray's own state.
 """
 
 import contextlib
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from richkd import cache, distill, fusion
 from richkd.command import Stop
-from richkd.config import Config, Layers, build, digest, dump, flatten, to_dict
+from richkd.config import (
+    UNHASHED,
+    Config,
+    Layers,
+    build,
+    digest,
+    dump,
+    flatten,
+    in_range,
+    one_of,
+    to_dict,
+)
 from richkd.data import load
 from richkd.errors import ConfigError, CorruptError, RichkdError
 from richkd.files import (
@@ -33,15 +45,18 @@ from richkd.methods import METHODS
 from richkd.progress import Progress, stoppable
 from tune.agenda import Agenda, Job, Refits
 from tune.best import called
-from tune.display import Display, Terminal, describe
+from tune.budget import Budget
+from tune.display import Display, short, show
 from tune.driver import is_full, locked, resumable, work
-from tune.environment import environment
+from tune.environment import differences, environment, fingerprint
 from tune.logbook import Logbook
 from tune.scheduler import pruner
-from tune.settings import Settings, check_fits
+from tune.settings import MANY, Settings, check_fits
+from tune.settings import UNHASHED as UNHASHED_SWEEP
+from tune.settings import Sweep as SweepSettings
 from tune.settings import digest as sweep_digest
 from tune.space import of_baseline, read_space
-from tune.study import MAIN, Search, settings_of
+from tune.study import MAIN, Kind, Search, settings_of
 from tune.summary import STUDENTS, columns, read_refits, summarise, winner
 from tune.tracking import Tracker, public
 from tune.warmstart import Point, place, printed
@@ -51,14 +66,23 @@ NAMED = ("student.name", "teacher.name", "clip.prompts", "clip.logits")
 OF_A_METHOD = ("loss.", "fusion.", "clip.")
 LEADING = 5  # trials that the link to MLflow's comparison shows; more would make it very long
 # what `show` reads of a summary
-SUMMARY = ("best", "summary", "mlflow", "failed", "failures", "seconds", "machine")
+SUMMARY = (
+    "best",
+    "summary",
+    "mlflow",
+    "failed",
+    "failures",
+    "failures_by_class",
+    "seconds",
+    "machine",
+)
 
 
 class Sweep:
     """What was asked for, resolved: the base config, the settings, and the config of every run.
 
     Args:
-        folder: Sweep folder.
+        folder: Sweep folder, with its study, lock and spool.
         layers: Explicit settings, as given.
     """
 
@@ -66,6 +90,9 @@ class Sweep:
         self.folder, self.layers = folder.resolve(), layers
         self.settings = build(layers, Settings)
         self.base = build(layers)
+        self.runs = self.folder  # where run folders lie
+        if self.settings.sweep.state is not None:
+            self.runs = Path(self.base.storage).resolve() / folder.name
         self.cache = str(cache.root(self.base.cache))
         if "fusion.alpha" in METHODS[self.base.method.name].fixed:
             raise ConfigError(
@@ -118,7 +145,7 @@ class Sweep:
             kind="trial",
             method=search.name,
             number=number,
-            folder=self.folder / "trials" / search.label(number),
+            folder=self.runs / "trials" / search.label(number),
             config=config,
             params={key: shown[key] for key in params},
         )
@@ -134,7 +161,7 @@ class Sweep:
             kind="refit",
             method=refits.method,
             number=seed,
-            folder=self.folder / "refits" / f"{label}-seed{seed}",
+            folder=self.runs / "refits" / f"{label}-seed{seed}",
             config=config,
             params={key: shown[key] for key in keys} | {"seed": seed},
         )
@@ -176,52 +203,154 @@ def prepare(sweep: Sweep, progress: Progress) -> dict[str, list[Point]]:
     }
 
 
+def state_of(settings: Settings, base: Config) -> Path:
+    """Return the folder in which sweeps keep their study, lock and spool."""
+    return Path(settings.sweep.state or base.storage).resolve()
+
+
 def start(
-    layers: Layers, *, address: str | None = None, stop: Stop | None = None
+    layers: Layers, *, resume: bool = False, changed: bool = False, **launch: Any
 ) -> dict[str, Any]:
     """Start the sweep that `layers` describe and carry it out.
 
     Nothing is written before all that is asked for is known to be usable.
+
+    Args:
+        layers: Explicit settings.
+        resume: Whether a sweep of that name may be there, which then goes on.
+        changed: Whether it may go on though code or settings have changed.
+        launch: `address`, `stop` and what else `carry_out` takes of one invocation.
     """
     settings, base = build(layers, Settings), build(layers)
+    if resume and settings.sweep.name is None:
+        raise ConfigError("--resume goes on with a sweep by its name but sweep.name is not given.")
     name = settings.sweep.name or time.strftime(
         f"{base.data.source}-{base.student.name}-%y%m%d-%H%M%S"
     )
-    folder = Path(base.storage).resolve() / name
+    folder = state_of(settings, base) / name
+    if (folder / "sweep.json").exists():
+        if resume:
+            return go_on(folder, layers=layers, changed=changed, **launch)
+        raise _exists(folder)
     sweep, tracking = Sweep(folder, layers), Tracker.address(settings.tracking.uri)
     asked = {
         "name": name,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "digest": sweep_digest(settings, base),
-        "layers": [
-            [key, public(value) if key == "tracking.uri" else value, origin]
-            for key, value, origin in layers.to_list()
-        ],
+        "layers": _written(layers),
         "tracking": public(tracking),
+        "fingerprint": fingerprint(),
     }
-    if (folder / "sweep.json").exists():
-        raise _exists(folder)
-    if address is None and "RAY_ADDRESS" not in os.environ:
+    if launch.get("address") is None and "RAY_ADDRESS" not in os.environ:
         check_fits(settings.resources, {"CPU": os.cpu_count() or 1})
-    return carry_out(sweep, asked, tracking, new=True, address=address, stop=stop or Stop())
+    return carry_out(sweep, asked, tracking, new=True, **launch)
 
 
-def resume(folder: Path, *, address: str | None = None, stop: Stop | None = None) -> dict[str, Any]:
-    """Go on with an interrupted sweep; a finished one gives its summary again."""
-    if (folder / "summary.json").exists():
-        result = located(folder, read_record(folder / "summary.json", *SUMMARY))
-        show(result)
-        return result
-    asked = read_record(folder / "sweep.json", "layers", "tracking")
+def _written(layers: Layers) -> list[list]:
+    """Return layers as `sweep.json` keeps them, without passwords."""
+    return [
+        [key, public(value) if key == "tracking.uri" else value, origin]
+        for key, value, origin in layers.to_list()
+    ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class More:
+    """What a sweep is given beyond what it was started with.
+
+    Attributes:
+        trials: Of each search.
+        hours: Of wall time, over `sweep.hours`.
+        gpu_hours: Likewise.
+        retry: Kinds of failed trials that are tried again.
+    """
+
+    trials: int = 0
+    hours: float = 0.0
+    gpu_hours: float = 0.0
+    retry: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        in_range("--add-trials", self.trials, 0, MANY)
+        in_range("--add-hours", self.hours, 0, 1e6)
+        in_range("--add-gpu-hours", self.gpu_hours, 0, 1e6)
+        for kind in self.retry:
+            one_of("--class", kind, get_args(Kind))
+
+
+def go_on(
+    folder: Path,
+    *,
+    layers: Layers | None = None,
+    more: More | None = None,
+    changed: bool = False,
+    **launch: Any,
+) -> dict[str, Any]:
+    """Go on with a sweep: interrupted, out of budget, or finished and given more to do.
+
+    A finished one that gets nothing more gives its summary again.
+
+    Args:
+        folder: Sweep folder.
+        layers: What is asked for now; None: what it was started with.
+        more: What it is given beyond that.
+        changed: Whether code or settings may have changed.
+        launch: As in `start`.
+
+    Raises:
+        ConfigError: If code or settings have changed without leave; says what.
+    """
+    asked, more = read_record(folder / "sweep.json", "layers", "tracking"), more or More()
     try:
-        layers = Layers.from_list(asked["layers"])
+        before = Layers.from_list(asked["layers"])
     except TypeError as error:
         raise CorruptError(
             f"{folder / 'sweep.json'} holds no layers that can be read; restore it, or start a new sweep."
         ) from error
+    layers = layers or before
+    resettled = differences(_decisive(before), _decisive(layers))
+    longer = build(layers, Settings).sweep.trials > build(before, Settings).sweep.trials
+    if (folder / "summary.json").exists() and not (resettled or longer) and more == More():
+        result = located(folder, read_record(folder / "summary.json", *SUMMARY))
+        show(result)
+        return result
+    now = fingerprint()
+    found = resettled + differences(asked.get("fingerprint", now), now)
+    if found and not changed:
+        rest = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise ConfigError(
+            f"{folder.name} must go on as it began but {'; '.join(found[:5])}{rest}; go back to that, or say --changed."
+        )
+    if found:
+        entry = {"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "found": found}
+        asked |= {"changes": [*asked.get("changes", []), entry]}
+    asked |= {"layers": _written(layers), "fingerprint": now}
     sweep = Sweep(folder, layers)
+    _check_more(sweep.settings.sweep, more)
+    asked |= {
+        "more_trials": asked.get("more_trials", 0) + more.trials,
+        "more_hours": asked.get("more_hours", 0.0) + more.hours,
+        "more_gpu_hours": asked.get("more_gpu_hours", 0.0) + more.gpu_hours,
+    }
     tracking = Tracker.recall(asked["tracking"])
-    return carry_out(sweep, asked, tracking, new=False, address=address, stop=stop or Stop())
+    return carry_out(
+        sweep, asked, tracking, new=False, retry=more.retry, anew=bool(resettled), **launch
+    )
+
+
+def _decisive(layers: Layers) -> dict[str, Any]:
+    """Return the settings that a result depends on, by dotted key."""
+    both = flatten(to_dict(build(layers))) | flatten(to_dict(build(layers, Settings)))
+    free = (*UNHASHED, *UNHASHED_SWEEP)
+    return {key: value for key, value in both.items() if not key.startswith(free)}
+
+
+def _check_more(settings: SweepSettings, more: More) -> None:
+    for name, added in (("hours", more.hours), ("gpu_hours", more.gpu_hours)):
+        if added and getattr(settings, name) is None:
+            raise ConfigError(
+                f"--add-{name.replace('_', '-')} adds to sweep.{name} but the sweep has no such limit; leave it out."
+            )
 
 
 def _exists(folder: Path) -> ConfigError:
@@ -237,8 +366,10 @@ def carry_out(
     tracking: str,
     *,
     new: bool,
-    address: str | None,
-    stop: Stop,
+    retry: tuple[str, ...] = (),
+    anew: bool = False,
+    address: str | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Do what is left of a sweep and summarise it.
 
@@ -247,74 +378,87 @@ def carry_out(
         asked: What `sweep.json` says, or will say.
         tracking: Address of MLflow, with its credentials.
         new: Whether the folder is made here.
+        retry: Kinds of failed trials that are tried again.
+        anew: Whether trials that were running begin anew, since their settings have changed.
         address: Of a Ray cluster.
         stop: Says whether a signal came.
 
     Raises:
         Interrupted: On SIGINT or SIGTERM, after the running trials have stopped at a checkpoint.
-        Stopped: If the disk is full.
+        Stopped: If the disk is full, or the budget is used up.
         RichkdError: If no trial succeeded.
     """
-    began = time.monotonic()
-    folder = sweep.folder
-    check_writable(folder, "storage")
-
-    def seconds() -> float:
-        return asked.get("seconds", 0.0) + time.monotonic() - began
-
+    folder, stop = sweep.folder, stop or Stop()
+    check_writable(folder, "storage" if sweep.settings.sweep.state is None else "sweep.state")
+    check_writable(sweep.runs, "storage")
+    wanted = sweep.settings.sweep
+    budget = Budget(
+        folder / "spent.json",
+        _sum(wanted.hours, asked.get("more_hours", 0.0)),
+        _sum(wanted.gpu_hours, asked.get("more_gpu_hours", 0.0)),
+    )
     with Display(folder.name) as display:
-        display.line(f"sweep {folder.name} in {_short(folder)}")
+        display.line(f"sweep {folder.name} in {short(folder)}")
         first = prepare(sweep, stoppable(display.progress, stop))
         make_folder(folder, "storage")
         with locked(folder):
-            if asked.get("open"):
-                display.line(
-                    "the driver before this one was killed: what it had not sent yet is missing in MLflow, and only there"
-                )
             if new:
                 if (folder / "sweep.json").exists():  # of another start, a moment ago
                     raise _exists(folder)
                 write_atomic(folder / "config.yaml", dump(sweep.base).encode())
-            write_json(folder / "sweep.json", asked | {"open": True})
+            write_json(folder / "sweep.json", asked)
+            (folder / "summary.json").unlink(missing_ok=True)
             logbook = Logbook(folder, tracking, sweep.settings.tracking.experiment)
+            trials = wanted.trials + asked.get("more_trials", 0)
             try:
-                result = search_and_refit(sweep, logbook, first, stop, display, address, seconds)
+                with resumable(logbook.close, lambda: _command(folder, budget)):
+                    dataset = load(sweep.base.data, cache.root(sweep.base.cache))
+                    logbook.open(sweep.settings, sweep.base, sweep.space, environment(), dataset)
+                    searches = open_searches(sweep, first, trials)
+                    for search in searches:
+                        if anew:
+                            search.begin_anew()
+                        search.retry(retry)
+                    agenda = agenda_of(sweep, searches, display, logbook)
+                    display.follow(agenda)
+                    work(
+                        agenda,
+                        stop,
+                        sweep.settings.resources,
+                        folder / ".ray",
+                        gpu=sweep.base.device != "cpu",
+                        address=address,
+                        budget=budget,
+                        seeds=wanted.seeds_per_trial,
+                    )
+                    result = conclude(sweep, agenda, logbook, budget)
             finally:
                 with contextlib.suppress(OSError):  # a full disk
-                    done = {"seconds": seconds(), "open": False}
-                    write_json(folder / "sweep.json", asked | done)
+                    budget.tick()
+                    budget.save()
     show(result)
     return result
 
 
-def search_and_refit(
-    sweep: Sweep,
-    logbook: Logbook,
-    first: dict[str, list[Point]],
-    stop: Stop,
-    display: Display,
-    address: str | None,
-    seconds: Callable[[], float],
-) -> dict[str, Any]:
-    """Run what the agenda says and return the result; MLflow hears of the end, whatever it is."""
-    with resumable(logbook.close, lambda: f"python -m tune resume {called(sweep.folder)}"):
-        dataset = load(sweep.base.data, cache.root(sweep.base.cache))
-        logbook.open(sweep.settings, sweep.base, sweep.space, environment(), dataset)
-        agenda = plan(sweep, first, [display, logbook])
-        display.follow(agenda)
-        work(
-            agenda,
-            stop,
-            sweep.settings.resources,
-            sweep.folder / ".ray",
-            gpu=sweep.base.device != "cpu",
-            address=address,
-        )
-        return conclude(sweep, agenda, logbook, seconds())
+def _sum(limit: float | None, more: float) -> float | None:
+    return None if limit is None else limit + more
 
 
-def open_searches(sweep: Sweep, first: dict[str, list[Point]]) -> list[Search]:
-    """Return the search of the method and that of plain distillation, as far as `study.db` knows them.
+def _command(folder: Path, budget: Budget) -> str:
+    """Return the line that goes on with a sweep; one whose time is up needs more of it."""
+    line = f"python -m tune resume {called(folder)}"
+    for name in budget.used_up():
+        line += f" --add-{name.replace('_', '-')} 1"
+    return line
+
+
+def open_searches(sweep: Sweep, first: dict[str, list[Point]], trials: int) -> list[Search]:
+    """Return the search of the method and that of plain distillation, as far as the study's database knows them.
+
+    Args:
+        sweep: The sweep.
+        first: The first trials of each.
+        trials: Of each.
 
     Raises:
         CorruptError: If the database is damaged, or is gone though trials ran.
@@ -325,20 +469,24 @@ def open_searches(sweep: Sweep, first: dict[str, list[Point]]) -> list[Search]:
 
     wanted, database = sweep.settings.sweep, sweep.folder / "study.db"
     advice = "restore it, or start a new sweep"
-    if (sweep.folder / "trials").exists() and not database.exists():
-        raise CorruptError(f"{database} is missing, and with it which trials ran; {advice}.")
+    address, prefix = wanted.study, f"{sweep.folder.name}/"
+    if address is None:
+        address, prefix = f"sqlite:///{database}", ""
+        if (sweep.runs / "trials").exists() and not database.exists():
+            raise CorruptError(f"{database} is missing, and with it which trials ran; {advice}.")
     try:
-        storage = RDBStorage(f"sqlite:///{database}")
+        storage = RDBStorage(address)
         return [
             Search(
                 label,
                 storage,
                 space,
                 first[label],
-                wanted.trials if space else 1,  # nothing to search: one trial says it all
+                trials if space else 1,  # nothing to search: one trial says it all
                 wanted.startup,
                 pruner(wanted),
                 sweep.base.seed,
+                prefix=prefix,
             )
             for label, space in ((MAIN, sweep.space), ("kd", of_baseline(sweep.space)))
         ]
@@ -346,47 +494,61 @@ def open_searches(sweep: Sweep, first: dict[str, list[Point]]) -> list[Search]:
         if is_full(error):
             raise
         reason = str(error.__cause__ or error).splitlines()[0]
-        raise CorruptError(f"{database} cannot be read ({reason}); {advice}.") from error
+        raise CorruptError(f"{address} cannot be read ({reason}); {advice}.") from error
 
 
-def plan(sweep: Sweep, first: dict[str, list[Point]], listeners: list) -> Agenda:
+def agenda_of(sweep: Sweep, searches: list[Search], display: Display, logbook: Logbook) -> Agenda:
     """Return the agenda: both searches, then the refits of the five students that are compared."""
-    searches = {search.name: search for search in open_searches(sweep, first)}
+    by_name = {search.name: search for search in searches}
     refits = [
         Refits(
             method=name,
             settings=printed(student.method or sweep.base.method.name)
             if student.search is None
             else sweep.settings.sweep.settings,
-            search=searches.get(student.search),
+            search=by_name.get(student.search),
         )
         for name, student in STUDENTS.items()
     ]
 
     def finished(job: Job) -> bool:
         path = job.folder / "run.json"
-        known = read_record(path, "digest") if path.exists() else {"digest": None}
-        same = known["digest"] == digest(job.config)
-        return same and "test/top1" in known.get("metrics", {})
+        return path.exists() and "test/top1" in read_record(path).get("metrics", {})
+
+    def refit(of: Refits, seed: int, settings: dict[str, Any]) -> Job:
+        job = sweep.refit(of, seed, settings)
+        path = job.folder / "run.json"
+        if path.exists() and read_record(path, "digest")["digest"] != digest(job.config):
+            set_aside(job.folder)  # of a setting that was the best one, before there was more
+            logbook.retire(job)
+        return job
 
     return Agenda(
-        list(searches.values()),
+        searches,
         refits,
         sweep.settings.refit.seeds,
         trial_of=sweep.trial,
-        refit_of=sweep.refit,
+        refit_of=refit,
         finished=finished,
-        listeners=listeners,
+        listeners=[display, logbook],
     )
 
 
-def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, seconds: float) -> dict[str, Any]:
+def set_aside(folder: Path) -> None:
+    """Move a run folder that is superseded to where nobody looks for one."""
+    aside = folder.parent / "superseded"
+    aside.mkdir(exist_ok=True)
+    count = len(list(aside.glob(f"{folder.name}-*")))
+    folder.rename(aside / f"{folder.name}-{count}")
+
+
+def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, budget: Budget) -> dict[str, Any]:
     """Choose the best, summarise, and write it down: `summary.json` and MLflow."""
-    refits = read_refits(sweep.folder / "refits", sweep.labels)
+    refits = read_refits(sweep.runs / "refits", sweep.labels)
     search = agenda.searches[0]
     trial, seed = search.best(), winner(refits)
     if trial is None or seed is None:
-        reasons = "; ".join(sorted(set(agenda.failed.values()))[:3])
+        reasons = "; ".join(sorted({why.text for why in agenda.failed.values()})[:3])
         raise RichkdError(
             f"no trial of {sweep.folder.name} gave a student: {reasons or 'all were stopped early'}."
         )
@@ -399,7 +561,8 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, seconds: float) -> 
         "trials": sum(s.trials for s in agenda.searches),
         "states": {search.name: search.states() for search in agenda.searches},
         "failed": len(agenda.failed),
-        "failures": agenda.failed,
+        "failures": {job: why.text for job, why in agenda.failed.items()},
+        "failures_by_class": Counter(why.kind for why in agenda.failed.values()),
         "best": {
             "trial": trial.number,
             "val_top1": trial.value,
@@ -408,12 +571,16 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, seconds: float) -> 
             "origin": origin(sweep, settings_of(trial)),
             "scale": sweep.base.clip.scale,
             "seed": seed,
-            "checkpoint": f"refits/{sweep.labels['richkd']}-seed{seed}/best",
+            "checkpoint": _within(
+                sweep.runs / "refits" / f"{sweep.labels['richkd']}-seed{seed}" / "best",
+                sweep.folder,
+            ),
             "recorded": {"val_top1": metrics["best_val_top1"], "test_top1": metrics["test/top1"]},
         },
         "leading": [f"trial-{search.label(number)}" for number in search.leading(LEADING)],
         "summary": summary,
-        "seconds": seconds,
+        "seconds": budget.seconds,
+        "gpu_seconds": budget.gpu_seconds,
         "machine": {"cores": os.cpu_count(), "platform": platform.platform()},
     }
     result["mlflow"] = logbook.conclude(result, columns(summary))
@@ -430,59 +597,12 @@ def origin(sweep: Sweep, settings: dict[str, Any]) -> str | None:
     return None
 
 
+def _within(path: Path, folder: Path) -> str:
+    """Return a path as seen from a folder that it lies in, absolute if it lies elsewhere."""
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+
 def located(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Return a summary as its reader finds things: `summary.json` itself survives a move of the folder."""
     best = result["best"] | {"checkpoint": str(folder / result["best"]["checkpoint"])}
     return result | {"sweep": str(folder), "best": best}
-
-
-def show(result: dict[str, Any]) -> None:
-    """Print the summary that a person reads."""
-    from rich.table import Table
-
-    console = Terminal(highlight=False, soft_wrap=True)
-    console.width = max(
-        console.width, 80
-    )  # a narrower one wraps lines, where a table would lose its end
-
-    def line(what: str, text: str = "", style: str | None = None) -> None:
-        console.print(f"{what:<14}{text}" if text else what, style=style, markup=False)
-
-    table = Table(box=None, pad_edge=False)
-    found = columns(result["summary"])
-    for name in found:
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for row in zip(*found.values(), strict=True):
-        table.add_row(*row)
-    best, summary = result["best"], result["summary"]
-    n = summary["richkd"]["n"]
-    line("")
-    console.print(table)
-    if n > 1:
-        line(f"mean ± standard deviation over {n} seeds; differences paired by seed")
-    else:
-        line("a single seed: it can mislead by points; see refit.seeds")
-    gap = summary.get("difference_tuned")
-    if gap and gap["se"] is not None:
-        line(
-            f"as found against kd tuned by as many trials: {gap['mean']:+.2f} (95 % interval {gap['low']:+.2f} to "
-            f"{gap['high']:+.2f}), {gap['wins']} of {gap['n']} wins"
-        )
-    line("")
-    line("best setting", f"{describe(best['settings'])} at clip.scale {best['scale']}")
-    line("", f"trial {best['trial']}, {best['val_top1']:.2f} % on validation")
-    if best["origin"]:
-        line("", best["origin"])
-    line("checkpoint", _short(best["checkpoint"]))
-    line("restore it", f"python -m tune best {called(Path(result['sweep']))} --copy-to student")
-    for what, text in result["mlflow"]["lines"].items():
-        line(what, text)
-    if result["failed"]:
-        line("failed", f"{result['failed']}: {next(iter(result['failures'].values()))}", "red")
-    line(f"{result['seconds']:.0f} s on {result['machine']['cores']} cores")
-
-
-def _short(path: str | Path) -> str:
-    with contextlib.suppress(ValueError):
-        return str(Path(path).relative_to(Path.cwd()))
-    return str(path)

@@ -173,7 +173,7 @@ def train(
                     address=address,
                 )
                 if agenda.failed:
-                    raise RichkdError(f"{folder.name} failed: {agenda.failed[folder.name]}")
+                    raise RichkdError(f"{folder.name} failed: {agenda.failed[folder.name].text}")
     return _answer(folder, log)
 
 
