@@ -1,0 +1,131 @@
+"""How a sweep stands: who works on it, what ran, what failed, what it took; asks nobody but its folder."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from richkd.config import Layers
+from richkd.files import read_record
+from tune.budget import spent
+from tune.display import describe
+from tune.driver import owner_of, works
+from tune.spool import Spool
+from tune.study import MAIN
+from tune.sweep import Sweep, open_searches
+
+SEARCHES = {MAIN: [], "kd": []}  # their first trials are in the study
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """Return how a sweep stands, as plain JSON.
+
+    Returns:
+        `state` (`running`, `finished` or `stopped`), `driver` (of its lock), `trials` and `refits` (each how many in which
+        state, and `of` how many), `epochs` of the runs under way, `best`, `failures` (class and text by run), `hours`,
+        `gpu_hours`, and `unsent`: how many messages MLflow has not got.
+
+    Raises:
+        CorruptError: If the record or the study cannot be read.
+    """
+    asked = read_record(folder / "sweep.json", "layers")
+    sweep = Sweep(folder, Layers.from_list(asked["layers"]))
+    wanted, more = sweep.settings.sweep, asked.get("more_trials", 0)
+    running, finished = works(folder), (folder / "summary.json").exists()
+    account = spent(folder / "spent.json")
+    found: dict[str, Any] = {
+        "sweep": folder.name,
+        "folder": str(folder),
+        "state": "running" if running else "finished" if finished else "stopped",
+        "driver": owner_of(folder),
+        "trials": {},
+        "epochs": {},
+        "best": None,
+        "failures": {},
+        "hours": account["seconds"] / 3600,
+        "gpu_hours": account["gpu_seconds"] / 3600,
+        "limits": {"hours": wanted.hours, "gpu_hours": wanted.gpu_hours},
+        "unsent": unsent(folder / "spool.jsonl"),
+    }
+    states: Counter[str] = Counter()
+    if (folder / "study.db").exists() or wanted.study is not None:
+        for search in open_searches(sweep, SEARCHES, wanted.trials + more):
+            states.update(search.states())
+            found["trials"]["of"] = found["trials"].get("of", 0) + search.trials
+            for number, why in search.failures().items():
+                found["failures"][f"trial-{search.label(number)}"] = list(why)
+            for trial in search.left_over:
+                label = search.label(trial.number)
+                found["epochs"][f"trial-{label}"] = epochs_of(sweep.runs / "trials" / label)
+            best = search.best()
+            if search.name == MAIN and best is not None:
+                found["best"] = {
+                    "trial": f"trial-{search.label(best.number)}",
+                    "val_top1": best.value,
+                    "params": best.params,
+                }
+    found["trials"] = {name.lower(): count for name, count in states.items()} | found["trials"]
+    records = [read_record(path) for path in sweep.runs.glob("refits/*-seed*/run.json")]
+    done = sum("test/top1" in record.get("metrics", {}) for record in records)
+    found["refits"] = {
+        "finished": done,
+        "begun": len(records) - done,
+        "of": len(sweep.labels) * sweep.settings.refit.seeds,
+    }
+    return found
+
+
+def unsent(spool: Path) -> int:
+    """Return how many messages wait for MLflow."""
+    return len(Spool(spool).waiting()) if spool.exists() else 0
+
+
+def epochs_of(folder: Path) -> int:
+    """Return how many epochs a run has behind it."""
+    paths = [folder / "metrics.jsonl", *folder.glob("seed*/metrics.jsonl")]
+    counts = [len(path.read_text().splitlines()) for path in paths if path.exists()]
+    return min(counts, default=0)
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """Return a status as lines for the terminal."""
+
+    def line(what: str, text: str) -> str:
+        return f"{what:<11}{text}"
+
+    def counts(of: dict[str, int]) -> str:
+        each = [f"{n} {state}" for state, n in sorted(of.items()) if n and state != "of"]
+        return f"{', '.join(each) or 'none'} of {of.get('of', 0)}"
+
+    driver, best = found["driver"], found["best"]
+    said = [line("sweep", f"{found['sweep']}, {found['state']}")]
+    if driver:
+        said.append(
+            line("driver", f"pid {driver['pid']} on {driver['host']}, since {driver['since']}")
+        )
+    said += [line("trials", counts(found["trials"])), line("refits", counts(found["refits"]))]
+    if found["epochs"]:
+        each = ", ".join(f"{run} at epoch {epoch}" for run, epoch in found["epochs"].items())
+        said.append(line("under way", each))
+    if best:
+        said.append(
+            line(
+                "best",
+                f"{best['trial']}, {best['val_top1']:.2f} % on validation: {describe(best['params'])}",
+            )
+        )
+    for run, (kind, text) in found["failures"].items():
+        said.append(line(kind, f"{run}: {text}"))
+    for name, used in (("hours", found["hours"]), ("gpu hours", found["gpu_hours"])):
+        limit = found["limits"][name.replace(" ", "_")]
+        if used or limit:
+            said.append(line(name, f"{used:.2f}" + (f" of {limit:g}" if limit else "")))
+    if found["unsent"]:
+        said.append(
+            line(
+                "MLflow",
+                f"lacks {found['unsent']} messages; send them: python -m tune sync {found['sweep']}",
+            )
+        )
+    if found["state"] == "stopped":
+        said.append(line("go on", f"python -m tune resume {found['sweep']}"))
+    return said
