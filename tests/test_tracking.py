@@ -29,17 +29,21 @@ def environment(monkeypatch):
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.1)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory):
     """The address of a database that two drivers have opened at once, when it was new."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'mlflow.db'}"
+    folder = tmp_path_factory.mktemp("tracking")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        trackers = [Tracker(uri, f"first-{k}") for k in range(2)]
+        for name in ("first-0", "first-1"):
+            (folder / name).mkdir()
+        trackers = [Tracker(folder / name, uri, name) for name in ("first-0", "first-1")]
         for tracker in trackers:
             tracker.start()
         for tracker in trackers:
@@ -53,11 +57,18 @@ def client(database):
 
 
 @pytest.fixture
-def start(database, request):
-    """Return what starts a tracker on an experiment of this test's own."""
+def folder(tmp_path):
+    """The folder of a sweep called digits."""
+    (tmp_path / "digits").mkdir()
+    return tmp_path / "digits"
 
-    def begin(known=None) -> Tracker:
-        tracker = Tracker(database, request.node.name, known=known)
+
+@pytest.fixture
+def start(database, request, folder):
+    """Return what starts a tracker of one sweep on an experiment of this test's own."""
+
+    def begin() -> Tracker:
+        tracker = Tracker(folder, database, request.node.name)
         tracker.start()
         return tracker
 
@@ -259,20 +270,30 @@ def test_odd_values_of_parameters_are_taken(start, client, params):
     assert found == {key: str(value)[:6000] for key, value in params.items()}
 
 
-def test_what_a_killed_driver_had_not_sent_is_filled_in_and_nothing_doubled(start, client):
+def curve(client: MlflowClient, tracker: Tracker, run: str, key: str) -> list[tuple[int, float]]:
+    """Return what MLflow has of a metric, in the order of the steps."""
+    history = client.get_metric_history(tracker.run_id(run), key)
+    return sorted((point.step, point.value) for point in history)
+
+
+def test_a_point_that_mlflow_has_is_not_sent_again_be_it_of_this_driver_or_another(start, client):
     tracker = start()
-    run = tracker.sweep("filled", {}, {})
+    run = tracker.sweep("digits", {}, {})
     tracker.log(run, {"val/top1": 1.0, "lr": 0.5}, step=1)
+    tracker.log(run, {"val/top1": 1.5, "lr": 0.5}, step=1)  # of workers that started anew
     tracker.log(run, {"val/top1": 2.0}, step=2)
-    known = sent(tracker).known()
-    again = start(known)
-    again.sweep("filled", {}, {})
-    again.fill(run, [{"epoch": k, "val/top1": float(k), "lr": 0.5} for k in (1, 2, 3)])
+    tracker.finish(run, "KILLED")
+    tracker.log(run, {"val/top1": 2.5}, step=2)
+    sent(tracker)
+    again = start()
+    again.sweep("digits", {}, {})
+    for epoch in (1, 2, 3, 3):  # reported again by a trial that goes on
+        again.log(run, {"val/top1": epoch + 0.25, "lr": 0.5}, step=epoch)
     again.log(run, {"val/top1": 4.0}, step=4)
-    run_id = sent(again).run_id(run)
-    top1, lr = (client.get_metric_history(run_id, key) for key in ("val/top1", "lr"))
-    assert sorted((p.step, p.value) for p in top1) == [(k, float(k)) for k in (1, 2, 3, 4)]
-    assert sorted(p.step for p in lr) == [1, 2, 3]
+    sent(again)
+    assert curve(client, again, run, "val/top1") == [(1, 1.0), (2, 2.0), (3, 3.25), (4, 4.0)]
+    assert curve(client, again, run, "lr") == [(1, 0.5), (2, 0.5), (3, 0.5)]
+    assert again.points == 4
 
 
 def test_known_runs_are_gone_on_with(start, client):
@@ -284,7 +305,7 @@ def test_known_runs_are_gone_on_with(start, client):
     first.finish(sweep, "KILLED")
     sent(first)
 
-    second = start(json.loads(json.dumps(first.known())))
+    second = start()
     assert second.run_id(trial) == first.run_id(trial)
     second.sweep("digits", {"a": 2, "odd@key": 2, "b": 3}, {"richkd.state": "running again"})
     second.run(sweep, "trial-000", {"fusion.alpha": 0.9}, {})
@@ -306,26 +327,50 @@ def test_known_runs_are_gone_on_with(start, client):
     assert client.get_run(second.run_id(new)).data.tags["mlflow.parentRunId"] == parent.info.run_id
 
 
-def test_a_child_that_a_killed_driver_opened_and_did_not_write_down_is_gone_on_with(start, client):
+def test_what_was_sent_and_not_noted_is_sent_again_without_harm(start, client, folder):
     first = start()
-    sweep = first.sweep("digits", {}, {})
-    trial = first.run(sweep, "trial-000", {"fusion.alpha": 0.7}, {})
-    first.log(trial, {"val/top1": 90.0}, 1)
+    sweep = first.sweep("digits", {"a": 1}, {})
+    trial = first.run(sweep, "trial-000", {"fusion.alpha": 0.7}, {"b": 2})
+    for epoch in (1, 2, 3):
+        first.log(trial, {"val/top1": 90.0 + epoch}, epoch)
+    first.table(trial, {"a": [1]}, "table.json")
+    first.dataset(trial, "digits", "abc", "training")
+    first.finish(trial, "KILLED")
+    lines = (folder / "spool.jsonl").read_bytes()
     sent(first)
-    second = start({sweep: first.run_id(sweep)})
-    second.sweep("digits", {}, {})
-    second.run(sweep, "trial-000", {"fusion.alpha": 0.7}, {})
-    sent(second)
-    assert second.known() == first.known()
-    assert len(runs(client, second)) == 2
+    known = json.loads((folder / "mlflow.json").read_text())
+    assert set(known) == {"digits", "digits/trial-000"}
+    for left in (known, {sweep: known[sweep]}, {}):  # a kill can come before they are written down
+        (folder / "mlflow.json").write_text(json.dumps(left))
+        (folder / "spool.jsonl").write_bytes(lines)
+        again = sent(start())
+        assert json.loads((folder / "mlflow.json").read_text()) == known
+        assert len(runs(client, again)) == 2
+        assert curve(client, again, trial, "val/top1") == [(1, 91.0), (2, 92.0), (3, 93.0)]
+        run = client.get_run(again.run_id(trial))
+        assert (run.info.status, len(run.inputs.dataset_inputs)) == ("KILLED", 1)
+        assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [
+            {"path": "table.json", "type": "table"}
+        ]
 
 
-def test_ids_that_this_mlflow_does_not_know_are_replaced(start, client):
-    tracker = start({"digits": "0" * 32, "digits/trial-000": "1" * 32})
+def test_ids_that_this_mlflow_does_not_know_are_replaced(start, client, folder):
+    known = {"digits": "0" * 32, "digits/trial-000": "1" * 32}
+    (folder / "mlflow.json").write_text(json.dumps(known))
+    tracker = start()
     trial = tracker.run(tracker.sweep("digits", {}, {}), "trial-000", {"a": 1}, {})
     sent(tracker)
-    assert {run.info.run_id for run in runs(client, tracker)} == set(tracker.known().values())
+    known = json.loads((folder / "mlflow.json").read_text())
+    assert {run.info.run_id for run in runs(client, tracker)} == set(known.values())
     assert client.get_run(tracker.run_id(trial)).data.params == {"a": "1"}
+
+
+def test_ids_are_written_down_while_the_driver_works(start, folder):
+    tracker = start()
+    tracker.sweep("digits", {}, {})
+    wait_for((folder / "mlflow.json").exists)
+    assert json.loads((folder / "mlflow.json").read_text()) == {"digits": tracker.run_id("digits")}
+    sent(tracker)
 
 
 def lose_first_answer(monkeypatch, method: str) -> None:
@@ -386,7 +431,7 @@ def wait_for(true) -> None:
 
 
 def test_a_server_that_comes_back_soon_has_missed_nothing(start, client, monkeypatch):
-    monkeypatch.setattr(tracking, "PAUSES", (0.1, 0.1, 0.0))
+    monkeypatch.setattr(tracking, "FIRST_PAUSE", 0.1)
     tracker = start()
     sweep = tracker.sweep("digits", {}, {})
     wait_for(lambda: tracker.run_id(sweep))
@@ -399,23 +444,10 @@ def test_a_server_that_comes_back_soon_has_missed_nothing(start, client, monkeyp
     assert tracker.problem is None
 
 
-def test_a_server_that_dies_in_between_is_given_up_in_one_line(start, monkeypatch):
-    monkeypatch.setattr(tracking, "PAUSES", (0.1, 0.1, 0.0))
-    tracker = start()
-    sweep = tracker.sweep("digits", {}, {})
-    wait_for(lambda: tracker.run_id(sweep))
-    break_calls(monkeypatch, 10**9)
-    tracker.finish(sweep, "FINISHED")
-    wait_for(lambda: tracker.problem)
-    tracker.log(sweep, {"val/top1": 90.0}, 1)
-    began = time.monotonic()
-    assert not tracker.close(30)
-    assert time.monotonic() - began < 1
-    assert "Connection refused" in tracker.problem
-    assert tracker.problem.endswith("nothing was sent after that.")
-
-
-def test_one_call_that_mlflow_refuses_is_noted_and_the_others_go_on(start, client, tmp_path):
+def test_one_call_that_mlflow_refuses_is_noted_and_the_others_go_on(
+    start, client, tmp_path, folder, monkeypatch
+):
+    monkeypatch.setattr(tracking, "RETRIES", (0.1, 0.1, 0.0))
     tracker = start()
     sweep = tracker.sweep("digits", {}, {})
     tracker.artifacts(sweep, tmp_path / "missing", "checkpoint")
@@ -424,12 +456,21 @@ def test_one_call_that_mlflow_refuses_is_noted_and_the_others_go_on(start, clien
     tracker.finish(sweep, "FINISHED")
     assert not tracker.close(60)
     assert "artifacts" in tracker.problem  # the first
+    assert not tracker.waits
+    refused = [json.loads(line) for line in lines_of(folder) if b'"refused"' in line]
+    assert [each["refused"] for each in refused] == ["artifacts", "table"]
+    assert "there is no folder" in refused[0]["why"]
     assert "\n" not in tracker.problem
     run = client.get_run(tracker.run_id(sweep))
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"val/top1": 90.0})
 
 
-def test_a_deleted_experiment_is_told_with_what_to_do(start, client, request):
+def lines_of(folder: Path) -> list[bytes]:
+    return (folder / "spool.jsonl").read_bytes().splitlines()
+
+
+def test_a_deleted_experiment_is_told_with_what_to_do(start, client, request, monkeypatch):
+    monkeypatch.setattr(tracking, "PATIENCE", 1.0)
     client.delete_experiment(client.create_experiment(request.node.name))
     tracker = start()
     sweep = tracker.sweep("digits", {}, {})
@@ -469,8 +510,10 @@ def dead(request):
         yield listener.getsockname()[1]
 
 
-def test_a_dead_server_raises_nothing_delays_nobody_and_is_told_without_credentials(dead, tmp_path):
-    tracker = Tracker(f"http://bob:hunter2@127.0.0.1:{dead}")
+def test_a_dead_server_raises_nothing_delays_nobody_and_is_told_without_credentials(
+    dead, tmp_path, folder
+):
+    tracker = Tracker(folder, f"http://bob:hunter2@127.0.0.1:{dead}")
     slowest = 0.0
 
     def call(method, *arguments):
@@ -492,7 +535,6 @@ def test_a_dead_server_raises_nothing_delays_nobody_and_is_told_without_credenti
         call(tracker.dataset, trial, "digits", "abc", "training")
         call(tracker.finish, trial, "FINISHED")
         assert call(tracker.run_id, trial) is None
-        assert call(tracker.known) == {}
         assert call(tracker.links, sweep, [trial]) == {}
     assert slowest < AT_ONCE
     began = time.monotonic()
@@ -503,33 +545,29 @@ def test_a_dead_server_raises_nothing_delays_nobody_and_is_told_without_credenti
     for secret in ("bob", "hunter2"):
         assert secret not in tracker.problem
         assert secret not in tracker.public_uri
+        assert secret.encode() not in (folder / "spool.jsonl").read_bytes()
+    assert f"; 401 operations wait in {folder}/spool.jsonl; send them: " in tracker.problem
     began = time.monotonic()
     assert not tracker.close(5)  # and the second time it waits for nothing
     assert time.monotonic() - began < 0.5
 
 
-def test_a_server_that_fails_is_not_waited_for_to_the_end(dead, monkeypatch):
-    monkeypatch.setattr(tracking, "PATIENCE", 1.0)
-    tracker = Tracker(f"http://127.0.0.1:{dead}")
-    tracker.start()
-    tracker.sweep("digits", {}, {})
-    began = time.monotonic()
-    assert not tracker.close(60)
-    assert time.monotonic() - began < 5
-    assert tracker.problem
-
-
-def test_known_ids_outlive_a_dead_server(dead):
+def test_known_ids_outlive_a_dead_server(dead, folder):
     known = {"digits": "0" * 32}
-    tracker = Tracker(f"http://127.0.0.1:{dead}", known=known)
+    (folder / "mlflow.json").write_text(json.dumps(known))
+    tracker = Tracker(folder, f"http://127.0.0.1:{dead}")
     tracker.start()
     tracker.sweep("digits", {}, {})
     tracker.close(0.1)
-    assert tracker.known() == known
+    assert tracker.run_id("digits") == "0" * 32
+    assert json.loads((folder / "mlflow.json").read_text()) == known
 
 
-def test_a_tracker_that_was_not_started_closes_and_one_closed_takes_calls(start):
-    assert Tracker("http://127.0.0.1:1").close(1)
+def test_a_tracker_that_was_not_started_closes_and_one_closed_takes_calls(start, folder):
+    tracker = Tracker(folder, "http://127.0.0.1:1")
+    tracker.finish("digits", "FAILED")  # of a sweep that could not begin
+    assert tracker.close(1)
+    assert list(folder.iterdir()) == []
     tracker = sent(start())
     tracker.log(tracker.sweep("digits", {}, {}), {"a": 1.0}, 1)
     assert tracker.close(1)
@@ -538,17 +576,17 @@ def test_a_tracker_that_was_not_started_closes_and_one_closed_takes_calls(start)
 @pytest.mark.parametrize(
     "uri", ["mlruns", "./mlruns", "/m/mlruns", "file:./mlruns", "file:///m", "C:\\runs"]
 )
-def test_a_folder_is_refused_with_what_to_use(uri):
+def test_a_folder_is_refused_with_what_to_use(uri, tmp_path):
     with pytest.raises(ConfigError, match="use sqlite:///mlflow.db or the address of a server"):
-        Tracker(uri)
+        Tracker(tmp_path, uri)
 
 
 @pytest.mark.parametrize(
     "uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:mlflow.db"]
 )
-def test_a_database_that_is_no_file_is_refused(uri):
+def test_a_database_that_is_no_file_is_refused(uri, tmp_path):
     with pytest.raises(ConfigError, match="must name a file"):
-        Tracker(uri)
+        Tracker(tmp_path, uri)
 
 
 def test_the_address_is_what_was_given_or_the_variable_or_this_folders_database(
@@ -579,8 +617,8 @@ def test_the_address_is_what_was_given_or_the_variable_or_this_folders_database(
         ("sqlite:////home/bob@work/mlflow.db", "sqlite:////home/bob@work/mlflow.db"),
     ],
 )
-def test_credentials_are_never_shown(uri, public):
-    assert Tracker(uri).public_uri == public
+def test_credentials_are_never_shown(uri, public, tmp_path):
+    assert Tracker(tmp_path, uri).public_uri == public
 
 
 def test_links_open_the_runs_the_sweep_and_the_comparison(start, client, database, monkeypatch):
@@ -606,8 +644,9 @@ def test_links_open_the_runs_the_sweep_and_the_comparison(start, client, databas
     assert tracker.links(sweep, trials)["command"] == "mlflow ui"
 
 
-def test_links_to_a_server_need_no_command_and_hold_no_credentials():
-    tracker = Tracker("http://bob:hunter2@mlflow:5000/", known={"digits": "abc"})
+def test_links_to_a_server_need_no_command_and_hold_no_credentials(tmp_path):
+    (tmp_path / "mlflow.json").write_text('{"digits": "abc"}')
+    tracker = Tracker(tmp_path, "http://bob:hunter2@mlflow:5000/")
     assert tracker.links("digits", []) == {}
     tracker._store.experiment_id = "7"
     links = tracker.links("digits", ["digits"])
@@ -617,7 +656,8 @@ def test_links_to_a_server_need_no_command_and_hold_no_credentials():
 
 
 def test_the_command_can_be_pasted_into_a_shell(tmp_path):
-    command = Tracker(f"sqlite:///{tmp_path}/my runs/mlflow.db").links("digits", [])["command"]
+    tracker = Tracker(tmp_path, f"sqlite:///{tmp_path}/my runs/mlflow.db")
+    command = tracker.links("digits", [])["command"]
     assert command == f"mlflow ui --backend-store-uri 'sqlite:///{tmp_path}/my runs/mlflow.db'"
 
 

@@ -9,7 +9,6 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import ray
@@ -23,9 +22,8 @@ from richkd.config import Config, build, read
 from richkd.errors import ConfigError, CorruptError, Interrupted
 from tune import runner
 from tune.agenda import Job
-from tune.display import Display
-from tune.settings import Resources, Settings
-from tune.train import RunLog, train
+from tune.settings import Resources
+from tune.train import train
 
 EPOCHS = 6
 SHORT = [
@@ -154,15 +152,6 @@ def test_a_run_that_is_interrupted_before_it_began_is_begun_anew(cluster, overri
     (tmp_path / "early" / "run.json").write_text("{}")
     with pytest.raises(CorruptError, match="run.json must be an object"):
         train(layers, tmp_path / "early", command="the same", resume=True)
-
-
-def test_the_id_of_the_run_in_mlflow_is_kept_from_the_first_epoch_on(tmp_path):
-    log = RunLog(tmp_path, build(read([]), Settings), Display("some"))
-    log.tracker = SimpleNamespace(log=lambda *_: None, known=lambda: {"some": "an id"})
-    job = SimpleNamespace(id="some", config=Config())
-    line = ("train/loss", "val/top1", "best_val_top1", "images_per_second")
-    log.epoch(job, {"epoch": 1} | dict.fromkeys(line, 1.0))
-    assert json.loads((tmp_path / "mlflow.json").read_text()) == {"some": "an id"}
 
 
 class Script:

@@ -10,7 +10,6 @@ from typing import Any
 
 from richkd.config import Config, digest, dump, flatten, to_dict
 from richkd.data import Dataset
-from richkd.files import read_record, write_json
 from richkd.record import TESTED
 from tune.agenda import Job
 from tune.best import called
@@ -28,7 +27,9 @@ CLOSE_SECONDS = 60.0  # a healthy store needs about 5 for a hundred runs on two 
 
 
 class Logbook:
-    """Listens to an agenda and writes it to MLflow; ids of runs are kept in the sweep folder.
+    """Listens to an agenda and writes it to MLflow.
+
+    Whatever is said can raise an OSError: on a full disk it cannot be written down.
 
     Args:
         folder: Sweep folder.
@@ -38,9 +39,7 @@ class Logbook:
 
     def __init__(self, folder: Path, uri: str, experiment: str) -> None:
         self.folder, self.name = folder, folder.name
-        self.ids = folder / "mlflow.json"
-        known = read_record(self.ids) if self.ids.exists() else {}
-        self.tracker = Tracker(uri, experiment, known=known)
+        self.tracker = Tracker(folder, uri, experiment)
         self.closed = False
         self.fixed: tuple[str, ...] = ()  # keys that the sweep sets in all trials
 
@@ -54,22 +53,12 @@ class Logbook:
     ) -> None:
         """Begin, or go on with, the parent run."""
         self.fixed = tuple(settings.sweep.settings)
-        constants = flatten(to_dict(base)) | settings.sweep.settings | flatten(to_dict(settings))
-        constants = {
-            key: value
-            for key, value in constants.items()
-            if not key.startswith(HIDDEN) and key not in space and value is not None
-        }
+        asked = flatten(to_dict(base)) | settings.sweep.settings | flatten(to_dict(settings))
+        constants = {key: value for key, value in shown(asked).items() if key not in space}
         constants |= {f"space.{key}": _say(entry) for key, entry in settings.sweep.space.items()}
-        tags = {
-            "richkd.kind": "sweep",
-            "richkd.sweep": self.name,
-            "richkd.state": "running",
-            "richkd.digest": sweep_digest(settings, base),
-            "richkd.commit": environment["commit"] or "",
-        }
+        tags = opening("sweep", sweep_digest(settings, base), environment)
         self.tracker.start()
-        self.tracker.sweep(self.name, constants, tags)
+        self.tracker.sweep(self.name, constants, tags | {"richkd.sweep": self.name})
         self.tracker.text(self.name, dump(base), "config.yaml")
         self.tracker.text(self.name, json.dumps(environment, indent=2), "environment.json")
         for part, images in (("training", dataset.train), ("test", dataset.test)):
@@ -77,21 +66,18 @@ class Logbook:
 
     def started(self, job: Job) -> None:
         """Begin, or go on with, a child run."""
-        tags = {
-            "richkd.kind": job.kind,
+        tags = opening(job.kind, digest(job.config)) | {
             "richkd.sweep": self.name,
             f"richkd.{'trial' if job.kind == 'trial' else 'seed'}": job.number,
             "richkd.method": job.method,
-            "richkd.state": "running",
-            "richkd.digest": digest(job.config),
         }
-        shown = flatten(to_dict(job.config))
-        tags |= {f"richkd.{key}": shown[key] for key in self.fixed}
+        settings = flatten(to_dict(job.config))
+        tags |= {f"richkd.{key}": settings[key] for key in self.fixed}
         run = self.tracker.run(self.name, job.id, job.params, tags)
         self.tracker.text(run, dump(job.config), "config.yaml")
 
     def epoch(self, job: Job, metrics: dict[str, Any]) -> None:
-        """Keep an epoch's metrics."""
+        """Keep an epoch's metrics; of an epoch that is reported again, as after a kill, MLflow keeps the first."""
         # the UI compares runs by the metric that it got first
         first = {"best_val_top1": metrics["best_val_top1"]} if "best_val_top1" in metrics else {}
         values = first | {key: value for key, value in metrics.items() if key != "epoch"}
@@ -105,9 +91,6 @@ class Logbook:
             self.tracker.artifacts(run, job.folder / "best", "checkpoint")
         self.tracker.tag(run, ending(state, metrics))
         self.tracker.finish(run, STATUS[state])
-        write_json(
-            self.ids, self.tracker.known()
-        )  # a sweep whose driver is killed goes on with its runs
 
     def conclude(self, result: dict[str, Any], columns: dict[str, list]) -> dict[str, Any]:
         """Write the summary, end the parent run, and return where everything is to be seen.
@@ -122,13 +105,16 @@ class Logbook:
             "best/refit_test_top1": best["recorded"]["test_top1"],
             "failed": result["failed"],
         }
+        failures = result.get("failures_by_class", {})
+        metrics |= {f"failed/{name}": count for name, count in failures.items()}
         for name, entry in summary.items():
             if entry and not name.startswith("difference"):
                 metrics[f"summary/{name}"] = entry.get("mean", entry.get("top1"))
         for name, other in (("difference", "kd"), ("difference_tuned", "kd_tuned")):
             if summary.get(name):
                 metrics[f"summary/richkd_minus_{other}"] = summary[name]["mean"]
-        self.tracker.log(self.name, metrics, 0)
+        # a sweep that is extended is concluded again, later: a point with the same step would be passed over
+        self.tracker.log(self.name, metrics, int(result["seconds"]))
         self.tracker.table(
             self.name,
             {key or "model": cells for key, cells in columns.items()},
@@ -150,23 +136,33 @@ class Logbook:
             return
         self.closed = True
         state = {"FINISHED": "finished", "KILLED": "stopped"}.get(status, "failed")
-        self.tracker.tag(self.name, {"richkd.state": state})
-        self.tracker.finish(self.name, status)
-        self.tracker.close(CLOSE_SECONDS)
-        write_json(self.ids, self.tracker.known())
+        try:
+            self.tracker.tag(self.name, {"richkd.state": state})
+            self.tracker.finish(self.name, status)
+        finally:
+            self.tracker.close(CLOSE_SECONDS)
 
     def _key(self, job: Job) -> str:
         return f"{self.name}/{job.id}"
 
 
+def shown(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the settings by dotted key that MLflow is to show as parameters."""
+    return {k: v for k, v in settings.items() if not k.startswith(HIDDEN) and v is not None}
+
+
+def opening(kind: str, digest: str, environment: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the tags that say what a run is, and for one with no parent of what code."""
+    tags = {"richkd.kind": kind, "richkd.state": "running", "richkd.digest": digest}
+    return tags | ({"richkd.commit": environment["commit"] or ""} if environment else {})
+
+
 def ending(state: str, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return the tags that say how a run ended, and with which teachers."""
+    """Return the tags that say how a run ended: why and of what class, if it failed, and with which teachers."""
     tags = {"richkd.state": state}
     for key in (key for key in metrics if key.startswith("identity/")):
         tags[key.replace("identity/", "richkd.")] = metrics[key]
-    if state == "failed":
-        tags["richkd.error"] = metrics["error"]
-    return tags
+    return tags | {f"richkd.{key}": metrics[key] for key in ("error", "failure") if key in metrics}
 
 
 def tested(metrics: dict[str, Any]) -> dict[str, Any]:

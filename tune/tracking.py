@@ -1,16 +1,21 @@
 """MLflow, spoken to by one thread of the sweep's driver; the only module that knows it.
 
-A server that is slow, refuses or is dead never stops a sweep and never slows it: every call returns at
-once, the thread carries them out in order and sends metrics in batches, and after three failures in a row
-of a server that does not answer nothing more is sent. `Tracker.problem` then says in one line what happened.
+A server that is slow, refuses or is dead never stops a sweep and never slows it: every call writes a line of
+`spool.jsonl` in the sweep's folder and returns, the thread carries the lines out in order, with metrics in batches,
+and notes there how far it has come. While MLflow does not answer, they wait; the thread asks from time to time.
+What still waits at the end, or when the driver is killed, the next start or `python -m tune sync` sends.
+`Tracker.problem` says in one line what is missing and why.
 
-    tracker = Tracker("http://mlflow:5000")
+Whether MLflow took what was sent last is not known then. So everything can be sent twice without harm: a point is
+only sent if the history of its run has none of that step, and before a run is opened again it is searched for.
+
+    tracker = Tracker(folder, "http://mlflow:5000")
     tracker.start()
     sweep = tracker.sweep("digits", {"data.source": "digits"}, {"richkd.kind": "sweep"})
     run = tracker.run(sweep, "trial-000", {"fusion.alpha": 0.7}, {"richkd.kind": "trial"})
     tracker.log(run, {"val/top1": 93.1}, step=1)
     tracker.finish(run, "FINISHED")
-    tracker.close(timeout=8)
+    tracker.close(timeout=60)
 """
 
 import contextlib
@@ -20,31 +25,35 @@ import logging
 import math
 import os
 import posixpath
-import queue
 import re
 import shlex
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 from richkd.errors import ConfigError
+from richkd.files import read_record, write_json
+from tune.spool import Spool
 
-PAUSES = (2.0, 8.0, 0.0)  # seconds after each failed attempt, while MLflow does not answer
-PATIENCE = 8.0  # seconds that `close` waits for an MLflow that fails
-FLUSH_SECONDS = 2.0  # metrics wait this long for others of their run
+RETRIES = (0.5, 1.5, 0.0)  # seconds after each attempt at what MLflow refuses though it answers
+FIRST_PAUSE = 1.0  # seconds until an MLflow that does not answer is asked again; doubled each time
+LAST_PAUSE = 15.0  # seconds, at most
+PATIENCE = 5.0  # seconds that `close` waits for an MLflow that fails, or says nothing
+FLUSH_SECONDS = 2.0  # what is put waits this long for more
+OPERATIONS = 500  # that are sent between two notes of how far it has come
 METRICS_PER_BATCH = 900  # MLflow takes 1000 entities a call, tags included
 PARAMS_PER_BATCH = 100  # MLflow's own limit
-RUNS_PER_SEARCH = 10_000
 DIGEST_LENGTH = 36  # MLflow's own limit
 KEY_LENGTH = 250  # MLflow's own limit
 NONFINITE = "richkd.nonfinite"
 TABLES = "mlflow.loggedArtifacts"  # the tag by which the UI finds tables
 THREAD = "mlflow"
+SPOOL = "spool.jsonl"
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 
 # MLflow's own waits are 7 retries from 2 s and 120 s a request: four minutes for a closed port, and a
@@ -65,36 +74,41 @@ class _Operation(NamedTuple):
     name: str
     run: str
     at: int
-    arguments: tuple[Any, ...]
+    arguments: Sequence[Any]
+
+
+class _Waits(Exception):
+    """What is not sent now, though it may be later; the message says why."""
 
 
 class Tracker:
-    """A queue in front of MLflow. Runs are named by keys of ours, known before MLflow has answered.
+    """A spool in front of MLflow. Runs are named by keys of ours, known before MLflow has answered.
+
+    The folder holds `spool.jsonl` while something is to be sent, and `mlflow.json`: run ids by key, by which runs
+    of an earlier start are gone on with.
 
     Args:
+        folder: Of the sweep or the run; it must be there when the tracker is started.
         uri: Server or database; None means what `address` says.
         experiment: Name of the experiment, created if there is none.
-        known: Run ids by key, as `known()` gave them at an earlier start: these runs are gone on with.
 
     Raises:
         ConfigError: If `uri` names a folder or a database that is no file.
+        CorruptError: If `mlflow.json` cannot be read.
     """
 
-    def __init__(
-        self,
-        uri: str | None = None,
-        experiment: str = "richkd",
-        *,
-        known: Mapping[str, str] | None = None,
-    ) -> None:
-        self.uri = self.address(uri)
-        # the first failure, one line; a dead server outranks others
-        self.problem: str | None = None
-        self._store = _Store(self.uri, experiment, dict(known or {}))
-        self._queue: queue.SimpleQueue[_Operation | None] = queue.SimpleQueue()
-        self._points: dict[str, list[tuple[str, float, int, int]]] = {}
-        self._silent = threading.Event()  # set: nothing more is sent
-        self._failing: tuple[float, str] | None = None  # since when, and why
+    def __init__(self, folder: Path, uri: str | None = None, experiment: str = "richkd") -> None:
+        self.folder, self.uri = folder, self.address(uri)
+        self._ids = folder / "mlflow.json"
+        self._written = read_record(self._ids) if self._ids.exists() else {}
+        self._store = _Store(self.uri, experiment, folder, dict(self._written))
+        self._spool: Spool | None = None
+        self._connected = False
+        self._outage: str | None = None  # why nothing is sent now
+        self._refused: str | None = None  # the first operation that MLflow refused, and why
+        self._since: float | None = None  # when the call began after which none has succeeded
+        self._closing = threading.Event()
+        self._given_up = threading.Event()
         self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
 
     @staticmethod
@@ -146,10 +160,17 @@ class Tracker:
         return given
 
     def start(self) -> None:
-        """Start the thread, which imports MLflow and opens the experiment; returns at once."""
+        """Start the thread, which imports MLflow and opens the experiment; returns at once.
+
+        Raises:
+            OSError: If the spool cannot be written.
+        """
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         os.environ.pop("MLFLOW_RUN_ID", None)  # would be used instead of new runs
+        self._spool = Spool(self.folder / SPOOL)
+        # where it is to be sent, for `sync`
+        self._spool.write({"uri": self.public_uri, "experiment": self._store.experiment})
         self._thread.start()
 
     def sweep(self, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> str:
@@ -160,7 +181,7 @@ class Tracker:
             params: Constants of the sweep by dotted key; written once.
             tags: Tags by key.
         """
-        self._put("create", name, name, None, dict(params), dict(tags))
+        self._put("create", name, name, None, _texts(params), _texts(tags))
         return name
 
     def run(self, sweep: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> str:
@@ -173,11 +194,11 @@ class Tracker:
             tags: Tags by key.
         """
         key = f"{sweep}/{name}"
-        self._put("create", key, name, sweep, dict(params), dict(tags))
+        self._put("create", key, name, sweep, _texts(params), _texts(tags))
         return key
 
     def log(self, run: str, metrics: Mapping[str, Any], step: int) -> None:
-        """Keep metrics for the next batch.
+        """Send metrics, but for those of which MLflow has that step already.
 
         Args:
             run: Key of a run.
@@ -188,27 +209,17 @@ class Tracker:
         numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, Real)}
         self._put("log", run, numbers, int(step))
 
-    def fill(self, run: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Send what MLflow lacks of the metrics of some epochs, as after a kill; each has its `epoch`."""
-        points = [
-            (key, float(value), int(row["epoch"]))
-            for row in rows
-            for key, value in row.items()
-            if key != "epoch" and isinstance(value, Real)
-        ]
-        self._put("fill", run, points)
-
     def tag(self, run: str, tags: Mapping[str, Any]) -> None:
         """Set tags of a run."""
-        self._put("tag", run, dict(tags))
+        self._put("tag", run, _texts(tags))
 
     def text(self, run: str, text: str, file: str) -> None:
         """Store `text` as the artifact `file` of a run."""
         self._put("text", run, text, file)
 
     def artifacts(self, run: str, folder: Path, name: str) -> None:
-        """Store a folder as the artifact folder `name`; it must stay as it is until `close`."""
-        self._put("artifacts", run, str(folder), name)
+        """Store a folder as the artifact folder `name`; it must stay as it is until it is sent."""
+        self._put("artifacts", run, os.path.relpath(folder, self.folder), name)  # both may be moved
 
     def table(self, run: str, columns: Mapping[str, Iterable[Any]], file: str) -> None:
         """Store columns of equal length as the artifact `file` (`.json`), which the UI shows as a table."""
@@ -230,29 +241,47 @@ class Tracker:
         self._put("finish", run, status)
 
     def close(self, timeout: float) -> bool:
-        """Send what is left and end; safe to call twice, and after a signal interrupted any other call.
+        """Send what waits and end; safe to call twice, and after a signal interrupted any other call.
 
         Args:
             timeout: Seconds to wait at most; a server that fails is given up after a few.
 
         Returns:
-            Whether everything was sent; if not, `problem` says why.
+            Whether everything was sent, and the spool removed; if not, `problem` says why.
         """
-        if self._thread.ident is None:
+        if self._spool is None:
             return True
-        self._queue.put(None)
+        self._closing.set()
         began = time.monotonic()
-        while self._thread.is_alive() and not self._silent.is_set():
+        while self._thread.is_alive() and not self._given_up.is_set():
             now = time.monotonic()
-            since, reason = self._failing or (now, "it is slow")
-            if now - began >= timeout or now - max(since, began) >= PATIENCE:
-                self.problem = self.problem or (
-                    f"MLflow at {self.public_uri} did not take everything within {now - began:.0f} s "
-                    f"({reason})."
+            failing = now - max(began, self._since or now)
+            if now - began >= timeout or failing >= PATIENCE:
+                self._given_up.set()
+                self._outage = self._outage or (
+                    f"MLflow at {self.public_uri} did not take everything within {now - began:.0f} s"
                 )
-                self._silent.set()
-            self._thread.join(min(0.05, max(0.0, timeout - (now - began))))
+            self._thread.join(0.05)
+        if self.problem is None:
+            self._spool.remove()
         return self.problem is None
+
+    @property
+    def waits(self) -> bool:
+        """Whether something waits because MLflow did not answer, or the disk is full."""
+        return self._outage is not None
+
+    @property
+    def problem(self) -> str | None:
+        """What MLflow has not taken and why, in one line; None if it has everything that was sent so far."""
+        if not self.waits:
+            return self._refused
+        from tune.best import called  # torch takes a second to import
+
+        return (
+            f"{self._outage}; {len(self._spool.waiting())} operations wait in {self._spool.path}; "
+            f"send them: python -m tune sync {called(self.folder)}"
+        )
 
     @property
     def public_uri(self) -> str:
@@ -268,9 +297,10 @@ class Tracker:
         """Return MLflow's id of a run, None until it has answered."""
         return self._store.ids.get(run)
 
-    def known(self) -> dict[str, str]:
-        """Return MLflow's ids by key, of the runs that it has opened so far."""
-        return dict(self._store.ids)
+    @property
+    def points(self) -> int:
+        """How many metric points MLflow has taken."""
+        return self._store.points
 
     def links(self, sweep: str, children: Iterable[str]) -> dict[str, str]:
         """Return addresses of the UI, as far as MLflow has answered.
@@ -331,71 +361,100 @@ class Tracker:
         }
 
     def _put(self, name: str, run: str, *arguments: Any) -> None:
-        # a SimpleQueue can be put to from a signal handler that interrupts another put
-        self._queue.put(_Operation(name, run, time.time_ns() // 1_000_000, arguments))
+        if self._spool is not None:
+            operation = _Operation(name, run, time.time_ns() // 1_000_000, arguments)
+            self._spool.write(operation._asdict())
 
     def _work(self) -> None:
         logging.getLogger("urllib3.connectionpool").addFilter(_of_others)  # warns of every retry
-        self._attempt(_Operation("connect", "the experiment", 0, ()))
-        due = time.monotonic() + FLUSH_SECONDS
-        open_ = True
-        while open_:
-            with contextlib.suppress(queue.Empty):
-                operation = self._queue.get(timeout=max(0.0, due - time.monotonic()))
-                open_ = operation is not None
-                if operation is not None:
-                    self._carry_out(operation)
-            if not open_ or time.monotonic() >= due:
-                for run in list(self._points):
-                    self._flush(run)
-                due = time.monotonic() + FLUSH_SECONDS
+        # of an earlier driver, which may have been killed before it heard of what MLflow opened
+        before = (operation for operation, _ in self._spool.waiting())
+        self._store.asked_for |= {each["run"] for each in before if each["name"] == "create"}
+        pause = FIRST_PAUSE
+        while not self._given_up.is_set():
+            closing = self._closing.is_set()  # asked before reading: what was put before is read
+            try:
+                self._send()
+            except (_Waits, OSError) as error:  # the latter of a full disk
+                if not self._given_up.is_set():
+                    self._outage = str(error)
+                pause = FIRST_PAUSE if closing else min(2 * pause, LAST_PAUSE)
+                wait = pause
+            else:
+                if closing:
+                    self._outage = None
+                    return
+                self._outage, pause, wait = None, FIRST_PAUSE, FLUSH_SECONDS
+            (self._given_up if closing else self._closing).wait(wait)
 
-    def _carry_out(self, operation: _Operation) -> None:
-        if operation.name == "log":
-            metrics, step = operation.arguments
-            points = [(key, value, operation.at, step) for key, value in metrics.items()]
-            self._points.setdefault(operation.run, []).extend(points)
-            return
-        if operation.name == "finish":
-            self._flush(operation.run)
-        self._attempt(operation)
+    def _send(self) -> None:
+        """Send what waits, and note how far it has come.
 
-    def _flush(self, run: str) -> None:
-        points = self._points.pop(run, [])
-        for first in range(0, len(points), METRICS_PER_BATCH):
-            batch = points[first : first + METRICS_PER_BATCH]
-            self._attempt(_Operation("metrics", run, 0, (batch,)))
+        Raises:
+            _Waits: If MLflow does not answer; what was not noted as done is tried again.
+            OSError: If the disk does not take the note.
+        """
+        if not self._connected:
+            self._attempt(_Operation("connect", "the experiment", 0, ()))
+            self._connected = True
+        waiting = self._spool.waiting()
+        for first in range(0, len(waiting), OPERATIONS):
+            some = waiting[first : first + OPERATIONS]
+            for operation in _gathered(_Operation(**record) for record, _ in some):
+                self._attempt(operation)
+            if self._store.ids != self._written:  # before the note: else none would look for them
+                self._written = dict(self._store.ids)
+                write_json(self._ids, self._written)
+            self._spool.done(some[-1][1])
 
     def _attempt(self, operation: _Operation) -> None:
         opens = operation.name in ("connect", "create")
         if not opens and operation.run not in self._store.ids:
-            return  # MLflow did not open it, and that was noted
-        for pause in PAUSES:
-            if self._silent.is_set():
-                return
+            return  # MLflow refused to open it, and that was noted
+        # an upload takes its time, and so does a database that is migrated
+        patient = operation.name == "artifacts" or self.uri.startswith("sqlite:")
+        for pause in RETRIES:
+            if self._given_up.is_set():
+                raise _Waits("given up")
             began = time.monotonic()
+            self._since = self._since or (None if patient else began)
             try:
                 getattr(self._store, operation.name)(
                     operation.run, operation.at, *operation.arguments
                 )
             except Exception as error:  # of MLflow, its store, the network or the disk
                 reason = _reason(error)
-                self._failing = self._failing or (began, reason)
+                self._since = self._since or began
             else:
-                self._failing = None
+                self._since = None
                 return
-            if answers := self._store.answers():  # so it is this operation that it does not take
-                self._failing = None
-            else:
-                self._silent.wait(pause)
-        if self._silent.is_set():
-            return
-        what = f"MLflow at {self.public_uri} failed to {operation.name} {operation.run} ({reason})"
-        if answers:
-            self.problem = self.problem or f"{what}."
-        else:
-            self.problem = f"{what}; nothing was sent after that."
-            self._silent.set()
+            what = (
+                f"MLflow at {self.public_uri} failed to {operation.name} {operation.run} ({reason})"
+            )
+            if operation.name == "connect" or not self._store.answers():
+                self._connected = False
+                raise _Waits(what)
+            self._given_up.wait(pause)
+        self._since = None  # it answers: it is this operation that it does not take
+        self._refused = self._refused or f"{what}."
+        self._spool.write({"refused": operation.name, "run": operation.run, "why": reason})
+
+
+def _gathered(operations: Iterable[_Operation]) -> Iterator[_Operation]:
+    """Yield operations in their order, but the metrics of a run together: before its end, or at last."""
+    points: dict[str, list[tuple[str, float, int, int]]] = defaultdict(list)
+    for operation in operations:
+        if operation.name == "log":
+            metrics, step = operation.arguments
+            points[operation.run] += [
+                (k, value, operation.at, step) for k, value in metrics.items()
+            ]
+            continue
+        if operation.name == "finish" and operation.run in points:
+            yield _Operation("metrics", operation.run, 0, (points.pop(operation.run),))
+        yield operation
+    for run, left in points.items():
+        yield _Operation("metrics", run, 0, (left,))
 
 
 class _Store:
@@ -404,13 +463,17 @@ class _Store:
     Args:
         uri: Absolute address.
         experiment: Name.
+        folder: From which paths of artifacts are given.
         ids: Run ids by key.
     """
 
-    def __init__(self, uri: str, experiment: str, ids: dict[str, str]) -> None:
-        self.uri, self.experiment, self.ids = uri, experiment, ids
+    def __init__(self, uri: str, experiment: str, folder: Path, ids: dict[str, str]) -> None:
+        self.uri, self.experiment, self.folder, self.ids = uri, experiment, folder, ids
         self.experiment_id: str | None = None
-        self.nonfinite: Counter[str] = Counter()
+        self.points = 0  # that were sent
+        # what was not finite, by run: (key, step), and a number for each that an earlier driver counted
+        self.nonfinite: dict[str, set[Any]] = defaultdict(set)
+        self.steps: dict[str, _Steps] = {}  # of runs that have not ended
         self.asked_for: set[str] = set()  # runs that were asked for, answered or not
 
     def connect(self, _run: str, _at: int) -> None:
@@ -474,19 +537,21 @@ class _Store:
             tags = tags | {"mlflow.parentRunId": self.ids[parent]}
         found = self._known(run)
         if found is None:
-            tags = self.context | {_key(key): str(value) for key, value in tags.items()}
-            made = self._unanswered(run, at, _name(name)) or self.client.create_run(
-                self.experiment_id, start_time=at, tags=tags, run_name=_name(name)
-            )
+            tags = self.context | {_key(key): value for key, value in tags.items()}
+            made = self._unanswered(run, at, _name(name))
+            if made is None:
+                made = self.client.create_run(
+                    self.experiment_id, start_time=at, tags=tags, run_name=_name(name)
+                )
+                self.steps[run] = _Steps(lambda _: set())
             self.ids[run] = made.info.run_id
         else:
             self.client.update_run(self.ids[run], status="RUNNING")
             self.tag(run, at, tags)
-            self.nonfinite[run] = int(found.data.tags.get(NONFINITE, 0))
-            if parent is None:
-                self._adopt(run)
+            counted = int(found.data.tags.get(NONFINITE, 0))
+            self.nonfinite.setdefault(run, set(range(counted)))
         written = {} if found is None else found.data.params
-        values = {_key(key): str(value) for key, value in params.items()}
+        values = {_key(key): value for key, value in params.items()}
         batch = [Param(key, value) for key, value in values.items() if key not in written]
         for first in range(0, len(batch), PARAMS_PER_BATCH):
             some = batch[first : first + PARAMS_PER_BATCH]
@@ -509,49 +574,61 @@ class _Store:
         """Return the run that an earlier attempt opened, though its answer was lost; None on a first one."""
         tried = run in self.asked_for
         self.asked_for.add(run)
-        found = self._search(f"attributes.start_time = {at}") if tried else []
+        rule = f"attributes.start_time = {at}"
+        found = self.client.search_runs([self.experiment_id], rule) if tried else []
         return next((one for one in found if one.info.run_name == name), None)
 
-    def _adopt(self, sweep: str) -> None:
-        """Learn of the children that a killed driver opened after it had last written down their ids."""
-        for child in self._search(f"tags.`mlflow.parentRunId` = '{self.ids[sweep]}'"):
-            self.ids.setdefault(f"{sweep}/{child.info.run_name}", child.info.run_id)
-
-    def _search(self, rule: str) -> list[Any]:
-        return list(
-            self.client.search_runs([self.experiment_id], rule, max_results=RUNS_PER_SEARCH)
-        )
-
     def metrics(self, run: str, _at: int, points: list[tuple[str, float, int, int]]) -> None:
-        """Send points of (key, value, ms, step); one that MLflow has with the same ms is not doubled."""
+        """Send those points of (key, value, ms, step) of whose key MLflow has not that step."""
         from mlflow.entities import Metric, RunTag
 
+        if run not in self.steps:
+            self.steps[run] = self._read(run)
+        known, new = self.steps[run], {}
+        for key, value, at, step in points:
+            if step not in known[_key(key)]:
+                new.setdefault((_key(key), step), (value, at))
+        if not new:
+            return
         batch = [
-            Metric(_key(k), value, at, step)
-            for k, value, at, step in points
+            Metric(key, value, at, step)
+            for (key, step), (value, at) in new.items()
             if math.isfinite(value)
         ]
-        dropped = len(points) - len(batch)
-        count = self.nonfinite[run] + dropped
-        tags = [RunTag(NONFINITE, str(count))] if dropped else []
-        self.client.log_batch(self.ids[run], metrics=batch, tags=tags, synchronous=True)
-        self.nonfinite[run] = count
+        tags = []
+        if len(batch) < len(new):
+            self.nonfinite[run] |= {
+                point for point, (value, _) in new.items() if not math.isfinite(value)
+            }
+            tags = [RunTag(NONFINITE, str(len(self.nonfinite[run])))]
+        try:
+            for first in range(0, len(batch) or 1, METRICS_PER_BATCH):
+                some = batch[first : first + METRICS_PER_BATCH]
+                self.client.log_batch(self.ids[run], metrics=some, tags=tags, synchronous=True)
+        except Exception:
+            del self.steps[run]  # it may have taken them: it is asked before they are sent again
+            raise
+        for key, step in new:
+            known[key].add(step)
+        self.points += len(batch)
 
-    def fill(self, run: str, at: int, points: list[tuple[str, float, int]]) -> None:
-        """Send those points of (key, value, step) whose step MLflow has not got."""
-        known = {
-            key: {point.step for point in self.client.get_metric_history(self.ids[run], _key(key))}
-            for key in {key for key, *_ in points}
-        }
-        missing = [(k, value, at, step) for k, value, step in points if step not in known[k]]
-        for first in range(0, len(missing), METRICS_PER_BATCH):
-            self.metrics(run, at, missing[first : first + METRICS_PER_BATCH])
+    def _read(self, run: str) -> "_Steps":
+        """Return the steps that MLflow has of a run."""
+        run_id = self.ids[run]
+        keys = self.client.get_run(run_id).data.metrics.keys()
+        return _Steps(
+            lambda key: (
+                {point.step for point in self.client.get_metric_history(run_id, key)}
+                if key in keys
+                else set()
+            )
+        )
 
     def tag(self, run: str, _at: int, tags: dict[str, Any]) -> None:
         """Set tags."""
         from mlflow.entities import RunTag
 
-        batch = [RunTag(_key(key), str(value)) for key, value in tags.items()]
+        batch = [RunTag(_key(key), value) for key, value in tags.items()]
         self.client.log_batch(self.ids[run], tags=batch, synchronous=True)
 
     def text(self, run: str, _at: int, text: str, file: str) -> None:
@@ -560,9 +637,10 @@ class _Store:
 
     def artifacts(self, run: str, _at: int, folder: str, name: str) -> None:
         """Store a folder; of one that is missing MLflow would say nothing."""
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"there is no folder {folder}")
-        self.client.log_artifacts(self.ids[run], folder, name)
+        path = self.folder / folder
+        if not path.is_dir():
+            raise FileNotFoundError(f"there is no folder {path}")
+        self.client.log_artifacts(self.ids[run], str(path), name)
 
     def table(self, run: str, at: int, columns: dict[str, list[Any]], file: str) -> None:
         """Store a table as `log_table` does, which would append to the one that a resumed sweep has."""
@@ -586,6 +664,18 @@ class _Store:
     def finish(self, run: str, at: int, status: str) -> None:
         """End a run."""
         self.client.set_terminated(self.ids[run], status, end_time=at)
+        self.steps.pop(run, None)
+
+
+class _Steps(dict[str, set[int]]):
+    """The steps that MLflow has of each key of a run; those of a key are read when they are first asked for."""
+
+    def __init__(self, read: Callable[[str], set[int]]) -> None:
+        self.read = read
+
+    def __missing__(self, key: str) -> set[int]:
+        self[key] = self.read(key)
+        return self[key]
 
 
 def _of_others(record: logging.LogRecord) -> bool:
@@ -606,6 +696,10 @@ def _key(key: str) -> str:
         return key
     digest = hashlib.sha256(key.encode(errors="backslashreplace")).hexdigest()[:8]
     return f"{clean[: KEY_LENGTH - 9]}-{digest}"
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in values.items()}
 
 
 def _cell(value: Any) -> Any:

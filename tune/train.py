@@ -4,7 +4,8 @@
     python -m tune train my.yaml resources.workers=4 --name first
     python -m tune train my.yaml resources.workers=4 --name first --resume
 
-A run folder is what `python -m richkd distill` leaves; the driver's `mlflow.json` and `lock` lie beside.
+A run folder is what `python -m richkd distill` leaves; the driver's `mlflow.json` and `lock` lie beside, and
+`spool.jsonl` while there is something that MLflow has not taken.
 """
 
 import json
@@ -17,14 +18,14 @@ from richkd import cache, checkpoint, distill
 from richkd.command import Stop
 from richkd.config import Config, Layers, build, digest, dump, flatten, to_dict
 from richkd.errors import RichkdError
-from richkd.files import make_folder, read_record, write_json
+from richkd.files import make_folder
 from richkd.progress import epoch_line, stoppable
 from richkd.record import Metrics, Record, result_of, rows_of
 from tune.agenda import Agenda, Job, Refits
 from tune.display import Display
 from tune.driver import locked, resumable, work
 from tune.environment import environment
-from tune.logbook import CLOSE_SECONDS, HIDDEN, STATUS, ending, tested
+from tune.logbook import CLOSE_SECONDS, STATUS, ending, opening, shown, tested
 from tune.settings import Settings, check_fits
 from tune.tracking import Tracker
 
@@ -44,52 +45,31 @@ class RunLog:
     ) -> None:
         self.before = before
         self.folder, self.settings, self.display = folder, settings, display
-        self.ids = folder / "mlflow.json"
-        self.known = read_record(self.ids) if self.ids.exists() else {}
-        tracking = settings.tracking
-        uri = Tracker.address(tracking.uri)
-        self.tracker = Tracker(uri, tracking.experiment, known=self.known)
+        self.tracker = Tracker(folder, settings.tracking.uri, settings.tracking.experiment)
         self.closed = False
 
     def started(self, job: Job) -> None:
         """Begin, or go on with, the run."""
-        shown = flatten(to_dict(job.config)) | flatten(
-            {"resources": to_dict(self.settings.resources)}
-        )
-        params = {
-            key: value
-            for key, value in shown.items()
-            if not key.startswith(HIDDEN) and value is not None
-        }
+        resources = {"resources": to_dict(self.settings.resources)}
+        params = shown(flatten(to_dict(job.config)) | flatten(resources))
         found = environment()
-        tags = {
-            "richkd.kind": "train",
-            "richkd.method": job.config.method.name,
-            "richkd.state": "running",
-            "richkd.digest": digest(job.config),
-            "richkd.commit": found["commit"] or "",
-        }
+        tags = opening("train", digest(job.config), found)
         self.tracker.start()
-        self.tracker.sweep(job.id, params, tags)
-        if self.before:
-            self.tracker.fill(job.id, self.before)
+        self.tracker.sweep(job.id, params, tags | {"richkd.method": job.config.method.name})
+        for metrics in self.before:
+            self._log(metrics)
         self.tracker.text(job.id, dump(job.config), "config.yaml")
         self.tracker.text(job.id, json.dumps(found, indent=2), "environment.json")
 
     def epoch(self, job: Job, metrics: dict[str, Any]) -> None:
         """Print an epoch and keep its metrics."""
         self.display.line(epoch_line(metrics, job.config.train.epochs))
-        values = {key: value for key, value in metrics.items() if key != "epoch"}
-        self.tracker.log(job.id, values, metrics["epoch"])
-        if (known := self.tracker.known()) != self.known:  # a driver that is killed leaves it
-            self.known = known
-            write_json(self.ids, known)
+        self._log(metrics)
 
     def ended(self, job: Job, state: str, metrics: dict[str, Any]) -> None:
         """Keep how it ended; a finished run leaves its checkpoint and its test accuracy there."""
         if state == "finished":
-            # filled in, since a run that is finished can be gone on with, and ends again
-            self.tracker.fill(job.id, [tested(metrics) | {"epoch": job.config.train.epochs}])
+            self.tracker.log(job.id, tested(metrics), job.config.train.epochs)
             self.tracker.artifacts(job.id, job.folder / "best", "checkpoint")
         self.tracker.tag(job.id, ending(state, metrics))
         self.close(STATUS[state])
@@ -99,9 +79,14 @@ class RunLog:
         if self.closed:
             return
         self.closed = True
-        self.tracker.finish(self.folder.name, status)
-        self.tracker.close(CLOSE_SECONDS)
-        write_json(self.ids, self.tracker.known())
+        try:
+            self.tracker.finish(self.folder.name, status)
+        finally:
+            self.tracker.close(CLOSE_SECONDS)
+
+    def _log(self, metrics: Metrics) -> None:
+        values = {key: value for key, value in metrics.items() if key != "epoch"}
+        self.tracker.log(self.folder.name, values, int(metrics["epoch"]))
 
 
 def train(
