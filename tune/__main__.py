@@ -6,6 +6,7 @@
     python -m tune resume                             # go on with an interrupted sweep
     python -m tune resume --add-trials 16             # or give a finished one more to do
     python -m tune retry --class lost                 # try failed trials again
+    python -m tune sync                               # send MLflow what it has missed
     python -m tune train resources.workers=2          # one distillation over two workers
     python -m tune best --copy-to student             # the best checkpoint, verified
 
@@ -36,9 +37,8 @@ def _state(overrides: list[str]) -> Path:
     return state_of(config.build(layers, Settings), config.build(layers))
 
 
-def _one_sweep(words: list[str], *, finished: bool = False) -> Path:
-    from tune.best import find_sweep
-
+def _named(words: list[str]) -> tuple[str | None, Path]:
+    """Return what was said of a sweep that exists: its name, if one was given, and where sweeps lie."""
     names = [word for word in words if "=" not in word]
     for word in words:
         if "=" in word and not word.startswith(("storage=", "sweep.state=")):
@@ -48,8 +48,13 @@ def _one_sweep(words: list[str], *, finished: bool = False) -> Path:
             )
     if len(names) > 1:
         raise ConfigError(f"one SWEEP at a time but got {', '.join(names)}.")
-    state = _state([word for word in words if "=" in word])
-    return find_sweep(names[0] if names else None, state, finished=finished)
+    return names[0] if names else None, _state([word for word in words if "=" in word])
+
+
+def _one_sweep(words: list[str], *, finished: bool = False) -> Path:
+    from tune.best import find_sweep
+
+    return find_sweep(*_named(words), finished=finished)
 
 
 def sweep(arguments: argparse.Namespace) -> Done:
@@ -161,6 +166,17 @@ def doctor(arguments: argparse.Namespace) -> Done:
     return Done(answer | {"left": [finding.what for finding in left]})
 
 
+def sync(arguments: argparse.Namespace) -> Done:
+    """Send MLflow what it lacks."""
+    from tune import sync as module
+
+    answer = module.sync(module.find(*_named(arguments.words)))
+    say(f"sent       {answer['operations']} operations that waited, {answer['points']} points")
+    for run in answer["unopened"]:
+        say(f"left out   {run}, which MLflow has not opened")
+    return Done(answer)
+
+
 def best(arguments: argparse.Namespace) -> Done:
     """Verify the best checkpoint, and hand over a copy."""
     folder = _one_sweep(arguments.words, finished=True)
@@ -232,6 +248,12 @@ VERBS = {
         help="find what faults left behind",
         words=EXISTING,
         flags={"fix": "mend what can be mended", "address=HOST:PORT": "look at a Ray cluster, too"},
+    ),
+    "sync": Verb(
+        run=sync,
+        help="send MLflow what it has missed",
+        words=EXISTING,
+        flags={},
     ),
     "best": Verb(
         run=best,

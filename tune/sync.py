@@ -1,0 +1,102 @@
+"""Send MLflow what it lacks of a sweep, or of a run of `tune train`: what waits, then what only the run folders say.
+
+python -m tune sync digits
+"""
+
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from richkd import checkpoint
+from richkd.config import Layers, build
+from richkd.errors import CorruptError, Stopped
+from richkd.files import read_record
+from richkd.record import Metrics, rows_of
+from tune.best import find_sweep
+from tune.driver import locked
+from tune.logbook import tested
+from tune.settings import Settings
+from tune.spool import Spool
+from tune.tracking import SPOOL, Tracker
+
+
+def find(wanted: str | None, storage: Path) -> Path:
+    """Return the folder of a run of `tune train`, else that of a sweep, as `find_sweep` does."""
+    for folder in (storage / wanted, Path(wanted)) if wanted else ():
+        if (folder / "run.json").exists() or (folder / SPOOL).exists():
+            return folder
+    return find_sweep(wanted, storage)
+
+
+def sync(folder: Path) -> dict[str, Any]:
+    """Send what MLflow lacks.
+
+    Args:
+        folder: Of a sweep or of a run of `tune train`, on which nobody works.
+
+    Returns:
+        `operations` that waited, `points` that were missing beside them, and the runs `unopened` in MLflow.
+
+    Raises:
+        ConfigError: If a driver works on it, or the environment lacks the password of MLflow.
+        Stopped: If MLflow does not answer; what is left waits on.
+    """
+    with locked(folder):
+        waiting, address = [], {}
+        if (folder / SPOOL).exists():
+            spool = Spool(folder / SPOOL)
+            waiting, address = spool.waiting(), spool.address
+        if (folder / "sweep.json").exists():
+            asked = read_record(folder / "sweep.json", "layers", "tracking")
+            settings = build(Layers.from_list(asked["layers"]), Settings)
+            address = {"uri": asked["tracking"], "experiment": settings.tracking.experiment}
+        answer = {"folder": str(folder), "operations": len(waiting), "points": 0, "unopened": []}
+        if not address:  # of a run; it is written down as long as something waits
+            return answer
+        place = (folder, Tracker.recall(address["uri"]), address["experiment"])
+        _sent(*place, {})
+        runs = dict(_runs(folder))
+        tracker = _sent(*place, runs)
+        unopened = sorted(run for run in runs if tracker.run_id(run) is None)
+        return answer | {"points": tracker.points, "unopened": unopened}
+
+
+def _sent(
+    folder: Path, uri: str, experiment: str, runs: dict[str, list[tuple[int, Metrics]]]
+) -> Tracker:
+    """Return a tracker that has sent everything: what waited, and of these runs what MLflow lacked."""
+    tracker = Tracker(folder, uri, experiment)
+    tracker.start()
+    for run, rows in runs.items():
+        for epoch, metrics in rows:
+            tracker.log(run, metrics, epoch)
+    tracker.close(math.inf)
+    if tracker.waits:
+        raise Stopped(tracker.problem)
+    if tracker.problem:
+        warnings.warn(tracker.problem, stacklevel=2)
+    return tracker
+
+
+def _runs(folder: Path) -> Iterator[tuple[str, list[tuple[int, Metrics]]]]:
+    """Yield the key of each run in a folder, with its metrics by epoch."""
+    if (folder / "run.json").exists():
+        yield folder.name, _rows(folder)
+    for kind, jobs in (("trial", "trials"), ("refit", "refits")):
+        for job in sorted(folder.glob(f"{jobs}/*/run.json")):
+            yield f"{folder.name}/{kind}-{job.parent.name}", _rows(job.parent)
+
+
+def _rows(folder: Path) -> list[tuple[int, Metrics]]:
+    """Return the metrics of a run by epoch, as the driver logs them; those of the test rows are of the last."""
+    try:
+        meta = checkpoint.verify(folder / "last")["meta"]
+        state = read_record(folder / "run.json", "state")
+    except CorruptError as error:
+        warnings.warn(f"passed over: {error}", stacklevel=2)
+        return []
+    rows = [(int(row.pop("epoch")), row) for row in rows_of(folder, meta)]
+    final = tested(state.get("metrics", {}))
+    return [*rows, (meta["config"]["train"]["epochs"], final)] if final else rows
