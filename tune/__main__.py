@@ -171,7 +171,9 @@ def sync(arguments: argparse.Namespace) -> Done:
     from tune import sync as module
 
     answer = module.sync(module.find(*_named(arguments.words)))
-    say(f"sent       {answer['operations']} operations that waited, {answer['points']} points")
+    say(
+        f"sent       {answer['operations']} operations that waited, {answer['points']} points that only run folders had"
+    )
     for run in answer["unopened"]:
         say(f"left out   {run}, which MLflow has not opened")
     return Done(answer)

@@ -40,7 +40,7 @@ from richkd.errors import ConfigError
 from richkd.files import read_record, write_json
 from tune.spool import Spool
 
-RETRIES = (0.5, 1.5, 0.0)  # seconds after each attempt at what MLflow refuses though it answers
+RETRIES = (0.5, 2.0, 0.0)  # seconds after each attempt at what MLflow refuses though it answers
 FIRST_PAUSE = 1.0  # seconds until an MLflow that does not answer is asked again; doubled each time
 LAST_PAUSE = 15.0  # seconds, at most
 PATIENCE = 5.0  # seconds that `close` waits for an MLflow that fails, or says nothing
@@ -52,6 +52,7 @@ DIGEST_LENGTH = 36  # MLflow's own limit
 KEY_LENGTH = 250  # MLflow's own limit
 NONFINITE = "richkd.nonfinite"
 TABLES = "mlflow.loggedArtifacts"  # the tag by which the UI finds tables
+FULL = ("disk is full", "No space left")  # SQLite's words, and the system's
 THREAD = "mlflow"
 SPOOL = "spool.jsonl"
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
@@ -375,9 +376,13 @@ class Tracker:
             closing = self._closing.is_set()  # asked before reading: what was put before is read
             try:
                 self._send()
-            except (_Waits, OSError) as error:  # the latter of a full disk
+            except (
+                Exception
+            ) as error:  # a full disk, too, or a mistake of ours: neither ends the thread
                 if not self._given_up.is_set():
-                    self._outage = str(error)
+                    self._outage = str(error) if isinstance(error, _Waits) else _reason(error)
+                if closing and not isinstance(error, _Waits):
+                    return
                 pause = FIRST_PAUSE if closing else min(2 * pause, LAST_PAUSE)
                 wait = pause
             else:
@@ -431,7 +436,8 @@ class Tracker:
             what = (
                 f"MLflow at {self.public_uri} failed to {operation.name} {operation.run} ({reason})"
             )
-            if operation.name == "connect" or not self._store.answers():
+            full = any(text in reason for text in FULL)
+            if operation.name == "connect" or full or not self._store.answers():
                 self._connected = False
                 raise _Waits(what)
             self._given_up.wait(pause)
