@@ -1,10 +1,12 @@
 """What several tests share: one cache, and the miniature CLIP in it, built once."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from small import SMALL
 
 from richkd import zeroshot
 
@@ -43,3 +45,24 @@ def cluster():
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def swept(cluster, miniature, cache_root, tmp_path_factory):
+    """The answer of one small sweep, and the client of the MLflow that it wrote to."""
+    from mlflow.tracking import MlflowClient
+
+    from richkd.config import read
+    from tune import sweep as sweeps
+
+    folder = tmp_path_factory.mktemp("sweep")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    layers = read([*SMALL, f"cache={cache_root}", f"storage={folder / 'runs'}", "sweep.name=small"])
+    answer = sweeps.start(layers.over("", {"tracking.uri": uri}))
+    return answer, MlflowClient(tracking_uri=uri)
+
+
+@pytest.fixture
+def copied(swept, tmp_path) -> Path:
+    """A copy of the finished sweep, to be damaged."""
+    return Path(shutil.copytree(swept[0]["sweep"], tmp_path / "runs" / "small"))

@@ -1,13 +1,10 @@
 """Real sweeps on a real local Ray, small: what they leave behind, and how they go on."""
 
 import json
-import os
 import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from urllib.parse import unquote
@@ -16,6 +13,7 @@ import optuna
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
+from small import SMALL, command
 
 from richkd import checkpoint, load_student
 from richkd.config import Layers, digest, from_dict, read, read_layer
@@ -27,34 +25,7 @@ from tune import sweep as sweeps
 from tune.best import best, find_sweep
 from tune.tracking import Tracker
 
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = [
-    *("sweep.trials=4", "sweep.startup=1", "sweep.min_epochs=1", "refit.seeds=2"),
-    *("train.epochs=3", "teacher.epochs=10"),
-]
 METHODS = ("ce", "kd", "kd-tuned", "richkd-l-paper", "richkd-l")
-
-
-def command(*words: str, cwd: Path, **more: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""} | more
-    return subprocess.Popen(
-        [sys.executable, "-m", "tune", *words],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-@pytest.fixture(scope="module")
-def swept(cluster, miniature, cache_root, tmp_path_factory):
-    """The answer of one small sweep, and the client of the MLflow that it wrote to."""
-    folder = tmp_path_factory.mktemp("sweep")
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
-    layers = read([*SMALL, f"cache={cache_root}", f"storage={folder / 'runs'}", "sweep.name=small"])
-    answer = sweeps.start(layers.over("", {"tracking.uri": uri}))
-    return answer, MlflowClient(tracking_uri=uri)
 
 
 def children(client: MlflowClient, answer: dict) -> dict:
@@ -256,12 +227,6 @@ def test_a_damaged_best_is_not_handed_over(swept, tmp_path):
     with pytest.raises(CorruptError, match="weights.safetensors"):
         best(copy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture
-def copied(swept, tmp_path) -> Path:
-    """A copy of the finished sweep, to be damaged."""
-    return Path(shutil.copytree(swept[0]["sweep"], tmp_path / "runs" / "small"))
 
 
 @pytest.mark.parametrize(

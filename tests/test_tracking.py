@@ -681,3 +681,25 @@ def test_credentials_in_an_error_are_not_passed_on(start, monkeypatch):
     assert "ValueError: xxx" in tracker.problem
     assert "hunter2" not in tracker.problem
     assert "second line" not in tracker.problem
+
+
+def test_a_run_that_is_superseded_stays_and_another_of_its_name_follows(start, client, folder):
+    tracker = start()
+    sweep = tracker.sweep("digits", {}, {})
+    refit = tracker.run(sweep, "refit-kd-seed0", {"seed": 0, "loss.logit": 3}, {})
+    tracker.log(refit, {"val/top1": 90.0}, 1)
+    sent(tracker)
+    first = tracker.run_id(refit)
+    again = start()
+    again.sweep("digits", {}, {})
+    again.retire(refit)
+    again.run(sweep, "refit-kd-seed0", {"seed": 0, "loss.logit": 4}, {})
+    again.log(refit, {"val/top1": 95.0}, 1)
+    sent(again)
+    found = {run.info.run_name: run for run in runs(client, again)}
+    assert set(found) == {"digits", "refit-kd-seed0", "refit-kd-seed0 (superseded)"}
+    old, new = found["refit-kd-seed0 (superseded)"], found["refit-kd-seed0"]
+    assert old.info.run_id == first != new.info.run_id == again.run_id(refit)
+    assert (old.data.metrics, new.data.metrics) == ({"val/top1": 90.0}, {"val/top1": 95.0})
+    assert new.data.params["loss.logit"] == "4"
+    assert old.data.tags["richkd.state"] == "superseded"

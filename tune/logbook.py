@@ -92,6 +92,10 @@ class Logbook:
         self.tracker.tag(run, ending(state, metrics))
         self.tracker.finish(run, STATUS[state])
 
+    def retire(self, job: Job) -> None:
+        """Let the run of a job that is run anew, with other settings, be followed by another one."""
+        self.tracker.retire(self._key(job))
+
     def conclude(self, result: dict[str, Any], columns: dict[str, list]) -> dict[str, Any]:
         """Write the summary, end the parent run, and return where everything is to be seen.
 

@@ -51,6 +51,7 @@ PARAMS_PER_BATCH = 100  # MLflow's own limit
 DIGEST_LENGTH = 36  # MLflow's own limit
 KEY_LENGTH = 250  # MLflow's own limit
 NONFINITE = "richkd.nonfinite"
+SUPERSEDED = " (superseded)"
 TABLES = "mlflow.loggedArtifacts"  # the tag by which the UI finds tables
 FULL = ("disk is full", "No space left")  # SQLite's words, and the system's
 THREAD = "mlflow"
@@ -236,6 +237,11 @@ class Tracker:
             context: What it was read for, such as `training`.
         """
         self._put("dataset", run, name, digest, context)
+
+    def retire(self, run: str) -> None:
+        """Let go of a run that another one of its name is to follow: it stays in MLflow, as superseded."""
+        if (known := self.run_id(run)) is not None:
+            self._put("retire", run, known)
 
     def finish(self, run: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """End a run, after its metrics."""
@@ -666,6 +672,16 @@ class _Store:
         source = Dataset(name, digest[:DIGEST_LENGTH], source_type="code", source='{"tags": {}}')
         entry = DatasetInput(source, [InputTag("mlflow.data.context", context)])
         self.client.log_inputs(self.ids[run], [entry])
+
+    def retire(self, run: str, at: int, run_id: str) -> None:
+        """Rename a run, and forget it."""
+        name = self.client.get_run(run_id).info.run_name
+        if not name.endswith(SUPERSEDED):
+            self.client.update_run(run_id, name=name + SUPERSEDED)
+        self.client.set_tag(run_id, "richkd.state", "superseded")
+        if self.ids.get(run) == run_id:
+            del self.ids[run]
+            self.steps.pop(run, None)
 
     def finish(self, run: str, at: int, status: str) -> None:
         """End a run."""

@@ -1,0 +1,25 @@
+"""A sweep that is over in half a minute, and how the command line runs one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    *("sweep.trials=4", "sweep.startup=1", "sweep.min_epochs=1", "refit.seeds=2"),
+    *("train.epochs=3", "teacher.epochs=10"),
+]
+
+
+def command(*words: str, cwd: Path, **more: str) -> subprocess.Popen:
+    """Start `python -m tune` with these words in a folder."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""} | more
+    return subprocess.Popen(
+        [sys.executable, "-m", "tune", *words],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
