@@ -8,12 +8,14 @@ an epoch), `last/` (the newest checkpoint, from which a run goes on) and `best/`
 validation accuracy). Test rows are not read here but once, by `test`, after the run.
 """
 
+import contextlib
 import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -28,14 +30,14 @@ from richkd.evaluate import accuracy, evaluate
 from richkd.evaluate.accuracy import network_logits
 from richkd.files import read_record, write_json
 from richkd.progress import Progress, stoppable
-from richkd.record import TESTED, Record, momentum_of
+from richkd.record import TESTED, Record, held, momentum_of, seed_folders
 from richkd.student import network_of
 from richkd.threads import one_thread
 from richkd.workers import Group
 
 ADVICE = "lower train.lr or loss.logit, or raise loss.temperature"  # of a run that diverged
 ALONE = Group()
-UNSURE = 3  # epochs of which reports can be on their way when a worker dies: two, and one to spare
+MOMENT = 1.0  # seconds for a process that has just been stopped to leave its folder
 SOME = 500  # held-out rows on which a teacher that is not trained here is looked at
 TERMS = ("loss_ce", "loss_logit", "loss", "target_entropy")
 
@@ -77,8 +79,10 @@ class Outcome:
     task: Task
 
 
-def open_task(config: Config, progress: Progress | None = None) -> Task:
-    """Load data, cut it, and put the pixels on the device."""
+def open_task(config: Config, progress: Progress | None = None, beside: Task | None = None) -> Task:
+    """Load data, cut it, and put the pixels on the device; they are shared with a task on the same data, if given."""
+    if beside is not None:
+        return replace(beside, split=split(beside.dataset, config.data, config.seed))
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -369,6 +373,124 @@ def open_optimizer(config: Config, student: nn.Module) -> torch.optim.Optimizer:
     )
 
 
+class Run:
+    """A run that is taken epoch by epoch; inside its `with` block it alone writes its folder.
+
+    The arguments are those of `run`, and `beside`, another run's task on the same data.
+
+    Attributes:
+        rows: Metrics of each epoch so far, those of the folder included.
+        task: Its rows and pixels.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        *,
+        resume: bool = False,
+        stop: Callable[[], int | None] = lambda: None,
+        progress: Progress | None = None,
+        group: Group = ALONE,
+        wait: float = MOMENT,
+        beside: Task | None = None,
+    ) -> None:
+        began = time.monotonic()
+        self.config, self.folder, self.resume = config, folder, resume
+        self.stop, self.group, self.wait = stop, group, wait
+        self.record = Record(folder, config, resume=resume) if group.first else None
+        progress = stoppable(progress, stop)
+        self.task = open_task(config, progress, beside)
+        self.student = open_student(config, self.task)
+        self.teacher = open_teacher(config, self.task, progress)
+        self.batches = open_batches(config, self.task, distilled=self.teacher is not None)
+        check_slices(self.batches, self.student, group)
+        self.optimizer = open_optimizer(config, self.student)
+        self.held_out = torch.from_numpy(self.task.split.validation)
+        self.seconds = time.monotonic() - began  # of its own: others may take turns with it
+
+    def __enter__(self) -> "Run":
+        """Take the folder and, on all workers, the state that lies in it."""
+        group, task = self.group, self.task
+        meta, rows = None, []
+        with contextlib.ExitStack() as opened:
+            if self.record is not None:
+                opened.enter_context(held(self.folder, self.wait))
+                self.record.open(task.dataset, task.split, self.teacher, group.size)
+                if self.resume:
+                    meta, rows = self.record.restore(self.student, self.optimizer)
+                self.record.begin(self.student, self.optimizer, meta["epoch"] if meta else 0)
+            meta, self.rows = group.from_first([meta, rows])
+            self.best = meta["best"] if meta else None
+            share_state(group, self.student, self.optimizer, momentum=len(self.rows) > 0)
+            self.wrapped = group.wrap(self.student)
+            self.opened = opened.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the folder back."""
+        self.opened.close()
+
+    def advance(self) -> None:
+        """Train for one epoch, look at the held-out rows, and keep both."""
+        config, group, epoch = self.config, self.group, len(self.rows)
+        began = time.monotonic()
+        trained = train_epoch(
+            config,
+            self.wrapped,
+            self.teacher,
+            self.optimizer,
+            self.batches,
+            epoch,
+            self.stop,
+            group,
+        )
+        seconds = time.monotonic() - began
+        mine = self.held_out[group.slice(len(self.held_out))]
+        logits = network_logits(self.student, self.task.train, mine)
+        logits = group.gather(logits, len(self.held_out))
+        found = accuracy(logits.cpu(), self.task.labels[self.held_out])
+        if not math.isfinite(found["loss"]):
+            raise NonFiniteError(f"val/loss is {found['loss']} after epoch {epoch + 1}; {ADVICE}.")
+        if self.best is None or better(found, self.best):
+            self.best = {"epoch": epoch + 1, **found}
+        metrics = {
+            "epoch": epoch + 1,
+            **{f"train/{name}": value for name, value in trained.items()},
+            **{f"val/{name}": value for name, value in found.items()},
+            "best_val_top1": self.best["top1"],
+            "best_val_loss": self.best["loss"],
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": time.monotonic() - began,
+            "images_per_second": self.batches.rows / seconds,
+        }
+        self.rows.append(metrics)
+        if self.record is not None:
+            self.record.epoch(self.student, self.optimizer, metrics, self.best)
+        self.seconds += time.monotonic() - began
+
+    def finish(self) -> Outcome:
+        """Say that the run has finished, and return it with its best epoch's student."""
+        if self.record is not None:
+            self.student.load_state_dict(checkpoint.load(self.folder / "best").weights)
+        self.group.copy_from_first(self.student.state_dict().values())
+        speeds = sorted(row["images_per_second"] for row in self.rows)
+        metrics = self.rows[-1] | {
+            "best_epoch": self.best["epoch"],
+            "best_val_top5": self.best["top5"],
+            "images_per_second": speeds[len(speeds) // 2],
+        }
+        if self.record is not None:
+            self.record.finish(metrics, self.seconds)
+        return Outcome(
+            folder=self.folder,
+            metrics=metrics,
+            network=self.student,
+            teacher=self.teacher,
+            task=self.task,
+        )
+
+
 def run(
     config: Config,
     folder: Path,
@@ -379,6 +501,7 @@ def run(
     stop: Callable[[], int | None] = lambda: None,
     progress: Progress | None = None,
     group: Group = ALONE,
+    wait: float = MOMENT,
 ) -> Outcome:
     """Distil the student of `config` into `folder`.
 
@@ -389,81 +512,88 @@ def run(
             It may raise to end the run there.
         resume: Go on from `last/` if there is one. On a CPU with as many threads the result equals the
             straight run's, bit for bit.
-        heard: The newest epoch of which a report is known to have arrived, if that is in doubt: the last few after
-            it are reported again.
+        heard: The newest epoch of which a report is known to have arrived: each after it is reported, also those
+            that lie in the folder. Without it only the epochs that are trained now.
         stop: Asked before each step; a signal number ends the run.
         progress: Called with what is being prepared, done and total.
         group: The workers of this run.
+        wait: Seconds for another process that is still at the folder to leave it.
 
     Returns:
         The finished run, with the metrics of its best epoch.
 
     Raises:
-        ConfigError: If something does not fit together; before any training.
+        ConfigError: If something does not fit together, or another process is at the folder; before any training.
         NonFiniteError: If training diverged; the last good checkpoint stays.
         Interrupted: If `stop` said so; resumable.
     """
-    started = time.monotonic()
-    record = Record(folder, config, resume=resume) if group.first else None
-    progress = stoppable(progress, stop)
-    task = open_task(config, progress)
-    student = open_student(config, task)
-    teacher = open_teacher(config, task, progress)
-    batches = open_batches(config, task, distilled=teacher is not None)
-    check_slices(batches, student, group)
-    optimizer = open_optimizer(config, student)
-    meta, rows = None, []
-    if record is not None:
-        record.open(task.dataset, task.split, teacher, group.size)
-        if resume:
-            meta, rows = record.restore(student, optimizer)
-        record.begin(student, optimizer, meta["epoch"] if meta else 0)
-    meta, rows = group.from_first([meta, rows])
-    first, best = (meta["epoch"], meta["best"]) if meta else (0, None)
-    share_state(group, student, optimizer, momentum=first > 0)
-    if heard is not None and report is not None:
-        for row in rows[max(heard, first - UNSURE) :]:
-            report(row, folder / "last")
-    wrapped = group.wrap(student)
-    held_out = torch.from_numpy(task.split.validation)
-    for epoch in range(first, config.train.epochs):
-        began = time.monotonic()
-        trained = train_epoch(config, wrapped, teacher, optimizer, batches, epoch, stop, group)
-        seconds = time.monotonic() - began
-        mine = held_out[group.slice(len(held_out))]
-        logits = group.gather(network_logits(student, task.train, mine), len(held_out))
-        found = accuracy(logits.cpu(), task.labels[held_out])
-        if not math.isfinite(found["loss"]):
-            raise NonFiniteError(f"val/loss is {found['loss']} after epoch {epoch + 1}; {ADVICE}.")
-        if best is None or better(found, best):
-            best = {"epoch": epoch + 1, **found}
-        metrics = {
-            "epoch": epoch + 1,
-            **{f"train/{name}": value for name, value in trained.items()},
-            **{f"val/{name}": value for name, value in found.items()},
-            "best_val_top1": best["top1"],
-            "best_val_loss": best["loss"],
-            "lr": optimizer.param_groups[0]["lr"],
-            "seconds": time.monotonic() - began,
-            "images_per_second": batches.rows / seconds,
-        }
-        rows.append(metrics)
-        if record is not None:
-            record.epoch(student, optimizer, metrics, best)
-        if report is not None:
-            report(metrics, folder / "last")
-    if record is not None:
-        student.load_state_dict(checkpoint.load(folder / "best").weights)
-    group.copy_from_first(student.state_dict().values())
-    speeds = sorted(row["images_per_second"] for row in rows)
-    metrics = rows[-1] | {
-        "best_epoch": best["epoch"],
-        "best_val_top5": best["top5"],
-        "images_per_second": speeds[len(speeds) // 2],
-    }
-    if record is not None:
-        record.finish(metrics, time.monotonic() - started)
-    return Outcome(folder=folder, metrics=metrics, network=student, teacher=teacher, task=task)
+    (outcome,) = run_seeds(
+        config,
+        folder,
+        1,
+        report=report,
+        heard=heard,
+        resume=resume,
+        stop=stop,
+        progress=progress,
+        group=group,
+        wait=wait,
+    )
+    return outcome
+
+
+def run_seeds(
+    config: Config,
+    folder: Path,
+    seeds: int,
+    *,
+    report: Report | None = None,
+    heard: int | None = None,
+    **options: Any,
+) -> list[Outcome]:
+    """Distil a student for each of several seeds, epoch by epoch together, so that one look judges all of them.
+
+    Each is the run that `run` would have made of it, bit for bit. After a kill some may be an epoch ahead; the
+    others catch up.
+
+    Args:
+        config: The first seed's run; the k-th has the seed `config.seed + k`.
+        folder: Holds the run folders of `seed_folders`.
+        seeds: How many.
+        report: As `run` takes it; called when all have done an epoch, with `mean` of their metrics.
+        heard: As `run` takes it.
+        options: What else `run` takes.
+
+    Raises:
+        RichkdError: What `run` raises, of any of them; it ends all.
+    """
+    runs: list[Run] = []
+    with contextlib.ExitStack() as opened:
+        for k, place in enumerate(seed_folders(folder, seeds)):
+            beside = runs[0].task if runs else None
+            one = Run(replace(config, seed=config.seed + k), place, beside=beside, **options)
+            runs.append(opened.enter_context(one))
+        if heard is None:
+            heard = min(len(one.rows) for one in runs)
+        for epoch in range(1, config.train.epochs + 1):
+            for one in runs:
+                if len(one.rows) < epoch:
+                    one.advance()
+            if report is not None and epoch > heard:
+                report(mean([one.rows[epoch - 1] for one in runs]), runs[0].folder / "last")
+        return [one.finish() for one in runs]
+
+
+def mean(each: list[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each metric over the seeds, and `val/top1_sd`, their spread; of one seed its own metrics."""
+    if len(each) == 1:
+        return each[0]
+    found = {name: fmean(metrics[name] for metrics in each) for name in each[0]}
+    if "epoch" in found:
+        found["epoch"] = each[0]["epoch"]
+    if "val/top1" in found:
+        found["val/top1_sd"] = stdev(metrics["val/top1"] for metrics in each)
+    return found
 
 
 def better(found: dict[str, float], best: dict[str, float]) -> bool:
@@ -491,19 +621,20 @@ def test(outcome: Outcome) -> dict[str, float]:
         `test/top1`, `test/top5`, `test/loss` of the student, and `teacher/top1`, `clip/top1` and
         `fused/top1` where the run had them: the teachers on the same test rows, un-augmented.
     """
-    state = read_record(outcome.folder / "run.json", "metrics")
-    known = {key: value for key, value in state["metrics"].items() if key.startswith(TESTED)}
-    if known:
-        return known
-    task, teacher = outcome.task, outcome.teacher
-    labels = torch.from_numpy(task.dataset.test.labels)
-    found = evaluate(outcome.network, task.test, torch.arange(len(labels)), labels)
-    metrics = {f"test/{name}": value for name, value in found.items()}
-    for name, logits in (teacher.shown("test") if teacher is not None else {}).items():
-        metrics[f"{name}/top1"] = accuracy(logits.cpu(), labels)["top1"]
-    state["metrics"] |= metrics
-    write_json(outcome.folder / "run.json", state)
-    return metrics
+    with held(outcome.folder):
+        state = read_record(outcome.folder / "run.json", "metrics")
+        known = {key: value for key, value in state["metrics"].items() if key.startswith(TESTED)}
+        if known:
+            return known
+        task, teacher = outcome.task, outcome.teacher
+        labels = torch.from_numpy(task.dataset.test.labels)
+        found = evaluate(outcome.network, task.test, torch.arange(len(labels)), labels)
+        metrics = {f"test/{name}": value for name, value in found.items()}
+        for name, logits in (teacher.shown("test") if teacher is not None else {}).items():
+            metrics[f"{name}/top1"] = accuracy(logits.cpu(), labels)["top1"]
+        state["metrics"] |= metrics
+        write_json(outcome.folder / "run.json", state)
+        return metrics
 
 
 def evaluate_teachers(

@@ -1,28 +1,54 @@
 """The folder of one run: what it is, its metrics, its checkpoints; written by one process.
 
-    config.yaml  run.json  metrics.jsonl  last/  best/
+    config.yaml  run.json  metrics.jsonl  last/  best/  .lock
 
 `last/` is the truth: a kill may come between two writes of an epoch, and what is written after it is then made good.
 """
 
+import contextlib
 import json
+import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from richkd import checkpoint
 from richkd.config import Config, digest, dump, to_dict
 from richkd.data import Dataset, Split
-from richkd.errors import ConfigError
+from richkd.errors import ConfigError, CorruptError
 from richkd.files import check_writable, make_folder, read_record, write_atomic, write_json
 from richkd.teachers import FusedTeacher
 
 TESTED = ("test/", "teacher/", "clip/", "fused/")  # metrics of the test rows
+WAIT = 60.0  # seconds for the process of a driver that was killed to end
 
 Metrics = dict[str, float]
+
+
+@contextlib.contextmanager
+def held(folder: Path, wait: float = WAIT) -> Iterator[None]:
+    """Hold a run folder, which has one writer; the operating system frees it when its holder dies.
+
+    Args:
+        folder: Run folder; made if missing.
+        wait: Seconds for another process to leave it.
+
+    Raises:
+        ConfigError: If another process still holds it, or it cannot be made.
+    """
+    make_folder(folder, "storage")
+    try:
+        with FileLock(folder / ".lock", timeout=wait):
+            yield
+    except Timeout:
+        raise ConfigError(
+            f"{folder} must have one writer but another process is at it; wait for it, or stop it first."
+        ) from None
 
 
 class Record:
@@ -38,20 +64,20 @@ class Record:
     """
 
     def __init__(self, folder: Path, config: Config, *, resume: bool) -> None:
-        self.folder, self.config = folder, config
-        if not resume and (folder / "run.json").exists():
-            raise ConfigError(
-                f"{folder} holds a run already; go on with it (--resume), or give another --name."
-            )
+        self.folder, self.config, self.resume = folder, config, resume
         self.state: dict[str, Any] = {"state": "running", "digest": digest(config)}
-        before = self._check_same()
-        self.tested = {k: v for k, v in before.get("metrics", {}).items() if k.startswith(TESTED)}
+        self.tested: Metrics = {}  # what a run before this one read of the test rows
+        self._check_same()
         check_writable(folder, "storage")
 
-    def _check_same(self) -> dict[str, Any]:
-        """Return `run.json` of a run to go on with; a ConfigError if it names other settings, data or teachers."""
+    def _check_same(self) -> None:
+        """Raise ConfigError if there is a run already, or one to go on with of other settings, data or teachers."""
         if not (self.folder / "run.json").exists():
-            return {}
+            return
+        if not self.resume:
+            raise ConfigError(
+                f"{self.folder} holds a run already; go on with it (--resume), or give another --name."
+            )
         before = read_record(self.folder / "run.json", "digest", "data", "teachers")
         for key, what in (("digest", "settings"), ("data", "data"), ("teachers", "teachers")):
             if key in self.state and before[key] != self.state[key]:
@@ -59,7 +85,8 @@ class Record:
                     f"{self.folder} was made with other {what} ({before[key]}, now {self.state[key]}); compare its "
                     "config.yaml and the files that it names, or start anew with another --name."
                 )
-        return before
+        metrics = before.get("metrics", {})
+        self.tested = {key: value for key, value in metrics.items() if key.startswith(TESTED)}
 
     def check(self, dataset: Dataset, teacher: FusedTeacher | None) -> None:
         """Raise ConfigError if the folder holds a run with other data or teachers; writes nothing."""
@@ -69,10 +96,10 @@ class Record:
     def open(
         self, dataset: Dataset, split: Split, teacher: FusedTeacher | None, workers: int
     ) -> None:
-        """Make the folder and say what the run is made of.
+        """Say in the folder, which is `held`, what the run is made of.
 
         Raises:
-            ConfigError: If the folder holds a run with other data or teachers, or cannot be made.
+            ConfigError: If it holds a run with other data or teachers.
         """
         self.check(dataset, teacher)
         self.state |= {"torch": torch.__version__, "python": platform.python_version()}
@@ -93,7 +120,6 @@ class Record:
             "data": dataset.digest,
             "trained_on": split.digest,
         }
-        make_folder(self.folder, "storage")
         write_atomic(self.folder / "config.yaml", dump(self.config).encode())
 
     def restore(
@@ -137,6 +163,8 @@ class Record:
         self._save(student, optimizer, metrics["epoch"], metrics, best)
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def _save(
         self,
@@ -159,10 +187,36 @@ class Record:
 
 
 def rows_of(folder: Path, meta: dict[str, Any]) -> list[Metrics]:
-    """Return the metrics of each epoch up to that of `last/`, whose `meta` knows its own if a kill came before its line."""
+    """Return the metrics of each epoch up to that of `last/`, whose `meta` knows its own if a kill came before its line.
+
+    Raises:
+        CorruptError: If a line is torn or missing.
+    """
     path, epoch = folder / "metrics.jsonl", meta["epoch"]
-    lines = path.read_text().splitlines()[: max(epoch - 1, 0)] if path.exists() else []
-    return [json.loads(line) for line in lines] + ([meta["metrics"]] if epoch else [])
+    lines = path.read_bytes().splitlines()[: max(epoch - 1, 0)] if path.exists() else []
+    try:
+        rows = [json.loads(line) for line in lines] + ([meta["metrics"]] if epoch else [])
+        found = [row["epoch"] for row in rows]
+    except (ValueError, TypeError, KeyError):
+        found = []
+    if found != list(range(1, epoch + 1)):
+        raise CorruptError(
+            f"{path} must have a line for each of {epoch} epochs but has not; restore it, or begin the run anew."
+        )
+    return rows
+
+
+def seed_folders(folder: Path, seeds: int) -> list[Path]:
+    """Return the run folder of each seed: `folder` itself if there is one, else `seed0`, `seed1`, ... in it."""
+    return [folder] if seeds == 1 else [folder / f"seed{k}" for k in range(seeds)]
+
+
+def newest(folder: Path, seeds: int = 1) -> int:
+    """Return the epoch up to which all seeds have a checkpoint, 0 if there is none; a CorruptError if it is damaged."""
+    lasts = [place / "last" for place in seed_folders(folder, seeds)]
+    if not all(map(checkpoint.exists, lasts)):
+        return 0
+    return min(checkpoint.verify(last)["meta"]["epoch"] for last in lasts)
 
 
 def momentum_of(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

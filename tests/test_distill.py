@@ -1,8 +1,14 @@
 """One run from start to end on the digits, with zero-shot logits made up from the labels."""
 
+import contextlib
 import json
 import math
 import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +18,9 @@ import torch
 from richkd import checkpoint, distill, load_student
 from richkd.config import Config, build, read
 from richkd.data import load
-from richkd.errors import ConfigError, DataError, Interrupted, NonFiniteError
+from richkd.errors import ConfigError, CorruptError, DataError, Interrupted, NonFiniteError
 from richkd.evaluate import accuracy
+from richkd.record import newest
 from richkd.teachers import teacher_recipe
 
 
@@ -137,10 +144,7 @@ def test_a_run_that_died_between_two_writes_goes_on(make, tmp_path, monkeypatch,
         one, other = (checkpoint.load(f / name) for f in (folder, tmp_path / "straight"))
         assert one.sha256 == other.sha256
         assert one.meta["epoch"] == other.meta["epoch"]
-    timeless = {"seconds", "images_per_second"}
-    assert {k: v for k, v in again.metrics.items() if k not in timeless} == {
-        k: v for k, v in straight.metrics.items() if k not in timeless
-    }
+    assert timeless(again.metrics) == timeless(straight.metrics)
 
 
 def test_a_finished_run_resumed_trains_no_more(make, tmp_path):
@@ -153,12 +157,190 @@ def test_a_finished_run_resumed_trains_no_more(make, tmp_path):
     assert again.metrics == first.metrics
 
 
+def test_epochs_that_were_not_heard_of_are_reported_again_and_each_once(make, tmp_path):
+    config, straight = make("train.epochs=5"), {}
+    distill.run(
+        config, tmp_path / "straight", report=lambda row, _: straight.update({row["epoch"]: row})
+    )
+
+    def cut(metrics: dict, _: Path) -> None:
+        if metrics["epoch"] == 3:
+            raise Died
+
+    for heard, expected in {0: [1, 2, 3, 4, 5], 2: [3, 4, 5], None: [4, 5], 4: [5]}.items():
+        folder, again = tmp_path / f"run-{heard}", []
+        with pytest.raises(Died):
+            distill.run(config, folder, report=cut)
+        distill.run(
+            *(config, folder),
+            resume=True,
+            heard=heard,
+            report=lambda metrics, _, again=again: again.append(metrics),
+        )
+        assert [row["epoch"] for row in again] == expected
+        assert all(row["val/top1"] == straight[row["epoch"]]["val/top1"] for row in again)
+
+
+@pytest.fixture(scope="module")
+def pair(make, tmp_path_factory) -> list[Path]:
+    """Return the folders of two single runs, of seeds 3 and 4."""
+    folders = [tmp_path_factory.mktemp("single") / str(seed) for seed in (3, 4)]
+    for seed, folder in zip((3, 4), folders, strict=True):
+        distill.test(distill.run(make(f"seed={seed}"), folder))
+    return folders
+
+
+def timeless(metrics: dict) -> dict:
+    return {k: v for k, v in metrics.items() if k not in ("seconds", "images_per_second")}
+
+
+def check_pair(pair: list[Path], folder: Path, reported: list[dict]) -> None:
+    """Check two seeds side by side against two single runs: their bytes, and the means of what was reported."""
+    for k, single in enumerate(pair):
+        for name in ("last", "best"):
+            file = Path(name) / "weights.safetensors"
+            assert (folder / f"seed{k}" / file).read_bytes() == (single / file).read_bytes()
+        assert lines(folder / f"seed{k}") == lines(single)
+    for row, one, other in zip(map(timeless, reported), *map(lines, pair), strict=True):
+        assert row.pop("epoch") == one["epoch"]
+        spread = abs(one["val/top1"] - other["val/top1"]) / math.sqrt(2)
+        assert math.isclose(row.pop("val/top1_sd"), spread, rel_tol=1e-12, abs_tol=1e-12)
+        assert row == {k: (one[k] + other[k]) / 2 for k in one if k != "epoch"}
+
+
+def test_seeds_side_by_side_are_the_single_runs_and_report_their_mean(make, pair, tmp_path):
+    reported: list[dict] = []
+    outcomes = distill.run_seeds(
+        make("seed=3"), tmp_path, 2, report=lambda metrics, _: reported.append(metrics)
+    )
+    check_pair(pair, tmp_path, reported)
+    assert outcomes[0].task.train is outcomes[1].task.train  # one copy of the pixels
+    tested = distill.mean([distill.test(outcome) for outcome in outcomes])
+    alone = [json.loads((folder / "run.json").read_text())["metrics"] for folder in pair]
+    assert set(tested) >= {"test/top1", "test/loss", "teacher/top1"}
+    assert tested == {key: (alone[0][key] + alone[1][key]) / 2 for key in tested}
+
+
+@pytest.mark.parametrize("died", [("seed0", "last"), ("seed1", "last"), ("seed1", "best")])
+def test_seeds_that_a_kill_left_an_epoch_apart_catch_up(make, pair, tmp_path, monkeypatch, died):
+    save = checkpoint.save
+    epoch = checkpoint.load(pair[1] / "best").meta["epoch"] if died[1] == "best" else 2
+
+    def dying(target: Path, weights: dict, state: dict, meta: dict) -> None:
+        if (target.parent.name, target.name) == died and meta["epoch"] == epoch:
+            raise Died
+        save(target, weights, state, meta)
+
+    reported: dict[int, dict] = {}
+    report = lambda metrics, _: reported.update({metrics["epoch"]: metrics})  # noqa: E731
+    monkeypatch.setattr(checkpoint, "save", dying)
+    with pytest.raises(Died):
+        distill.run_seeds(make("seed=3"), tmp_path, 2, report=report)
+    monkeypatch.undo()
+    assert list(reported) == list(range(1, epoch))
+    reached = [newest(tmp_path / f"seed{k}") for k in range(2)]
+    assert reached == {"seed0": [1, 1], "seed1": [epoch, epoch - (died[1] == "last")]}[died[0]]
+    assert newest(tmp_path, 2) == min(reached)
+    again: list[dict] = []
+    distill.run_seeds(
+        *(make("seed=3"), tmp_path, 2),
+        resume=True,
+        heard=epoch - 1,
+        report=lambda metrics, _: again.append(metrics),
+    )
+    check_pair(pair, tmp_path, [*reported.values(), *again])
+
+
+def test_a_report_that_raises_ends_all_seeds_at_one_epoch(make, tmp_path):
+    def report(metrics: dict, _: Path) -> None:
+        if metrics["epoch"] == 2:
+            raise Died
+
+    with pytest.raises(Died):
+        distill.run_seeds(make(), tmp_path, 3, report=report)
+    assert [newest(tmp_path / f"seed{k}") for k in range(3)] == [2, 2, 2]
+
+
 def test_a_run_folder_is_not_written_twice(make, tmp_path):
     distill.run(make(), tmp_path / "run")
     with pytest.raises(ConfigError, match="holds a run already"):
         distill.run(make(), tmp_path / "run")
     with pytest.raises(ConfigError, match="other settings"):
         distill.run(make("train.lr=0.01"), tmp_path / "run", resume=True)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from richkd.record import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextlib.contextmanager
+def holder(folder: Path) -> Iterator[subprocess.Popen]:
+    """Let another process hold a run folder."""
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_run_folder_has_one_writer(make, tmp_path):
+    config = make("method.name=ce", "train.epochs=1")
+    with holder(tmp_path / "run") as process:
+        with pytest.raises(ConfigError, match=f"{tmp_path}/run must have one writer"):
+            distill.run(config, tmp_path / "run", resume=True, wait=0.1)
+        assert not (tmp_path / "run" / "run.json").exists()
+        killer = threading.Timer(1, process.kill)
+        killer.start()
+        began = time.monotonic()
+        distill.run(config, tmp_path / "run", wait=30)  # until its holder dies
+        assert 0.5 < time.monotonic() - began < 30
+        assert process.wait() == -signal.SIGKILL
+
+
+def test_a_run_that_ended_leaves_its_folder_though_its_error_is_kept(make, tmp_path):
+    config = make("method.name=ce", "train.epochs=2")
+
+    def report(metrics: dict, _: Path) -> None:
+        with pytest.raises(ConfigError, match="must have one writer"):
+            distill.run(config, tmp_path / "run", resume=True, wait=0.1)
+        raise Died
+
+    with pytest.raises(Died) as kept:
+        distill.run(config, tmp_path / "run", report=report)
+    outcome = distill.run(config, tmp_path / "run", resume=True, wait=0.1)
+    assert outcome.metrics["epoch"] == 2
+    assert kept.tb is not None  # and with it the frames of the run that raised
+
+
+def test_a_run_that_another_began_meanwhile_is_not_overwritten(make, tmp_path, monkeypatch):
+    config = make("method.name=ce", "train.epochs=1")
+    opened = distill.open_student
+
+    def slowly(*arguments: object) -> torch.nn.Module:
+        monkeypatch.setattr(distill, "open_student", opened)
+        distill.run(config, tmp_path / "run")
+        return opened(*arguments)
+
+    monkeypatch.setattr(distill, "open_student", slowly)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        distill.run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("spoilt", ["", '{"epoch": 1, "to\n', '{"epoch": 2}\n', "[1]\n"])
+def test_metrics_that_were_lost_are_named(make, tmp_path, spoilt):
+    config = make("method.name=ce", "train.epochs=2")
+    distill.run(config, tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(spoilt)
+    with pytest.raises(CorruptError, match=r"metrics.jsonl must have a line for each of 2 epochs"):
+        distill.run(config, tmp_path, resume=True)
 
 
 def test_a_run_does_not_go_on_with_another_teacher_under_the_same_name(make, clip, tmp_path):
