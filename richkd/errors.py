@@ -3,6 +3,8 @@
 A message names the field, the rule, the value, and what to do next; it is printed as one line, without a traceback.
 """
 
+from collections.abc import Iterator
+
 
 class RichkdError(Exception):
     """Base of everything that richkd raises on purpose: the run failed."""
@@ -43,3 +45,10 @@ class Interrupted(Stopped):
         super().__init__(message)
         self.signum = signum
         self.exit_code = 128 + signum
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what led to it, back to the first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

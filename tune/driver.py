@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from richkd.command import Stop
-from richkd.errors import ConfigError, CorruptError, Interrupted, Stopped
+from richkd.errors import ConfigError, CorruptError, Interrupted, Stopped, causes
 from richkd.files import NO_SPACE, read_record, write_json
 from tune.agenda import Agenda
 from tune.settings import Resources
@@ -141,13 +141,6 @@ def resumable(close: Callable[[str], None], command: Callable[[], str]) -> Itera
         if isinstance(stopped, Stopped):
             stopped.args = (f"{stopped}; go on with: {command()}",)
         raise stopped from error.__cause__
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what led to it, back to the first."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def is_full(error: BaseException) -> bool:
