@@ -4,21 +4,16 @@ import errno
 from types import SimpleNamespace
 
 import pytest
-import ray.tune
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from richkd import distill
 from richkd.command import Stop
-from richkd.config import Config, to_dict
-from richkd.errors import ConfigError, DataError, Interrupted
+from richkd.errors import ConfigError, Interrupted
 from tune.runner import JobScheduler, JobSearcher, fit
 from tune.settings import Resources
 from tune.sweep import is_full
-from tune.trial import trial
 
 SHARED = {"workers": 1, "each": {"CPU": 1}, "threads": 1, "scratch": "scratch"}
-JOB = {"config": to_dict(Config()), "folder": "folder", "test": False, **SHARED}
 
 
 class Broken:
@@ -39,33 +34,6 @@ class Broken:
     def broke(self, error: Exception) -> None:
         """Hear of it."""
         self.error, self.over = error, True
-
-
-def told(monkeypatch, error: Exception) -> list[dict]:
-    """Return what a trial reports whose run raises `error`."""
-    reports: list[dict] = []
-
-    def run(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr(distill, "run", run)
-    monkeypatch.setattr(ray.tune, "report", lambda metrics: reports.append(metrics["run"]))
-    trial(JOB)
-    return reports
-
-
-def test_a_failure_that_is_known_is_reported_and_the_process_lives(monkeypatch):
-    assert told(monkeypatch, DataError("no labels")) == [{"failed": "DataError: no labels"}]
-
-
-def test_a_full_disk_stops_a_trial_and_fails_it_not(monkeypatch):
-    full = OSError(errno.ENOSPC, "No space left on device", "weights")
-    assert told(monkeypatch, full) == [{"stopped": "the disk is full (weights)"}]
-
-
-def test_what_is_unforeseen_is_not_swallowed(monkeypatch):
-    with pytest.raises(OSError, match="Input/output"):
-        told(monkeypatch, OSError(errno.EIO, "Input/output error"))
 
 
 def test_an_error_of_the_driver_ends_the_sweep_and_not_tune():

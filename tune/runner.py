@@ -84,6 +84,7 @@ class JobSearcher(Searcher):
             "test": job.kind != "trial",
             "heard": job.heard,
             "seeds": self.seeds if job.kind == "trial" else 1,
+            "store": None,
             **self.shared,
         }
 

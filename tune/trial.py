@@ -1,77 +1,104 @@
 """One trial: in a process that goes on to the next, or shared by several workers of Ray Train."""
 
+import gc
 import time
 from pathlib import Path
 from typing import Any
 
 import ray.tune
 
-from richkd.config import from_dict
-from richkd.errors import RichkdError
-from tune.endings import ended, foreseen
+from tune.endings import failure, raised
+from tune.watchdog import give_up, hangs
+from tune.worker import work, worker
 
+HANGS = 2  # of a run without progress, after which it is not started again
 RESTARTS = 3  # of the workers of a trial, after one of them died
+UNSURE = 3  # epochs of which reports can be on their way when a worker dies: two, and one to spare
 SETTLE = 0.5  # seconds for Tune to hand on the report that it has just taken
 
 
 def trial(job: dict[str, Any]) -> None:
     """Run one job, reporting once an epoch and once at its end.
 
-    A run that fails for a reason that richkd knows ends by a report that says so, since raising would
-    end the process, and with it the caches that the next trial would find.
+    A run that fails ends by a report that says why and of which class the failure is: raising would end the
+    process, and with it the caches that the next trial would find. So that Tune sees a trial fail only when its
+    process is gone, which is worth another try.
 
     Args:
-        job: `id`; `config` (resolved, as a dict); `folder`; `threads` of a worker; `test`: whether the test rows are read
-            at the end; `workers`, `each` (what Ray is to give each of them) and `scratch`, a folder of Ray's own.
+        job: `id`; `config` (resolved, as a dict); `folder`; `seeds` that run side by side; `heard`, the newest epoch that
+            the driver knows of; `threads` of a worker; `test`: whether the test rows are read at the end; `patience`,
+            the seconds without a step after which a worker has hung; `workers`, `each` (what Ray is to give each of
+            them) and `scratch`, a folder of Ray's own.
     """
-    if job["workers"] > 1:
-        _shared(job)
-        return
+    folder, said = Path(job["folder"]), None
+
+    def report(metrics: dict[str, Any]) -> None:
+        ray.tune.report({"run": metrics})
+
+    try:
+        if job["workers"] > 1:
+            said = _shared(job)
+        elif (said := _hung(job)) is None:
+            work(job, report)
+    except Exception as error:
+        said = failure(error, folder)
+    if said is not None:
+        _clean()
+        report(said)
+
+
+def _hung(job: dict[str, Any]) -> dict[str, str] | None:
+    """Return the report of a job that has hung twice at the same place, None of any other."""
+    from richkd.record import newest
+
+    folder = Path(job["folder"])
+    times, path = hangs(folder)
+    if times < HANGS:
+        return None
+    epoch = 1 + newest(folder, job["seeds"])
+    why = f"no step for {job['patience']:g} s at epoch {epoch}"
+    give_up(folder, why)
+    return {"failed": f"{why}; where it hung: {path}", "class": "hung"}
+
+
+def _clean() -> None:
+    """Give back the memory of a run that failed; if the device itself no longer works, this ends the process."""
     import torch
 
-    from richkd import distill
-
-    torch.set_num_threads(job["threads"])
-    try:
-        outcome = distill.run(
-            from_dict(job["config"]),
-            Path(job["folder"]),
-            report=lambda metrics, _: ray.tune.report({"run": metrics}),
-            resume=True,
-        )
-        tested = distill.test(outcome) if job["test"] else {}
-    except (RichkdError, OSError) as error:
-        if (said := foreseen(error)) is None:
-            raise
-        ray.tune.report({"run": said})
-        return
-    ray.tune.report({"run": ended(outcome, tested)})
+    gc.collect()  # an error's frames hold tensors
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
-def _shared(job: dict[str, Any]) -> None:
+def _shared(job: dict[str, Any]) -> dict[str, str] | None:
     """Let Ray Train run the job on several workers, and start them anew if one of them dies.
 
     Not by Ray Train itself, which would also start anew what is bound to fail again.
+
+    Returns:
+        The last report of a job that failed, None if the workers have reported its end.
     """
-    from ray.train import WorkerGroupError
+    from ray.exceptions import RayError
+    from ray.train import ControllerError, WorkerGroupError
 
-    from richkd import checkpoint
+    from richkd.record import newest
 
-    last = Path(job["folder"]) / "last"
-    heard = checkpoint.verify(last)["meta"]["epoch"] if checkpoint.exists(last) else 0
+    folder, heard = Path(job["folder"]), job["heard"]
+    begun = newest(folder, job["seeds"])
     for left in reversed(range(RESTARTS + 1)):
+        if (said := _hung(job)) is not None:
+            return said
         try:
             _fit(job | {"heard": heard}, f"{job['id']}-{left}")
-            return
-        except WorkerGroupError as error:
-            # Ray wraps what a worker raised; what comes of a killed process is no error of ours
-            raised = [getattr(one, "_base_exc", one) for one in error.worker_failures.values()]
-            said = next((found for one in raised if (found := foreseen(one)) is not None), None)
-            if said is not None:
-                ray.tune.report({"run": said})
-                return
-            if left == 0:
-                raise
+            return None
+        except (WorkerGroupError, ControllerError, RayError) as error:
+            if (said := raised(error, folder)) is not None:
+                return said
+        if (now := newest(folder, job["seeds"])) > begun:  # all before have been reported once
+            heard = max(heard, now - UNSURE)
+    times, path = hangs(folder)
+    where = f"; where one hung: {path}" if times else ""
+    return {"failed": f"its workers died {RESTARTS + 1} times{where}", "class": "lost"}
 
 
 def _fit(job: dict[str, Any], name: str) -> None:
@@ -79,8 +106,6 @@ def _fit(job: dict[str, Any], name: str) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
-
-    from tune.worker import worker
 
     class Relay(TuneReportCallback):
         """What carries the workers' reports to Tune."""

@@ -1,5 +1,6 @@
-"""One of the workers that Ray Train lets share a distillation."""
+"""One process's part of a job: all of it, or that of one of the workers which Ray Train brings together."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,30 +9,58 @@ from ray.util import get_current_placement_group
 
 from richkd.config import from_dict
 from tune.endings import ended
+from tune.watchdog import Watchdog
 
 
-def worker(job: dict[str, Any]) -> None:
-    """Run one worker's part of a job; every worker reports as often as the others, and the first one's counts.
+def work(job: dict[str, Any], report: Callable[[dict[str, Any]], None], group: Any = None) -> None:
+    """Run a job in this process, reporting once an epoch and once at its end.
 
     Args:
-        job: As `trial` takes it, and `heard`: the newest epoch that the driver knows of.
+        job: As `trial` takes it.
+        report: Called with the metrics, by every worker as often as by the others.
+        group: The workers that share it, a `richkd.workers.Group`; None for this process alone.
     """
     import torch
 
     from richkd import distill
-    from richkd.workers import Group
+    from richkd.record import WAIT, newest
 
     torch.set_num_threads(job["threads"])
+    group, folder = group or distill.ALONE, Path(job["folder"])
+    begun = newest(folder, job["seeds"])
+    with Watchdog(folder, job["patience"], group.rank) as watchdog:
+
+        def tell(metrics: dict[str, Any], _: Path | None = None) -> None:
+            if metrics["epoch"] > begun:
+                watchdog.forget()
+            with watchdog.resting():  # Tune keeps a trial that it stopped until there is another
+                report(metrics)
+
+        outcomes = distill.run_seeds(
+            from_dict(job["config"]),
+            folder,
+            job["seeds"],
+            report=tell,
+            resume=True,
+            heard=job["heard"],
+            stop=watchdog.beat,
+            progress=lambda *_: watchdog.beat(),
+            group=group,
+            wait=min(WAIT, job["patience"] / 2),
+        )
+        tested = {}
+        if job["test"] and group.first:
+            tested = distill.mean([distill.test(outcome) for outcome in outcomes])
+        tell(ended(outcomes, tested))
+
+
+def worker(job: dict[str, Any]) -> None:
+    """Run one worker's part of a job; the first one's reports count."""
+    from richkd.workers import Group
+
+    def report(metrics: dict[str, Any]) -> None:
+        ray.train.report({"run": metrics})
+
     # Ray Train gives it back when the run ends, but not if Ray Tune stops the trial
-    ray.train.report({"run": {"placement_group": get_current_placement_group().id.hex()}})
-    group = Group.of_process_group()
-    outcome = distill.run(
-        from_dict(job["config"]),
-        Path(job["folder"]),
-        report=lambda metrics, _: ray.train.report({"run": metrics}),
-        resume=True,
-        heard=job["heard"],
-        group=group,
-    )
-    tested = distill.test(outcome) if job["test"] and group.first else {}
-    ray.train.report({"run": ended(outcome, tested)})
+    report({"placement_group": get_current_placement_group().id.hex()})
+    work(job, report, Group.of_process_group())
