@@ -3,20 +3,23 @@
     CACHE/KIND/DIGEST.json            what the entry is, for humans
     CACHE/KIND/DIGEST/                the entry; appears when it is whole
         rows.npy  shards.json         of a table: float32 rows and the SHA-256 of each shard
+    CACHE/KIND/DIGEST.sha256          of a folder: the SHA-256 of each file, as `sha256sum --check` reads it
     CACHE/KIND/.DIGEST.partial/       an entry in the making; a table goes on from its finished shards
 
 The digest covers kind, key and format number: another model, prompt set or data set is another entry, so
-an entry is never out of date.
+an entry is never out of date. An entry's bytes are compared with their checksums once a machine: a note outside
+the cache, which is dropped with any change of a file, says so to this user's other processes.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,14 +28,18 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from richkd.errors import ConfigError, CorruptError, DataError
-from richkd.files import read_json, sync, write_json
+from richkd.files import own_folder, read_json, sync, write_atomic, write_json
 from richkd.progress import Progress
 
 FORMAT = 1
 SHARD = 1024  # rows: at most a minute or two of a ViT-B/32 on one core is lost by a kill
 ROWS, SHARDS = "rows.npy", "shards.json"
+BLOCK = 2**26  # bytes
+SETTLED = 2.0  # seconds: the coarsest clock of a file system; a second change within may bear the same time
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 
-_verified: set[tuple] = set()  # tables that this process has found sound, as `_stamp` gives them
+_verified: dict[Path, str] = {}  # entries that this process has found sound, as `_stamp` gives them
+_used: dict[Path, None] = {}  # in order
 
 
 def root(configured: str | None) -> Path:
@@ -52,6 +59,11 @@ def root(configured: str | None) -> Path:
     return path
 
 
+def used() -> list[Path]:
+    """Return the entries that this process has asked for, `CACHE/KIND/DIGEST`, in order."""
+    return list(_used)
+
+
 def rows(
     root: Path,
     kind: str,
@@ -64,8 +76,8 @@ def rows(
 ) -> np.ndarray:
     """Return a table of teacher outputs, from the cache or computed into it.
 
-    An interrupted fill goes on from its finished shards. Each shard's checksum is compared when a
-    process first opens the table; a damaged shard is computed again, with a warning.
+    An interrupted fill goes on from its finished shards. Each shard's checksum is compared when the table
+    is first opened on a machine; a damaged shard is computed again, with a warning.
 
     Args:
         root: Cache folder.
@@ -90,6 +102,7 @@ def rows(
         )
     description = _describe(kind, {"key": key, "count": count, "width": width})
     entry = _entry(root, description)
+    _used[entry] = None
     if not _is_sound(entry, count, width):
         with _locked(root, entry, description, progress):
             place = entry
@@ -99,7 +112,6 @@ def rows(
             _fill(place, kind, count, width, compute, progress, expected=place == entry)
             if place != entry:
                 _publish(place, entry)
-        _verified.add(_stamp(entry))
     return _table(entry, count, width)
 
 
@@ -111,34 +123,90 @@ def folder(
     *,
     progress: Progress | None = None,
 ) -> Path:
-    """Return the folder of an artefact that is built once.
+    """Return the folder of an artefact that is built once; a damaged one is built again, with a warning.
 
     Args:
         root: Cache folder.
         kind: What it is; a folder of that name.
         key: All that it depends on, as plain JSON.
         build: Fills the empty folder that it is given. If it raises, nothing is kept.
-        progress: Called about once a second while another process builds; may raise to stop.
+        progress: Called about once a second while another process builds, and while checksums are compared; may
+            raise to stop.
 
     Raises:
         ConfigError: If it is not there and the cache cannot be written.
     """
     description = _describe(kind, key)
     entry = _entry(root, description)
-    if not entry.exists():
+    _used[entry] = None
+    if not _is_whole(entry, kind, progress):
         with _locked(root, entry, description, progress):
-            if not entry.exists():
-                partial = _partial(entry)
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-                try:
-                    build(partial)
-                    for path in partial.rglob("*"):
-                        sync(path)
-                    _publish(partial, entry)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
+            if not _is_whole(entry, kind, progress):
+                _build(entry, build)
     return entry
+
+
+def _build(entry: Path, build: Callable[[Path], None]) -> None:
+    """Build the folder of an entry, in place of a damaged one if there is one."""
+    if entry.exists():
+        warnings.warn(
+            f"{entry} is damaged, and is built again. If this happens twice, check the disk.",
+            stacklevel=3,
+        )
+    partial = _partial(entry)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        build(partial)
+        for path in partial.rglob("*"):
+            sync(path)
+        write_atomic(_sums_of(entry), _sums(partial, lambda *_: None))
+        if entry.exists():
+            shutil.rmtree(entry)
+        _publish(partial, entry)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_whole(entry: Path, kind: str, progress: Progress | None) -> bool:
+    """Say whether a folder is there, just as it was built; its bytes are read once a machine."""
+    if not entry.exists():
+        return False
+    stamp = _stamp(_files(entry))
+    if not _is_noted(entry, stamp):
+        try:
+            recorded = _sums_of(entry).read_bytes()
+        except FileNotFoundError:
+            return False
+        told = progress or (lambda *_: None)
+        if _sums(entry, lambda *done: told(f"{kind} (comparing checksums)", *done)) != recorded:
+            return False
+        _note(entry, stamp)
+    return True
+
+
+def _sums_of(entry: Path) -> Path:
+    return entry.with_name(f"{entry.name}.sha256")
+
+
+def _files(entry: Path) -> list[Path]:
+    return sorted(path for path in entry.rglob("*") if path.is_file())
+
+
+def _sums(entry: Path, told: Callable[[int, int], None]) -> bytes:
+    """Return the SHA-256 of each file of an entry, a line each; `told` gets bytes read and their number."""
+    files, lines, done = _files(entry), [], 0
+    total = sum(path.stat().st_size for path in files)
+    for path in files:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+                done += len(block)
+                if len(block) == BLOCK:  # of a small file there is nothing to tell
+                    told(done, total)
+        lines.append(f"{digest.hexdigest()}  {path.relative_to(entry).as_posix()}\n")
+    return "".join(lines).encode()
 
 
 def _describe(kind: str, key: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +228,7 @@ def _publish(partial: Path, entry: Path) -> None:
     sync(entry.parent)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _locked(
     root: Path, entry: Path, description: dict[str, Any], progress: Progress | None
 ) -> Iterator[None]:
@@ -281,20 +349,57 @@ def _sound(path: Path, recorded: list[str | None], count: int, width: int) -> li
 
 
 def _is_sound(entry: Path, count: int, width: int) -> bool:
-    """Say whether a finished table is there and sound; its bytes are read once a process."""
+    """Say whether a finished table is there and sound; its bytes are read once a machine."""
     if not (entry / ROWS).exists():
         return False
-    if _stamp(entry) not in _verified:
+    stamp = _stamp([entry / ROWS])
+    if not _is_noted(entry, stamp):
         recorded = _recorded(entry, len(range(0, count, SHARD)))
         if not all(_sound(entry / ROWS, recorded, count, width)):
             return False
-        _verified.add(_stamp(entry))
+        _note(entry, stamp)
     return True
 
 
-def _stamp(entry: Path) -> tuple:
-    found = (entry / ROWS).stat()
-    return str(entry), found.st_ino, found.st_size, found.st_mtime_ns
+def _stamp(files: list[Path]) -> str | None:
+    """Return what changes with any change of the files, taken before their bytes are read.
+
+    The time of the last change is in it, which nobody can set, and the system's start, since a power cut may undo
+    what was written. None so soon after a change that another one could bear the same time.
+    """
+    found = [(path, path.stat()) for path in files]
+    newest = max((status.st_ctime_ns for _, status in found), default=0)
+    if time.time_ns() - newest < SETTLED * 1e9:
+        return None
+    parts = [
+        [str(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        for path, status in found
+    ]
+    return json.dumps([BOOT.read_text() if BOOT.exists() else None, parts])
+
+
+def _noted_at(entry: Path) -> Path:
+    return own_folder("verified") / hashlib.sha256(str(entry).encode()).hexdigest()
+
+
+def _is_noted(entry: Path, stamp: str | None) -> bool:
+    """Say whether the entry has been found sound on this machine, and is as it was then."""
+    if stamp is None:
+        return False
+    if _verified.get(entry) == stamp:
+        return True
+    try:
+        return _noted_at(entry).read_bytes() == stamp.encode()
+    except (OSError, ConfigError):
+        return False
+
+
+def _note(entry: Path, stamp: str | None) -> None:
+    """Note that the entry was found sound; without the note others compare its checksums, too."""
+    if stamp is not None:
+        _verified[entry] = stamp
+        with contextlib.suppress(OSError, ConfigError):
+            write_atomic(_noted_at(entry), stamp.encode())
 
 
 def _header(count: int, width: int) -> bytes:

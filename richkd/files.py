@@ -1,10 +1,13 @@
 """Files that are whole or invisible: atomic writes, JSON and checksums."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import secrets
+import stat
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,25 @@ def check_writable(path: Path, field: str) -> None:
         raise ConfigError(
             f"{field} must lead to a folder that can be made but {above} {what}; choose another."
         )
+
+
+def own_folder(*parts: str) -> Path:
+    """Return a folder of this user's alone on this machine, below that of temporary files; made if missing.
+
+    Raises:
+        ConfigError: If its name is taken by another user, or others may use it.
+    """
+    top = Path(tempfile.gettempdir()) / f"richkd-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(top, 0o700)
+    found = os.lstat(top)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigError(
+            f"{top} must be a folder that is yours alone but is not; remove it, or set TMPDIR to another folder."
+        )
+    path = top.joinpath(*parts)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def write_synced(path: Path, content: bytes) -> None:

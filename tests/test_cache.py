@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,14 +23,15 @@ ORACLE = np.arange(COUNT * WIDTH, dtype=np.float32).reshape(COUNT, WIDTH)
 
 
 @pytest.fixture(autouse=True)
-def small_shards(monkeypatch):
+def small_shards(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(cache, "SHARD", 8)  # 50 rows are 6 whole shards and one of 2 rows
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("machine")))
     new_process(monkeypatch)
 
 
 def new_process(monkeypatch):
     """Forget what this process has verified, as a new one would."""
-    monkeypatch.setattr(cache, "_verified", set())
+    monkeypatch.setattr(cache, "_verified", {})
 
 
 class Compute:
@@ -171,14 +174,178 @@ def test_damaged_shard_alone_is_computed_again_with_a_warning(tmp_path, monkeypa
     assert np.array_equal(table(tmp_path, None), ORACLE), "it was mended on the disk"
 
 
-def test_flipped_bit_is_never_served(tmp_path, monkeypatch):
+def damaged(whole: bytes, draw: random.Random) -> bytes:
+    content = bytearray(whole)
+    content[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+    return bytes(content)
+
+
+def cuts(size: int) -> list[int]:
+    """Every 64th length, and the last 64."""
+    return sorted({*range(0, size, 64), *range(max(0, size - 64), size)})
+
+
+@pytest.mark.filterwarnings("ignore:.* is damaged in")
+@pytest.mark.parametrize("name", [cache.ROWS, cache.SHARDS])
+def test_flipped_bit_or_torn_file_of_a_table_is_never_served(tmp_path, name):
     table(tmp_path, Compute())
-    draw, path = random.Random(0), entry_of(tmp_path) / cache.ROWS
-    for _ in range(100):
-        flip(path, draw.randrange(len(cache._header(COUNT, WIDTH)), path.stat().st_size))
-        new_process(monkeypatch)
-        with pytest.warns(UserWarning, match="damaged"):
-            assert np.array_equal(table(tmp_path, Compute()), ORACLE)
+    draw, path = random.Random(0), entry_of(tmp_path) / name
+    whole = path.read_bytes()
+    torn = [whole[:length] for length in cuts(len(whole))]
+    for content in [*(damaged(whole, draw) for _ in range(400)), *torn]:
+        path.write_bytes(content)  # in the process that computed it: the file's times tell
+        assert content != whole
+        assert np.array_equal(table(tmp_path, Compute()), ORACLE)
+    assert len(torn) > 64
+
+
+@pytest.mark.filterwarnings("ignore:.* is damaged, and is built again")
+@pytest.mark.parametrize("name", ["{}/sub/file", "{}.sha256"])
+def test_flipped_bit_or_torn_file_of_a_folder_is_never_served(tmp_path, name):
+    def build(path: Path) -> None:
+        (path / "sub").mkdir()
+        (path / "sub" / "file").write_bytes(random.Random(1).randbytes(300))
+        built.append(path)
+
+    built = []
+    entry = cache.folder(tmp_path, "teachers", {}, build)
+    draw, path = random.Random(0), entry.parent / name.format(entry.name)
+    whole = path.read_bytes()
+    content = (entry / "sub/file").read_bytes()
+    torn = [whole[:length] for length in cuts(len(whole))]
+    for k, bad in enumerate([*(damaged(whole, draw) for _ in range(400)), *torn]):
+        path.write_bytes(bad)
+        cache.folder(tmp_path, "teachers", {}, build)
+        assert (entry / "sub/file").read_bytes() == content
+        assert len(built) == k + 2, "it was built again"
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("change", ["more", "gone", "renamed", "no sums"])
+def test_folder_with_other_files_is_built_again(tmp_path, change):
+    entry = cache.folder(tmp_path, "teachers", {}, build)
+    file = entry / "sub" / "file"
+    if change == "more":
+        (entry / "other").touch()
+    elif change == "gone":
+        file.unlink()
+    elif change == "renamed":
+        file.rename(entry / "sub" / "folder")
+    else:
+        entry.with_name(f"{entry.name}.sha256").unlink()
+    with pytest.warns(UserWarning, match=f"{entry.name} is damaged, and is built again"):
+        cache.folder(tmp_path, "teachers", {}, build)
+    assert [path.relative_to(entry).as_posix() for path in entry.rglob("*")] == ["sub", "sub/file"]
+
+
+def test_sums_of_a_folder_are_those_of_sha256sum(tmp_path):
+    entry = cache.folder(tmp_path, "teachers", {}, build)
+    words = ["sha256sum", "--strict", "--check", f"../{entry.name}.sha256"]
+    subprocess.run(words, cwd=entry, check=True, stdout=subprocess.DEVNULL)
+
+
+def settle(monkeypatch) -> None:
+    """Let the times of files that were just written count as past."""
+    monkeypatch.setattr(cache, "SETTLED", 0.02)
+    time.sleep(0.05)
+
+
+def reads_of(root: Path, monkeypatch) -> int:
+    """Open a table and a folder as a new process does and return how often bytes were compared."""
+    new_process(monkeypatch)
+    seen = []
+    with monkeypatch.context() as patch:
+        for name in ("_sound", "_sums"):
+            real = getattr(cache, name)
+            patch.setattr(cache, name, lambda *a, real=real: seen.append(a) or real(*a))
+        assert np.array_equal(table(root, None), ORACLE)
+        cache.folder(root, "teachers", {}, pytest.fail)
+    return len(seen)
+
+
+def test_checksums_are_compared_once_a_machine(tmp_path, tmp_path_factory, monkeypatch):
+    table(tmp_path, Compute())
+    entry = cache.folder(tmp_path, "teachers", {}, build)
+    assert reads_of(tmp_path, monkeypatch) == 2, "too soon after they were written"
+    assert reads_of(tmp_path, monkeypatch) == 2
+    settle(monkeypatch)
+    assert [reads_of(tmp_path, monkeypatch) for _ in range(3)] == [2, 0, 0]
+    table(tmp_path, None)  # noted by the process itself, too
+    boot = tmp_path / "boot"
+    boot.write_text("another")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "BOOT", boot)
+        assert [reads_of(tmp_path, monkeypatch) for _ in range(2)] == [2, 0]
+    with monkeypatch.context() as patch:  # another machine that shares the cache
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("other")))
+        assert [reads_of(tmp_path, monkeypatch) for _ in range(2)] == [2, 0]
+    assert [reads_of(tmp_path, monkeypatch) for _ in range(2)] == [2, 0], "of the other start"
+    os.utime(entry / "sub/file", (0, 0))
+    settle(monkeypatch)
+    assert [reads_of(tmp_path, monkeypatch) for _ in range(2)] == [1, 0]
+
+
+def test_change_of_a_noted_file_is_found_though_its_times_are_set_back(tmp_path, monkeypatch):
+    table(tmp_path, Compute())
+    entry = cache.folder(tmp_path, "teachers", {}, build)
+    settle(monkeypatch)
+    assert [reads_of(tmp_path, monkeypatch) for _ in range(2)] == [2, 0]
+    for path, use in (
+        (entry_of(tmp_path) / cache.ROWS, lambda: table(tmp_path, Compute())),
+        (entry / "sub/file", lambda: cache.folder(tmp_path, "teachers", {}, build)),
+    ):
+        before = path.stat()
+        flip(path, -1)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        after = path.stat()
+        assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+        for forget in (False, True):
+            if forget:
+                new_process(monkeypatch)
+                flip(path, -1)
+            with pytest.warns(UserWarning, match="damaged"):
+                use()
+    assert np.array_equal(table(tmp_path, None), ORACLE)
+
+
+@pytest.mark.parametrize("how", ["others may use it", "a link", "another's", "cannot be made"])
+def test_note_where_others_could_write_is_neither_read_nor_written(tmp_path, monkeypatch, how):
+    table(tmp_path, Compute())
+    cache.folder(tmp_path, "teachers", {}, build)
+    settle(monkeypatch)
+    assert [reads_of(tmp_path, monkeypatch) for _ in range(2)] == [2, 0]
+    top = Path(tempfile.gettempdir()) / f"richkd-{os.getuid()}"
+    if how == "others may use it":
+        top.chmod(0o777)
+    elif how == "a link":
+        top.rename(tmp_path / "elsewhere")
+        top.symlink_to(tmp_path / "elsewhere")
+    elif how == "another's":
+        other = os.getuid() + 1
+        monkeypatch.setattr(os, "getuid", lambda: other)
+        top.rename(top.with_name(f"richkd-{os.getuid()}"))
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    assert [reads_of(tmp_path, monkeypatch) for _ in range(2)] == [2, 2]
+
+
+def test_comparison_of_a_large_folder_is_told_and_can_be_stopped(tmp_path, monkeypatch):
+    def stop(what, done, total):
+        assert (what, done, total) == ("teachers (comparing checksums)", 4, len("content"))
+        raise InterruptedError
+
+    cache.folder(tmp_path, "teachers", {}, build)
+    monkeypatch.setattr(cache, "BLOCK", 4)
+    with pytest.raises(InterruptedError):
+        cache.folder(tmp_path, "teachers", {}, build, progress=stop)
+
+
+def test_used_entries_are_known_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_used", {})
+    for _ in range(2):
+        table(tmp_path, Compute())
+        entry = cache.folder(tmp_path, "teachers", {}, build)
+    assert cache.used() == [entry_of(tmp_path), entry]
 
 
 def test_damage_in_a_file_that_this_process_has_verified_is_found_by_its_time(tmp_path):

@@ -221,7 +221,7 @@ def test_flipped_bit_is_never_loaded(tmp_path, name):
     save(folder, 1)
     path, draw = folder / name, random.Random(0)
     whole = path.read_bytes()
-    for _ in range(200):
+    for _ in range(400):
         damaged = bytearray(whole)
         damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)

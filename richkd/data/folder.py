@@ -32,7 +32,7 @@ from richkd.data.dataset import Dataset, Images, check_names, moments
 from richkd.data.names import read_names
 from richkd.data.pictures import pixels, reason, suffixes
 from richkd.data.subsets import fold_of
-from richkd.errors import ConfigError, CorruptError, DataError, RichkdError
+from richkd.errors import ConfigError, DataError
 from richkd.files import read_record, write_json
 from richkd.progress import Progress
 
@@ -40,7 +40,6 @@ FORMAT = 1  # of the entry, and of what is done to a picture before it is kept
 PIXELS, CARD = "images.npy", "card.json"
 SHOWN = 5  # files named in a message
 AHEAD = 4  # files in flight for each thread
-BLOCK = 2**28  # bytes compared at once
 
 
 class Listing(NamedTuple):
@@ -79,7 +78,6 @@ def folder(config: Data, root: Path, progress: Progress | None) -> Dataset:
     Raises:
         ConfigError: If there is no such folder.
         DataError: If its folders are no classes, or more files are unreadable than `data.unreadable` allows.
-        CorruptError: If the entry in the cache is damaged.
     """
     listed = listing(config)
     order = np.concatenate([listed.train, listed.test])
@@ -95,7 +93,8 @@ def folder(config: Data, root: Path, progress: Progress | None) -> Dataset:
         _build(place, listed, order, config.size, progress)
 
     entry = cache.folder(root, "images", key, build, progress=progress)
-    card, found = _open(entry, len(order), config.size, progress)
+    card = read_record(entry / CARD, "mean", "std", "problems", "sha256")
+    found = np.load(entry / PIXELS, mmap_mode="r", allow_pickle=False)
     readable = np.array([problem is None for problem in card["problems"]])
     unreadable = tuple(
         f"{listed.files[k]}: {problem}"
@@ -308,7 +307,7 @@ def _build(
     place: Path, listed: Listing, order: np.ndarray, size: int, progress: Progress | None
 ) -> None:
     """Decode all files into `place`, readable or not, so that all that are not can be named."""
-    content, count, sha256, problems = hashlib.sha256(), 0, [], []
+    count, sha256, problems = 0, [], []
     paths = (listed.root / listed.files[k] for k in order)
     # plain writes: on a full disk they raise, where a memory map would kill the process
     with open(place / PIXELS, "xb") as file, contextlib.closing(_decoded(paths, size)) as decoded:
@@ -320,7 +319,6 @@ def _build(
             problems.append(found.problem)
             if found.image is not None:
                 file.write(found.image)
-                content.update(found.image)
                 count += 1
         file.seek(0)
         file.write(_header(count, size))
@@ -329,8 +327,8 @@ def _build(
     readable = len(listed.train) - sum(p is not None for p in problems[: len(listed.train)])
     train = np.load(place / PIXELS, mmap_mode="r")[:readable]
     mean, std = moments(train) if readable else ((), ())
-    card = {"pixels": content.hexdigest(), "mean": mean, "std": std}
-    write_json(place / CARD, card | {"problems": problems, "sha256": sha256})
+    card = {"mean": mean, "std": std, "problems": problems, "sha256": sha256}
+    write_json(place / CARD, card)
 
 
 def _decoded(paths: Iterable[Path], size: int) -> Iterator[Found]:
@@ -367,34 +365,6 @@ def _header(count: int, size: int) -> bytes:
     layout = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
     np.lib.format.write_array_header_1_0(stream, layout)
     return stream.getvalue()
-
-
-def _open(entry: Path, total: int, size: int, progress: Progress | None) -> tuple[dict, np.ndarray]:
-    """Return card and pixels of an entry, the pixels mapped and compared with their checksum."""
-    try:
-        card = read_record(entry / CARD, "pixels", "mean", "std", "problems", "sha256")
-        found = np.load(entry / PIXELS, mmap_mode="r", allow_pickle=False)
-    except (RichkdError, OSError, ValueError, EOFError) as error:
-        raise _damaged(entry, reason(error)) from error
-    content, step = hashlib.sha256(), max(BLOCK // (size * size * 3), 1)
-    for start in range(0, len(found), step):
-        if start and progress is not None:
-            progress("images (comparing checksums)", start, len(found))
-        content.update(found[start : start + step])
-    expected = (card["problems"].count(None), size, size, 3)
-    if (
-        found.shape != expected
-        or content.hexdigest() != card["pixels"]
-        or not len(card["problems"]) == len(card["sha256"]) == total
-    ):
-        raise _damaged(entry, "its checksum is another")
-    return card, found
-
-
-def _damaged(entry: Path, why: str) -> CorruptError:
-    return CorruptError(
-        f"{entry} is damaged ({why}); remove that folder to have its images decoded again."
-    )
 
 
 def _apply_policy(unreadable: tuple[str, ...], total: int, config: Data) -> None:
