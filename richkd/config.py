@@ -53,6 +53,26 @@ def in_range(name: str, value: float | None, low: float, high: float) -> None:
         raise ConfigError(f"{name} must lie in {low} to {high} but got {value}.")
 
 
+def is_url(storage: str) -> bool:
+    """Say whether `storage` is an address, and not a folder."""
+    return "://" in storage
+
+
+def check_storage(url: str) -> None:
+    """Raise ConfigError unless `url` is the address of a folder on an S3-like store, without credentials."""
+    shown = re.sub(r"//[^/]*@", "//***@", url)
+    if shown != url:
+        raise ConfigError(
+            f"storage must not hold credentials but got {shown}; put them into AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY in the environment of every machine."
+        )
+    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+(/[^?#]*)?", url):
+        raise ConfigError(
+            f"storage must be a folder or s3://BUCKET/FOLDER but got {shown.partition('?')[0]}; the server's address is "
+            "AWS_ENDPOINT_URL in the environment."
+        )
+
+
 def expand(section: Any, *keys: str) -> None:
     """Put the home folder in place of a leading `~` in paths, which a shell does not do behind `key=`."""
     for key in keys:
@@ -313,12 +333,16 @@ class Config:
         0  # of initial weights, order, augmentation and (with data.seed) the labelled subset
     )
     device: str = "auto"  # auto | cpu | cuda
-    storage: str = "runs"  # folder of run folders
+    storage: str = "runs"  # folder of run folders; of a sweep also s3://BUCKET/FOLDER
     cache: str | None = None  # None: RICHKD_CACHE, else ~/.cache/richkd
 
     def __post_init__(self) -> None:
         in_range("seed", self.seed, 0, 2**31 - 1)
         one_of("device", self.device, ("auto", "cpu", "cuda"))
+        if self.storage.startswith("file:///"):  # a folder like any other
+            object.__setattr__(self, "storage", self.storage.removeprefix("file://"))
+        if is_url(self.storage):
+            check_storage(self.storage)
         if self.fusion.space == "probs" and self.loss.temperature_of == "task":
             raise ConfigError(
                 "loss.temperature_of=task compares spreads of logits but fusion.space=probs mixes probabilities; "
@@ -575,6 +599,10 @@ def run_folder(config: "Config", name: str | None, *, resume: bool) -> Path:
             raise ConfigError("--resume goes on with a run; give its --name.")
         name = f"{config.method.name}-seed{config.seed}-{time.strftime('%y%m%d-%H%M%S')}"
     check_name("--name", name)
+    if is_url(config.storage):
+        raise ConfigError(
+            f"storage must be a folder for a single run but got {config.storage}; only a sweep takes an address."
+        )
     folder = Path(config.storage) / name
     there = (folder / "run.json").exists()
     if resume and not there:
