@@ -8,6 +8,7 @@ aliases, no interpolation.
 
 import hashlib
 import json
+import os
 import re
 import time
 import unicodedata
@@ -78,7 +79,7 @@ def expand(section: Any, *keys: str) -> None:
     for key in keys:
         value = getattr(section, key)
         if value is not None and value.startswith("~"):
-            object.__setattr__(section, key, str(Path(value).expanduser()))
+            object.__setattr__(section, key, os.path.expanduser(value))  # `~nobody` stays
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
