@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
+from pyarrow import fs
 
 from richkd import checkpoint, distill
 from richkd.config import build, read, run_folder
@@ -141,6 +142,9 @@ def test_only_what_changed_is_sent_and_the_older_goes(server, tmp_path, monkeypa
         "best-000001-",
         "last-000002-",
     ]
+    selector = fs.FileSelector(store.base)
+    folders = [info.base_name for info in store.files.get_file_info(selector) if not info.is_file]
+    assert len(folders) == 2, "nothing is left of the older one"
     sent.clear()
     Store(URL).push(tmp_path)  # of another process, which does not know the small ones
     assert sent == ["config.yaml", "metrics.jsonl", "run.json"]
@@ -409,64 +413,63 @@ def job(folder: Path, **changes) -> dict:
 
 
 def test_job_without_a_store_runs_in_its_folder_and_reports_as_it_would(tmp_path):
-    with mirrored(job(tmp_path, store=None), print) as (folder, report):
-        assert (folder, report) == (tmp_path, print)
+    given = job(tmp_path, store=None)
+    with mirrored(given, print) as found:
+        assert found == (given, print)
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_job_goes_on_on_another_machine_from_what_was_heard_of(server, machine, tmp_path, seeds):
-    name, told = tmp_path / "trials" / "007", []
+    given, told = job(tmp_path / "trials" / "007", seeds=seeds), []
+    runs = ["seed0", "seed1"][:seeds] if seeds > 1 else [""]
 
-    def advance(folder: Path, epoch: int) -> None:
-        for k in range(seeds):
-            save(folder / f"seed{k}" if seeds > 1 else folder, epoch, 1)
-
-    def die(said):
-        told.append(said)
-        if said["run"]["epoch"] == 3:
+    def die(metrics):
+        told.append(metrics["epoch"])
+        if metrics["epoch"] == 3:
             raise Killed
 
-    with pytest.raises(Killed), mirrored(job(name, seeds=seeds), die) as (folder, report):
+    with pytest.raises(Killed), mirrored(given, die) as (ours, report):
+        folder = Path(ours["folder"])
         assert folder.parent == own_folder("runs") and not folder.exists()
         for epoch in (1, 2, 3):
-            advance(folder, epoch)
-            assert Store(URL).newest("seed1" if seeds == 2 else "") == (epoch - 1 or None)
-            report({"run": {"epoch": epoch}})
-    assert [said["run"]["epoch"] for said in told] == [1, 2, 3]
+            for run in runs:
+                save(folder / run, epoch, 1)
+            assert Store(URL).newest(runs[-1]) == (epoch - 1 or None)
+            report({"epoch": epoch})
+    assert told == [1, 2, 3]
     machine()
-    with mirrored(job(name, seeds=seeds), told.append) as (folder, report):
-        for k in range(seeds):
-            assert epochs(folder / f"seed{k}" if seeds > 1 else folder) == (3, 1)
-        advance(folder, 4)
-        report({"run": {"finished": True}})
-    assert not folder.exists() and not name.exists()
-    assert Store(URL).newest("seed1" if seeds == 2 else "") == 4
+    with mirrored(given, told.append) as (ours, report):
+        folder = Path(ours["folder"])
+        for run in runs:
+            assert epochs(folder / run) == (3, 1)
+            save(folder / run, 4, 1)
+        report({"finished": True})
+    assert not folder.exists() and not (tmp_path / "trials").exists()
+    assert Store(URL).newest(runs[-1]) == 4
 
 
 def test_job_whose_store_died_ends_resumably_and_keeps_what_was_not_sent(
     server, machine, tmp_path, monkeypatch
 ):
-    told, dead = [], []
+    given, told, dead = job(tmp_path / "007"), [], []
 
     def fail(self, path, content):
         dead.append(path)
         raise OSError("NETWORK_CONNECTION")
 
-    with pytest.raises(Stopped), mirrored(job(tmp_path / "007"), told.append) as (folder, report):
+    with pytest.raises(Stopped), mirrored(given, told.append) as (ours, report):
+        folder = Path(ours["folder"])
         save(folder, 1, 1)
-        report({"run": {"epoch": 1}})
+        report({"epoch": 1})
         save(folder, 2, 1)
         with monkeypatch.context() as patch:
             patch.setattr(Store, "_put", fail)
-            try:
-                report({"run": {"epoch": 2}})
-            except Stopped as error:  # as a trial says it
-                report({"run": {"stopped": str(error)}})
-                raise
-    assert dead and [list(said["run"]) for said in told] == [["epoch"], ["stopped"]]
-    assert epochs(folder) == (2, 1)
-    with mirrored(job(tmp_path / "007"), told.append) as (again, _):
-        assert again == folder and epochs(folder) == (2, 1), "newer than the store's"
+            report({"epoch": 2})
+    assert dead and told == [{"epoch": 1}]
+    (folder / "note").touch()
+    with mirrored(given, told.append) as (ours, _):
+        assert ours["folder"] == str(folder) and epochs(folder) == (2, 1), "newer than the store's"
+        assert (folder / "note").exists()
 
 
 def test_distillation_that_moved_ends_as_the_straight_one(server, machine, tmp_path, cache_root):
@@ -477,21 +480,20 @@ def test_distillation_that_moved_ends_as_the_straight_one(server, machine, tmp_p
     distill.test(straight)
     heard = []
 
-    def hear(said):
-        heard.append(said["run"]["epoch"])
+    def hear(metrics):
+        heard.append(metrics["epoch"])
         if heard == [1, 2]:
             raise Killed
 
     for attempt in range(2):
-        with contextlib.suppress(Killed), mirrored(job(tmp_path / "007"), hear) as (folder, report):
+        with contextlib.suppress(Killed), mirrored(job(tmp_path / "007"), hear) as (ours, report):
             outcome = distill.run(
                 config,
-                folder,
-                report=lambda metrics, _, report=report: report({"run": metrics}),
+                Path(ours["folder"]),
+                report=lambda metrics, _, report=report: report(metrics),
                 resume=True,
             )
-            tested = distill.test(outcome)
-            report({"run": outcome.metrics | tested | {"finished": True}})
+            report(outcome.metrics | distill.test(outcome) | {"finished": True})
         assert len(heard) == (2, 5)[attempt]
         machine()
     assert heard == [1, 2, 3, 4, 4]

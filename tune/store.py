@@ -222,9 +222,11 @@ class Store:
 
     def _remove(self, path: str, files: dict[str, int]) -> None:
         """Remove a checkpoint; its manifest first, since what has one is whole."""
-        for file in sorted(files, key=lambda file: file != MANIFEST):
-            with contextlib.suppress(FileNotFoundError):  # a try before this one got so far
-                self._ask(lambda file=file: self.files.delete_file(_join(self.base, path, file)))
+        place = _join(self.base, path)
+        with contextlib.suppress(FileNotFoundError):  # a try before this one got so far
+            if MANIFEST in files:
+                self._ask(lambda: self.files.delete_file(f"{place}/{MANIFEST}"))
+            self._ask(lambda: self.files.delete_dir(place))
 
     def _write(self, path: str, content: bytes) -> None:
         self._ask(lambda: self._put(_join(self.base, path), content))
@@ -262,40 +264,39 @@ class Store:
 
 
 @contextlib.contextmanager
-def mirrored(job: dict[str, Any], report: Report) -> Iterator[tuple[Path, Report]]:
-    """Give a job the folder in which it is to run, and what takes its reports.
+def mirrored(job: dict[str, Any], report: Report) -> Iterator[tuple[dict[str, Any], Report]]:
+    """Give a job the folder in which this process is to run it, and what takes its reports.
 
-    With a store, the job runs in a folder of this machine that is brought up to what the store has; each report is
-    made after the run folders were sent, so that nothing that was heard of can be lost with the machine. The folder
-    goes when the job ends, unless the store could not be reached.
+    With a store that is a folder of this machine, brought up to what the store has; each report is made after the
+    run folders were sent, so that nothing that was heard of can be lost with the machine. The folder goes when the
+    job ends, unless the store could not be reached.
 
     Args:
-        job: `folder`, `store` (URL of the job's folder, or None), `seeds`.
-        report: Takes `{"run": ...}`.
+        job: `folder`; `store`, the URL of the job's folder, or None; `seeds`.
+        report: Takes metrics.
     """
     if job["store"] is None:
-        yield Path(job["folder"]), report
+        yield job, report
         return
     store = Store(job["store"])
     name = hashlib.sha256(store.url.encode()).hexdigest()[:12]
     folder = own_folder("runs") / f"{Path(job['folder']).name}-{name}"
     runs = [f"seed{k}" for k in range(job["seeds"])] if job["seeds"] > 1 else [""]
     for run in runs:
-        if (epoch := store.newest(run)) is not None and epoch >= _local(folder / run):
+        if (epoch := store.newest(run)) is not None and epoch > _local(folder / run):
             store.fetch(run, folder / run)
     behind = False
 
-    def told(said: dict[str, Any]) -> None:
+    def told(metrics: dict[str, Any]) -> None:
         nonlocal behind
-        if not said["run"].keys() & {"failed", "stopped"}:
-            behind = True
-            for run in runs:
-                store.push(folder / run, run)
-            behind = False
-        report(said)
+        behind = True
+        for run in runs:
+            store.push(folder / run, run)
+        behind = False
+        report(metrics)
 
     try:
-        yield folder, told
+        yield job | {"folder": str(folder)}, told
     finally:
         if not behind:
             shutil.rmtree(folder, ignore_errors=True)
