@@ -34,10 +34,10 @@ from tune.trial import trial as trainable
 
 RESTARTS = 3  # of a run whose process died, without an epoch in between
 NODE_DIED = "its node has died"  # Ray's words for the end of an actor that shared its machine's
+PACKAGES = ("richkd", "tune")
 
 # Ray's own result files, progress output, handlers and snapshots: ours do without, or have their own.
 ENVIRONMENT = {
-    "PYTHONPATH": str(PROJECT),
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # an epoch of seconds waits so long to be heard of
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -230,6 +230,22 @@ def free(group: str) -> None:
         ray.util.remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
 
 
+def runtime_env() -> dict[str, Any]:
+    """Return what workers on any machine need to run our code: its modules, and Ray's settings as they are here.
+
+    The modules are shipped, since on another machine they may lie elsewhere, in another version, or nowhere.
+    """
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    # a job's runtime environment may set the same variables, which have their values from it then
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    return {
+        "env_vars": {name: os.environ[name] for name in ENVIRONMENT},
+        "py_modules": [str(PROJECT / package) for package in PACKAGES],
+        "excludes": ["__pycache__"],
+    }
+
+
 def run(
     agenda: Agenda,
     stop: Stop,
@@ -255,13 +271,11 @@ def run(
     """
     ours = not ray.is_initialized()
     if ours:
-        for variable, value in ENVIRONMENT.items():
-            os.environ.setdefault(variable, value)
         try:
             ray.init(
                 address=address,
                 include_dashboard=None if address else False,
-                runtime_env={"env_vars": {name: os.environ[name] for name in ENVIRONMENT}},
+                runtime_env=runtime_env(),
                 log_to_driver=False,
                 logging_level="ERROR",
             )
