@@ -1,8 +1,11 @@
 """Launching on a cluster: its layers, the files to launch with, and a job on a real Ray with its dashboard."""
 
 import contextlib
+import copy
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -14,10 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jsonschema
 import pytest
 import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
 
-from richkd.config import CONF
+from richkd.config import CONF, build, digest, read, read_layer
+from tune.runner import fit
+from tune.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = CONF / "cluster"
@@ -32,6 +39,143 @@ ELSEWHERE = {
     for key, value in os.environ.items()
     if key not in ("PYTHONPATH", "RAY_ADDRESS", "MLFLOW_TRACKING_URI")
 } | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+GPU8 = {"CPU": 64.0, "GPU": 8.0}
+FITS = {  # layer: machines as Ray describes them, trials side by side, what a worker takes
+    "local": ([{"CPU": 2.0}], 2, {"CPU": 1}),
+    "cpu": ([{"CPU": 16.0}, {"CPU": 16.0}, {"CPU": 9.0}], 2, {"CPU": 4}),
+    "gpu1": ([{"CPU": 16.0, "GPU": 1.0}], 4, {"CPU": 2, "GPU": 0.25}),
+    "gpu8": ([GPU8, GPU8], 16, {"CPU": 4, "GPU": 1}),
+    "multinode": ([{}, *4 * [{"CPU": 4.0, "GPU": 1.0}]], 2, {"CPU": 4, "GPU": 1}),
+}
+CONCERNED = {"device", "storage", "cache", "resources", "sweep.state", "sweep.study"}
+
+
+@pytest.mark.parametrize("beneath", [(), ("imagefolder", "data.path=/mnt/richkd/data")])
+@pytest.mark.parametrize("name", FITS)
+def test_a_layer_of_a_cluster_fits_what_it_is_made_for(name, beneath):
+    layers = read([*beneath, f"cluster/{name}"])
+    base, settings = build(layers), build(layers, Settings)
+    nodes, slots, each = FITS[name]
+    assert fit(settings.resources, nodes, gpu=base.device != "cpu") == (slots, each)
+    assert base.data.source == (beneath[0][5:] if beneath else "digits")
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_a_layer_of_a_cluster_changes_no_result_and_begins_with_its_command(name):
+    path = CLUSTER / f"{name}.yaml"
+    for key, *_ in read_layer(path).entries:
+        assert key in CONCERNED or key.split(".")[0] in CONCERNED, key
+    assert digest(build(read([f"cluster/{name}"]))) == digest(build(read([])))
+    command = next(line for line in path.read_text().splitlines() if "python -m" in line)
+    assert shlex.split(command.lstrip("# "))[:5] == [
+        "python",
+        "-m",
+        "tune",
+        "sweep",
+        f"cluster/{name}",
+    ]
+
+
+@pytest.mark.parametrize("name", ["cpu", "multinode"])
+def test_what_outlives_a_machine_lies_on_the_shared_file_system(name):
+    base = build(read([f"cluster/{name}"]))
+    assert base.storage.startswith("/mnt/richkd/") and base.cache.startswith("/mnt/richkd/")
+
+
+def test_the_cluster_of_vms_is_one_that_ray_up_takes(capsys):
+    asked = yaml.safe_load((CLUSTER / "vms.yaml").read_text())
+    config = prepare_config(asked)
+    validate_config(config)
+    with pytest.raises(jsonschema.ValidationError, match="head_start_command"):
+        validate_config(config | {"head_start_command": "ray start"})
+    assert config["max_workers"] == len(asked["provider"]["worker_ips"])
+    start = asked["head_start_ray_commands"][-1]
+    assert "--dashboard-host=127.0.0.1" in start and "--head" in start
+    for source in asked["file_mounts"].values():
+        assert (ROOT / source).is_file()
+
+
+@pytest.fixture
+def manifest() -> dict:
+    """The RayJob."""
+    return yaml.safe_load((CLUSTER / "rayjob.yaml").read_text())
+
+
+def groups(manifest: dict) -> list[dict]:
+    cluster = manifest["spec"]["rayClusterSpec"]
+    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+
+
+def test_the_manifest_is_one_that_kuberay_takes(manifest):
+    schema = json.loads((ROOT / "tests" / "kuberay_rayjob_schema.json").read_text())
+    jsonschema.validate(manifest, schema)
+    for damage, message in (
+        (lambda m: m["spec"].update(backoffLimits=1), "backoffLimits"),
+        (lambda m: groups(m)[0].pop("rayStartParams"), "rayStartParams"),
+        (lambda m: groups(m)[1].update(replicas="4"), "'4' is not of type 'integer'"),
+        (lambda m: groups(m)[1]["template"]["spec"].pop("containers"), "containers"),
+        (lambda m: groups(m)[0]["rayStartParams"].update({"num-cpus": 0}), "0 is not of type"),
+    ):
+        damaged = copy.deepcopy(manifest)
+        damage(damaged)
+        with pytest.raises(jsonschema.ValidationError, match=message):
+            jsonschema.validate(damaged, schema)
+
+
+def test_a_retry_of_the_manifest_goes_on_with_the_same_sweep_on_the_same_volume(manifest):
+    spec = manifest["spec"]
+    assert spec["backoffLimit"] > 0 and spec["shutdownAfterJobFinishes"]
+    command, _, rest = spec["entrypoint"].partition("||")
+    words = shlex.split(command)
+    assert words[:4] == ["python", "-m", "tune", "sweep"] and words[-1] == "--resume"
+    layers = read(words[4:-1])
+    base, settings = build(layers), build(layers, Settings)
+    assert settings.sweep.name is not None
+    for group in groups(manifest):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
+        assert mount["name"] == volume["name"] and "persistentVolumeClaim" in volume
+        for path in (base.storage, base.cache, base.data.path):
+            assert Path(path).is_relative_to(mount["mountPath"])
+    head, workers = groups(manifest)
+    env = {each["name"]: each["value"] for each in head["template"]["spec"]["containers"][0]["env"]}
+    assert env["MLFLOW_TRACKING_URI"].startswith("http://")
+    # what the head and the workers offer, as Ray will say it
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    node = {"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"])}
+    nodes = [{"CPU": float(head["rayStartParams"]["num-cpus"])}, *workers["replicas"] * [node]]
+    assert fit(settings.resources, nodes, gpu=base.device != "cpu")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "again"), [(0, False), (3, False), (1, True), (75, True), (137, True)]
+)
+def test_only_a_sweep_that_did_not_end_is_tried_again(manifest, tmp_path, code, again):
+    (tmp_path / "python").write_text(f"#!/bin/sh\nexit {code}\n")
+    (tmp_path / "python").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(manifest["spec"]["entrypoint"], shell=True, env={"PATH": path})
+    assert (done.returncode != 0) is again
+
+
+def test_the_image_is_of_the_ray_that_the_manifest_names_and_has_all_of_the_code(manifest):
+    image = (CLUSTER / "Dockerfile").read_text()
+    version = manifest["spec"]["rayClusterSpec"]["rayVersion"]
+    assert f"FROM rayproject/ray:{version}-py311" in image
+    bound = f"ray[default,tune,train]>={version.rpartition('.')[0]},"
+    assert bound in (ROOT / "requirements.txt").read_text()
+    copied = {line.split()[1] for line in image.splitlines() if line.startswith("COPY")}
+    assert copied == {"requirements.txt", "richkd", "tune", "conf"}
+
+
+def test_no_file_to_launch_with_holds_a_secret():
+    for path in CLUSTER.iterdir():
+        for line in path.read_text().splitlines():
+            assert not re.search(r"(?i)(password|token|secret|access_?key)\w*\s*[:=]", line), line
+            assert not re.search(r"://[^/\s]*@", line), line
 
 
 def free_ports(count: int) -> list[int]:
