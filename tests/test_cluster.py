@@ -13,18 +13,25 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jsonschema
 import pytest
+import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from richkd.command import Stop, main
 from richkd.config import CONF, build, digest, read, read_layer
+from richkd.errors import ConfigError
+from tune import runner
+from tune.__main__ import ABOUT, VERBS
 from tune.runner import fit
-from tune.settings import Settings
+from tune.settings import Resources, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = CONF / "cluster"
@@ -176,6 +183,53 @@ def test_no_file_to_launch_with_holds_a_secret():
         for line in path.read_text().splitlines():
             assert not re.search(r"(?i)(password|token|secret|access_?key)\w*\s*[:=]", line), line
             assert not re.search(r"://[^/\s]*@", line), line
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--dashboard=192.0.2.1"], "--dashboard must be an address of this machine"),
+        (["--dashboard=nowhere.invalid"], "--dashboard must be an address of this machine"),
+        (["--dashboard=127.0.0.1", "--address=far:1"], "that at far:1 has its own"),
+        # refused right after the warning
+        (
+            ["--dashboard=0.0.0.0", "resources.cpus_per_worker=10000"],
+            "warning: --dashboard=0.0.0.0",
+        ),
+    ],
+)
+@pytest.mark.parametrize("verb", ["sweep", "train"])
+def test_a_dashboard_is_refused_where_it_cannot_be_and_warned_of_where_others_reach_it(
+    verb, words, told, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main("python -m tune", ABOUT, VERBS, [verb, *words]) == 2
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("host", [None, "127.0.0.1"])
+def test_a_cluster_of_our_own_shows_a_dashboard_only_where_it_was_asked_to(
+    host, monkeypatch, tmp_path
+):
+    asked = {}
+
+    def init(**arguments: object) -> None:
+        asked.update(arguments)
+        raise ConnectionError("not started")
+
+    for name in (*runner.ENVIRONMENT, "RAY_OVERRIDE_JOB_RUNTIME_ENV"):
+        monkeypatch.setenv(name, "1")  # taken back in the end, unlike what `run` sets
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    cluster = {"address": None, "dashboard": host}
+    with pytest.raises(ConfigError, match="not started"):
+        runner.run(SimpleNamespace(), Stop(), Resources(), tmp_path, gpu=False, **cluster)
+    assert asked["include_dashboard"] is (host is not None)
+    assert asked["address"] == (None if host is None else "local")
+    assert asked["dashboard_host"] == "127.0.0.1"
 
 
 def free_ports(count: int) -> list[int]:

@@ -14,8 +14,12 @@ SWEEP is a name, a folder or an MLflow run id; the default is the sweep started 
 """
 
 import argparse
+import ipaddress
+import os
 import shlex
+import socket
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -57,19 +61,46 @@ def _one_sweep(words: list[str], *, finished: bool = False) -> Path:
     return find_sweep(*_named(words), finished=finished)
 
 
+def _cluster(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """Return where the Ray cluster is, and where one that is started here shows its dashboard, if anywhere.
+
+    Raises:
+        ConfigError: If --dashboard is no address of this machine, or the cluster is not ours.
+    """
+    address, host = arguments.address, arguments.dashboard
+    if host is None:
+        return {"address": address, "dashboard": None}
+    if there := address or os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(
+            f"--dashboard={host} concerns a cluster that is started here but that at {there} has its own; leave it out."
+        )
+    try:
+        with socket.create_server((host, 0)) as server:
+            loopback = ipaddress.ip_address(server.getsockname()[0]).is_loopback
+    except OSError as error:
+        raise ConfigError(
+            f"--dashboard must be an address of this machine but got {host!r} ({error.strerror}); give 127.0.0.1."
+        ) from error
+    if not loopback:
+        warnings.warn(
+            f"--dashboard={host}: anybody who reaches Ray's dashboard can run code as you; prefer 127.0.0.1 and an SSH "
+            "tunnel.",
+            stacklevel=2,
+        )
+    return {"address": address, "dashboard": host}
+
+
 def sweep(arguments: argparse.Namespace) -> Done:
     """Search, refit, compare."""
     layers = config.read(arguments.words)
     config.build(layers)  # most mistakes are refused here, before the slow imports
+    cluster = _cluster(arguments)
     from tune.sweep import start
 
-    answer = start(layers, resume=arguments.resume, changed=arguments.changed, **_launch(arguments))
+    answer = start(
+        layers, resume=arguments.resume, changed=arguments.changed, **cluster, stop=arguments.stop
+    )
     return Done(answer, 3 if answer["failed"] else 0)
-
-
-def _launch(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what concerns one invocation."""
-    return {"address": arguments.address, "stop": arguments.stop}
 
 
 def train(arguments: argparse.Namespace) -> Done:
@@ -77,6 +108,7 @@ def train(arguments: argparse.Namespace) -> Done:
     layers = config.read(arguments.words)
     # most mistakes are refused here, before the slow imports
     folder = config.run_folder(config.build(layers), arguments.name, resume=arguments.resume)
+    cluster = _cluster(arguments)
     from richkd.record import result_lines
     from tune.train import train as run
 
@@ -88,7 +120,7 @@ def train(arguments: argparse.Namespace) -> Done:
         folder,
         command=shlex.join(again),
         resume=arguments.resume,
-        address=arguments.address,
+        **cluster,
         stop=arguments.stop,
     )
     for line in result_lines(answer):
@@ -119,10 +151,10 @@ def retry(arguments: argparse.Namespace) -> Done:
 
 
 def _go_on(arguments: argparse.Namespace, more: "More") -> Done:
-    folder = _one_sweep(arguments.words)
+    folder, cluster = _one_sweep(arguments.words), _cluster(arguments)
     from tune.sweep import go_on
 
-    answer = go_on(folder, more=more, changed=arguments.changed, **_launch(arguments))
+    answer = go_on(folder, more=more, changed=arguments.changed, **cluster, stop=arguments.stop)
     return Done(answer, 3 if answer["failed"] else 0)
 
 
@@ -202,8 +234,9 @@ def best(arguments: argparse.Namespace) -> Done:
     return Done(answer, 0 if answer["verified"] else 1)
 
 
-ADDRESS = {
-    "address=HOST:PORT": "a running Ray cluster, as RAY_ADDRESS; else a local one is started"
+CLUSTER = {
+    "address=HOST:PORT": "a running Ray cluster, as RAY_ADDRESS; else a local one is started",
+    "dashboard=HOST": "show Ray's dashboard at HOST:8265, such as 127.0.0.1; anybody who reaches it can run code",
 }
 
 CHANGED = {"changed": "go on though code or settings have changed since the sweep began"}
@@ -214,13 +247,13 @@ VERBS = {
     "sweep": Verb(
         run=sweep,
         help="search, refit over seeds, compare",
-        flags={"resume": "go on with the sweep of that name, if there is one"} | CHANGED | ADDRESS,
+        flags={"resume": "go on with the sweep of that name, if there is one"} | CHANGED | CLUSTER,
     ),
     "train": Verb(
         run=train,
         help="distil one student, over several workers",
         flags={"name=NAME": "name of the run", "resume": "go on with the run of that name"}
-        | ADDRESS,
+        | CLUSTER,
     ),
     "resume": Verb(
         run=resume,
@@ -232,7 +265,7 @@ VERBS = {
             "add-gpu-hours=H": "so many more than sweep.gpu_hours",
         }
         | CHANGED
-        | ADDRESS,
+        | CLUSTER,
     ),
     "retry": Verb(
         run=retry,
@@ -242,7 +275,7 @@ VERBS = {
             "class=KINDS": f"which, of error,nan,memory,lost,hung,metric; else {','.join(RETRIED)}"
         }
         | CHANGED
-        | ADDRESS,
+        | CLUSTER,
     ),
     "status": Verb(run=status, help="show how a sweep stands", words=EXISTING, flags={}),
     "doctor": Verb(

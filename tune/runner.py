@@ -22,7 +22,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup
 
-from richkd.command import Stop
+from richkd.command import Stop, say
 from richkd.config import to_dict
 from richkd.errors import ConfigError, Interrupted, Stopped
 from tune.agenda import Agenda, Job
@@ -256,6 +256,7 @@ def run(
     address: str | None,
     budget: Budget | None = None,
     seeds: int = 1,
+    dashboard: str | None = None,
 ) -> None:
     """Let Ray Tune run the agenda's jobs, each in a process that goes on to the next.
 
@@ -268,13 +269,16 @@ def run(
         address: Of a running cluster; without it a local one is started, unless there is one.
         budget: What may be spent; None: anything.
         seeds: Runs that make up a trial, side by side.
+        dashboard: Address of this machine at which a cluster that is started shows Ray's dashboard; None: nowhere.
     """
     ours = not ray.is_initialized()
     if ours:
         try:
-            ray.init(
-                address=address,
-                include_dashboard=None if address else False,
+            context = ray.init(
+                # one that runs already has its own dashboard, or none
+                address=address if dashboard is None else "local",
+                include_dashboard=dashboard is not None,
+                dashboard_host=dashboard or "127.0.0.1",
                 runtime_env=runtime_env(),
                 log_to_driver=False,
                 logging_level="ERROR",
@@ -287,6 +291,10 @@ def run(
                 f"--address {address} cannot be used ({reason}); give HOST:PORT of a running Ray cluster, or none."
             ) from error
         stop.install()
+        if dashboard is not None:
+            say(
+                f"dashboard  http://{context.dashboard_url}, with the token that `ray get-auth-token` prints"
+            )
         # of its own notes, which nobody reads: on a full disk it would say a screen about them
         logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     try:

@@ -369,6 +369,7 @@ def carry_out(
     retry: tuple[str, ...] = (),
     anew: bool = False,
     address: str | None = None,
+    dashboard: str | None = None,
     stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Do what is left of a sweep and summarise it.
@@ -381,6 +382,7 @@ def carry_out(
         retry: Kinds of failed trials that are tried again.
         anew: Whether trials that were running begin anew, since their settings have changed.
         address: Of a Ray cluster.
+        dashboard: As `runner.run` takes it.
         stop: Says whether a signal came.
 
     Raises:
@@ -428,6 +430,7 @@ def carry_out(
                         folder / ".ray",
                         gpu=sweep.base.device != "cpu",
                         address=address,
+                        dashboard=dashboard,
                         budget=budget,
                         seeds=wanted.seeds_per_trial,
                     )

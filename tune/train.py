@@ -96,6 +96,7 @@ def train(
     command: str,
     resume: bool = False,
     address: str | None = None,
+    dashboard: str | None = None,
     stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Distil one student over `resources.workers` workers and return what came of it.
@@ -106,6 +107,7 @@ def train(
         command: What began the run, and begins it anew; with ` --resume` it goes on.
         resume: Whether the folder may hold this run already, which then goes on.
         address: Of a Ray cluster.
+        dashboard: As `runner.run` takes it.
         stop: Says whether a signal came.
 
     Raises:
@@ -156,6 +158,7 @@ def train(
                     scratch,
                     gpu=config.device != "cpu",
                     address=address,
+                    dashboard=dashboard,
                 )
                 if agenda.failed:
                     raise RichkdError(f"{folder.name} failed: {agenda.failed[folder.name].text}")
