@@ -8,6 +8,7 @@
     python -m tune retry --class lost                 # try failed trials again
     python -m tune sync                               # send MLflow what it has missed
     python -m tune train resources.workers=2          # one distillation over two workers
+    python -m tune scale resources.workers=1,2        # images per second over so many workers
     python -m tune best --copy-to student             # the best checkpoint, verified
 
 SWEEP is a name, a folder or an MLflow run id; the default is the sweep started last.
@@ -21,7 +22,7 @@ import socket
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from richkd import config
 from richkd.command import Done, Verb, main, say
@@ -211,6 +212,37 @@ def sync(arguments: argparse.Namespace) -> Done:
     return Done(answer)
 
 
+def _counts(words: list[str]) -> tuple[list[int], list[str]]:
+    """Take resources.workers=1,2,... out of the words, and return its numbers and the other words."""
+    key = "resources.workers="
+    lists = [word.removeprefix(key) for word in words if word.startswith(key)]
+    try:
+        counts = sorted({int(number) for number in lists[-1].split(",")})
+    except (IndexError, ValueError):
+        got = f"but got {lists[-1]!r}" if lists else "but they are not given"
+        raise ConfigError(
+            f"{key}1,2,... must say which numbers of workers to measure {got}."
+        ) from None
+    return counts, [word for word in words if not word.startswith(key)]
+
+
+def scale(arguments: argparse.Namespace) -> Done:
+    """Measure how speed grows with workers."""
+    counts, words = _counts(arguments.words)
+    layers = config.read(words)
+    config.build(layers)  # most mistakes are refused here, before the slow imports
+    epochs, cluster = arguments.epochs, _cluster(arguments)
+    if epochs is not None and not (epochs.isdecimal() and int(epochs) > 1):
+        raise ConfigError(
+            f"--epochs must be 2 or more, since the first one warms up, but got {epochs!r}."
+        )
+    from tune.scale import EPOCHS
+    from tune.scale import scale as measure
+
+    answer = measure(layers, counts, epochs=int(epochs or EPOCHS), **cluster, stop=arguments.stop)
+    return Done(answer)
+
+
 def best(arguments: argparse.Namespace) -> Done:
     """Verify the best checkpoint, and hand over a copy."""
     folder = _one_sweep(arguments.words, finished=True)
@@ -289,6 +321,12 @@ VERBS = {
         help="send MLflow what it has missed",
         words=EXISTING,
         flags={},
+    ),
+    "scale": Verb(
+        run=scale,
+        help="measure images per second over 1, 2, ... workers",
+        words="[LAYER.yaml ...] [key=value ...] resources.workers=1,2,...",
+        flags={"epochs=N": "epochs of each, 6 if not given; the first one warms up"} | CLUSTER,
     ),
     "best": Verb(
         run=best,

@@ -81,7 +81,7 @@ class JobSearcher(Searcher):
             "id": job.id,
             "config": to_dict(job.config),
             "folder": str(job.folder),
-            "test": job.kind != "trial",
+            "test": job.kind in ("refit", "train"),
             "heard": job.heard,
             "seeds": self.seeds if job.kind == "trial" else 1,
             "store": None,
