@@ -29,6 +29,7 @@ class Job:
         config: What is run.
         params: What distinguishes it: the searched parameters, or those found.
         heard: The newest epoch that the driver knows of; 0 if none.
+        store: Address of its run folder on an object store; None: `folder` is where the run writes.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Job:
     config: Config
     params: dict[str, Any] = field(default_factory=dict)
     heard: int = 0
+    store: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

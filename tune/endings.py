@@ -5,7 +5,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from richkd.errors import NonFiniteError, RichkdError, causes
+from richkd.errors import NonFiniteError, RichkdError, Stopped, causes
 from richkd.files import NO_SPACE, write_atomic
 
 if TYPE_CHECKING:
@@ -20,11 +20,13 @@ NO_MEMORY = (
 def foreseen(error: BaseException) -> dict[str, str] | None:
     """Return the report of an error that has a known reason, None of any other.
 
-    A full disk is no fault of the trial's: it goes on when there is space.
+    A full disk, or a store that is gone, is no fault of the trial's: it goes on when that is mended.
     """
     for one in causes(error):
         if isinstance(one, OSError) and one.errno in NO_SPACE:
             return {"stopped": f"the disk is full ({one.filename or 'of the run folder'})"}
+        if isinstance(one, Stopped):  # its store cannot be reached
+            return {"stopped": str(one)}
         if _is_memory(one):
             told = f"{_told(one)}; lower train.batch_size, or let fewer trials share the device."
             return {"failed": told, "class": "memory"}

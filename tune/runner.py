@@ -22,13 +22,16 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup
 
+from richkd import cache
 from richkd.command import Stop, say
 from richkd.config import to_dict
 from richkd.errors import ConfigError, Interrupted, Stopped
 from tune.agenda import Agenda, Job
 from tune.budget import Budget
 from tune.environment import PROJECT
+from tune.nodes import share
 from tune.settings import Resources, check_fits
+from tune.store import Store
 from tune.study import Failure
 from tune.trial import trial as trainable
 
@@ -84,7 +87,7 @@ class JobSearcher(Searcher):
             "test": job.kind in ("refit", "train"),
             "heard": job.heard,
             "seeds": self.seeds if job.kind == "trial" else 1,
-            "store": None,
+            "store": job.store,
             **self.shared,
         }
 
@@ -256,6 +259,7 @@ def run(
     address: str | None,
     budget: Budget | None = None,
     seeds: int = 1,
+    store: Store | None = None,
     dashboard: str | None = None,
 ) -> None:
     """Let Ray Tune run the agenda's jobs, each in a process that goes on to the next.
@@ -269,6 +273,7 @@ def run(
         address: Of a running cluster; without it a local one is started, unless there is one.
         budget: What may be spent; None: anything.
         seeds: Runs that make up a trial, side by side.
+        store: Where run folders are kept, if not on a disk that all machines share; so are Ray's own notes.
         dashboard: Address of this machine at which a cluster that is started shows Ray's dashboard; None: nowhere.
     """
     ours = not ray.is_initialized()
@@ -301,12 +306,18 @@ def run(
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         slots, each = fit(resources, nodes, gpu=gpu)
         shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
+        share(cache.used())
+        path, files = str(scratch.parent), None
+        if store is not None:
+            path, files = store.base, store.files
         alone = resources.workers == 1
         shared = {
             "workers": resources.workers,
             "each": each,
             "threads": resources.cpus_per_worker,
-            "scratch": str(scratch / "train"),
+            "scratch": str(scratch / "train")
+            if store is None
+            else f"{store.url}/{scratch.name}/train",
             "patience": resources.patience,
         }
         gpus = each.get("GPU", 0) * resources.workers
@@ -323,7 +334,8 @@ def run(
             ),
             run_config=ray.tune.RunConfig(
                 name=scratch.name,
-                storage_path=str(scratch.parent),
+                storage_path=path,
+                storage_filesystem=files,
                 verbose=0,
                 failure_config=ray.tune.FailureConfig(max_failures=RESTARTS),
                 callbacks=[Deaths()],
@@ -333,6 +345,8 @@ def run(
     finally:
         # a cluster of our own ends with the process: `ray.shutdown` would undo our signal handlers now
         shutil.rmtree(scratch, ignore_errors=True)
+        if store is not None:
+            store.clear(scratch.name)
 
 
 def fit(

@@ -140,6 +140,11 @@ class Store:
             )
         return False
 
+    def clear(self, name: str) -> None:
+        """Remove a folder that nobody needs, if that can be done now."""
+        with contextlib.suppress(OSError):
+            self.files.delete_dir(_join(self.base, name))
+
     def probe(self) -> None:
         """Raise ConfigError unless a small file can be written, read and removed."""
         path, content = _join(self.base, f".probe-{secrets.token_hex(8)}"), secrets.token_bytes(64)
@@ -281,7 +286,7 @@ def mirrored(job: dict[str, Any], report: Report) -> Iterator[tuple[dict[str, An
     store = Store(job["store"])
     name = hashlib.sha256(store.url.encode()).hexdigest()[:12]
     folder = own_folder("runs") / f"{Path(job['folder']).name}-{name}"
-    runs = [f"seed{k}" for k in range(job["seeds"])] if job["seeds"] > 1 else [""]
+    runs = names(job["seeds"])
     for run in runs:
         if (epoch := store.newest(run)) is not None and epoch > _local(folder / run):
             store.fetch(run, folder / run)
@@ -300,6 +305,11 @@ def mirrored(job: dict[str, Any], report: Report) -> Iterator[tuple[dict[str, An
     finally:
         if not behind:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def names(seeds: int) -> list[str]:
+    """Return what the runs of a job are called in its folder."""
+    return [f"seed{k}" for k in range(seeds)] if seeds > 1 else [""]
 
 
 def bring(url: str, name: str, folder: Path) -> bool:

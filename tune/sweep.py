@@ -29,6 +29,7 @@ from richkd.config import (
     dump,
     flatten,
     in_range,
+    is_url,
     one_of,
     to_dict,
 )
@@ -56,6 +57,7 @@ from tune.settings import UNHASHED as UNHASHED_SWEEP
 from tune.settings import Sweep as SweepSettings
 from tune.settings import digest as sweep_digest
 from tune.space import of_baseline, read_space
+from tune.store import Store, bring
 from tune.study import MAIN, Kind, Search, settings_of
 from tune.summary import STUDENTS, columns, read_refits, summarise, winner
 from tune.tracking import Tracker, public
@@ -90,8 +92,10 @@ class Sweep:
         self.folder, self.layers = folder.resolve(), layers
         self.settings = build(layers, Settings)
         self.base = build(layers)
-        self.runs = self.folder  # where run folders lie
-        if self.settings.sweep.state is not None:
+        self.runs, self.store = self.folder, None  # where run folders lie, as the driver sees them
+        if is_url(self.base.storage):
+            self.store = Store(f"{self.base.storage.rstrip('/')}/{folder.name}")
+        elif self.settings.sweep.state is not None:
             self.runs = Path(self.base.storage).resolve() / folder.name
         self.cache = str(cache.root(self.base.cache))
         if "fusion.alpha" in METHODS[self.base.method.name].fixed:
@@ -148,7 +152,11 @@ class Sweep:
             folder=self.runs / "trials" / search.label(number),
             config=config,
             params={key: shown[key] for key in params},
+            store=self._address("trials", search.label(number)),
         )
+
+    def _address(self, kind: str, name: str) -> str | None:
+        return None if self.store is None else f"{self.store.url}/{kind}/{name}"
 
     def refit(self, refits: Refits, seed: int, settings: dict[str, Any]) -> Job:
         """Return the job of a refit."""
@@ -164,6 +172,7 @@ class Sweep:
             folder=self.runs / "refits" / f"{label}-seed{seed}",
             config=config,
             params={key: shown[key] for key in keys} | {"seed": seed},
+            store=self._address("refits", f"{label}-seed{seed}"),
         )
 
 
@@ -205,7 +214,8 @@ def prepare(sweep: Sweep, progress: Progress) -> dict[str, list[Point]]:
 
 def state_of(settings: Settings, base: Config) -> Path:
     """Return the folder in which sweeps keep their study, lock and spool."""
-    return Path(settings.sweep.state or base.storage).resolve()
+    folder = Config().storage if is_url(base.storage) else base.storage
+    return Path(settings.sweep.state or folder).resolve()
 
 
 def start(
@@ -392,7 +402,10 @@ def carry_out(
     """
     folder, stop = sweep.folder, stop or Stop()
     check_writable(folder, "storage" if sweep.settings.sweep.state is None else "sweep.state")
-    check_writable(sweep.runs, "storage")
+    if sweep.store is None:
+        check_writable(sweep.runs, "storage")
+    else:
+        sweep.store.probe()
     wanted = sweep.settings.sweep
     budget = Budget(
         folder / "spent.json",
@@ -433,6 +446,7 @@ def carry_out(
                         dashboard=dashboard,
                         budget=budget,
                         seeds=wanted.seeds_per_trial,
+                        store=sweep.store,
                     )
                     result = conclude(sweep, agenda, logbook, budget)
             finally:
@@ -533,8 +547,23 @@ def agenda_of(sweep: Sweep, searches: list[Search], display: Display, logbook: L
         trial_of=sweep.trial,
         refit_of=refit,
         finished=finished,
-        listeners=[display, logbook],
+        listeners=[Brought(), display, logbook],
     )
+
+
+class Brought:
+    """Listens to an agenda, and brings the refits that end on an object store to where the others look for them."""
+
+    def started(self, job: Job) -> None:
+        """Nothing."""
+
+    def epoch(self, job: Job, metrics: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def ended(self, job: Job, state: str, metrics: dict[str, Any]) -> None:
+        """Bring a refit that has finished."""
+        if job.store is not None and job.kind == "refit" and state == "finished":
+            bring(job.store, "", job.folder)
 
 
 def set_aside(folder: Path) -> None:

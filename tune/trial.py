@@ -8,6 +8,7 @@ from typing import Any
 import ray.tune
 
 from tune.endings import failure, raised
+from tune.store import Store, mirrored, names
 from tune.watchdog import give_up, hangs
 from tune.worker import work, worker
 
@@ -28,7 +29,7 @@ def trial(job: dict[str, Any]) -> None:
         job: `id`; `config` (resolved, as a dict); `folder`; `seeds` that run side by side; `heard`, the newest epoch that
             the driver knows of; `threads` of a worker; `test`: whether the test rows are read at the end; `patience`,
             the seconds without a step after which a worker has hung; `workers`, `each` (what Ray is to give each of
-            them) and `scratch`, a folder of Ray's own.
+            them) and `scratch`, a folder of Ray's own; `store`, where the run folder is kept, if not in `folder`.
     """
     folder, said = Path(job["folder"]), None
 
@@ -38,8 +39,10 @@ def trial(job: dict[str, Any]) -> None:
     try:
         if job["workers"] > 1:
             said = _shared(job)
-        elif (said := _hung(job)) is None:
-            work(job, report)
+        else:
+            with mirrored(job, report) as (here, told):
+                if (said := _hung(here)) is None:
+                    work(here, told)
     except Exception as error:
         said = failure(error, folder)
     if said is not None:
@@ -81,10 +84,8 @@ def _shared(job: dict[str, Any]) -> dict[str, str] | None:
     from ray.exceptions import RayError
     from ray.train import ControllerError, WorkerGroupError
 
-    from richkd.record import newest
-
     folder, heard = Path(job["folder"]), job["heard"]
-    begun = newest(folder, job["seeds"])
+    begun = _newest(job)
     for left in reversed(range(RESTARTS + 1)):
         if (said := _hung(job)) is not None:
             return said
@@ -94,11 +95,21 @@ def _shared(job: dict[str, Any]) -> dict[str, str] | None:
         except (WorkerGroupError, ControllerError, RayError) as error:
             if (said := raised(error, folder)) is not None:
                 return said
-        if (now := newest(folder, job["seeds"])) > begun:  # all before have been reported once
+        if (now := _newest(job)) > begun:  # all before have been reported once
             heard = max(heard, now - UNSURE)
     times, path = hangs(folder)
     where = f"; where one hung: {path}" if times else ""
     return {"failed": f"its workers died {RESTARTS + 1} times{where}", "class": "lost"}
+
+
+def _newest(job: dict[str, Any]) -> int:
+    """Return the newest epoch from which all of a job's runs can go on."""
+    from richkd.record import newest
+
+    if job["store"] is not None:
+        store = Store(job["store"])
+        return min(store.newest(name) or 0 for name in names(job["seeds"]))
+    return newest(Path(job["folder"]), job["seeds"])
 
 
 def _fit(job: dict[str, Any], name: str) -> None:
@@ -126,7 +137,10 @@ def _fit(job: dict[str, Any], name: str) -> None:
             found = super()._create_default_callbacks()
             return [one for one in found if type(one).__name__ != "PlacementGroupCleanerCallback"]
 
-    relay = Relay()
+    relay, scratch = Relay(), {"storage_path": job["scratch"]}
+    if job["store"] is not None:
+        place = Store(job["scratch"])
+        scratch = {"storage_path": place.base, "storage_filesystem": place.files}
     try:
         Trainer(
             worker,
@@ -138,7 +152,7 @@ def _fit(job: dict[str, Any], name: str) -> None:
             ),
             run_config=RunConfig(
                 name=name,
-                storage_path=job["scratch"],
+                **scratch,
                 failure_config=FailureConfig(max_failures=0),
                 callbacks=[relay],
             ),

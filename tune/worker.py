@@ -9,6 +9,7 @@ from ray.util import get_current_placement_group
 
 from richkd.config import from_dict
 from tune.endings import ended
+from tune.store import mirrored
 from tune.watchdog import Watchdog
 
 
@@ -63,4 +64,6 @@ def worker(job: dict[str, Any]) -> None:
 
     # Ray Train gives it back when the run ends, but not if Ray Tune stops the trial
     report({"placement_group": get_current_placement_group().id.hex()})
-    work(job, report, Group.of_process_group())
+    group = Group.of_process_group()
+    with mirrored(job if group.first else job | {"store": None}, report) as (here, told):
+        work(here, told, group)
