@@ -134,7 +134,8 @@ def test_a_worker_that_outlived_its_cluster_is_found_and_killed(copied):
     inner = "import time; time.sleep(600)"
     outer = (
         "import os, subprocess, sys\n"
-        f"child = subprocess.Popen(['ray::TrainController', '-c', {inner!r}], executable=sys.executable)\n"
+        f"child = subprocess.Popen(['ray::TrainController', '-c', {inner!r}], "
+        "executable=sys.executable, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
         "print(child.pid, flush=True)\n"
     )
     out = subprocess.run([sys.executable, "-c", outer], capture_output=True, text=True, timeout=60)

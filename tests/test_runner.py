@@ -9,11 +9,16 @@ from ray.tune.search import Searcher
 
 from richkd.command import Stop
 from richkd.errors import ConfigError, Interrupted
-from tune.runner import JobScheduler, JobSearcher, fit
+from tune.runner import RESTARTS, Deaths, JobScheduler, JobSearcher, death_of, fit
 from tune.settings import Resources
 from tune.sweep import is_full
 
 SHARED = {"workers": 1, "each": {"CPU": 1}, "threads": 1, "scratch": "scratch"}
+
+
+def running(name: str, failures: int = 0) -> SimpleNamespace:
+    """Return what Tune hands over of a trial."""
+    return SimpleNamespace(config={"id": name}, num_failures=failures, max_failures=RESTARTS)
 
 
 class Broken:
@@ -23,7 +28,7 @@ class Broken:
 
     def __init__(self, error: Exception) -> None:
         self.problem, self.error = error, None
-        self.running = {"trial-000": SimpleNamespace(id="trial-000")}
+        self.running = {"trial-000": SimpleNamespace(id="trial-000", heard=0)}
 
     def fail(self, *_: object) -> None:
         """Do nothing but fail."""
@@ -39,17 +44,17 @@ class Broken:
 def test_an_error_of_the_driver_ends_the_sweep_and_not_tune():
     error = OSError(errno.ENOSPC, "No space left on device")
     agenda = Broken(error)
-    some = SimpleNamespace(config={"id": "trial-000"})
+    some = running("trial-000")
     scheduler = JobScheduler(agenda, Stop())
     result = {"run/epoch": 1, "run/val/top1": 90.0}
     assert scheduler.on_trial_result(None, some, result) == TrialScheduler.STOP
     scheduler.on_trial_complete(None, some, result)
-    assert JobSearcher(agenda, Stop(), SHARED).suggest("x") == Searcher.FINISHED
+    assert JobSearcher(agenda, Stop(), SHARED, 1).suggest("x") == Searcher.FINISHED
     assert agenda.error is error
 
 
 def test_a_second_signal_passes_through():
-    some = SimpleNamespace(config={"id": "trial-000"})
+    some = running("trial-000")
     scheduler = JobScheduler(Broken(Interrupted(2, "at once")), Stop())
     with pytest.raises(Interrupted):
         scheduler.on_trial_result(None, some, {"run/epoch": 1})
@@ -130,13 +135,13 @@ def heard_of(results: list[dict]) -> list[int]:
     heard: list[int] = []
 
     class Heard:
-        running = {"train": SimpleNamespace(id="train")}
+        running = {"train": SimpleNamespace(id="train", heard=0)}
 
         def epoch(self, job: object, metrics: dict) -> bool:
             heard.append(metrics["epoch"])
             return True
 
-    some = SimpleNamespace(config={"id": "train"})
+    some = running("train")
     scheduler = JobScheduler(Heard(), Stop())
     for result in results:
         scheduler.on_trial_result(None, some, {f"run/{k}": v for k, v in result.items()})
@@ -161,12 +166,64 @@ def test_an_epoch_that_workers_report_again_is_heard_once():
 
 def test_a_signal_while_workers_start_is_not_kept_waiting_for_an_epoch():
     stopped: list[bool] = []
-    job = SimpleNamespace(id="train")
+    job = SimpleNamespace(id="train", heard=0)
     agenda = SimpleNamespace(running={"train": job}, stop=lambda: stopped.append(True))
     stop = Stop()
     stop.signum = 2
     scheduler = JobScheduler(agenda, stop)
-    some = SimpleNamespace(config={"id": "train"})
+    some = running("train")
     started = {"run/placement_group": "a"}
     assert scheduler.on_trial_result(None, some, started) == TrialScheduler.STOP
     assert stopped == [True]
+
+
+def test_a_run_that_gets_on_may_lose_its_process_as_often_as_it_likes():
+    class Heard:
+        running = {"trial-000": SimpleNamespace(id="trial-000", heard=0)}
+
+        def epoch(self, job: object, metrics: dict) -> bool:
+            return True
+
+    some = running("trial-000", failures=7)
+    JobScheduler(Heard(), Stop()).on_trial_result(None, some, {"run/epoch": 1})
+    assert some.max_failures == 7 + RESTARTS
+
+
+DIED = (
+    "Failure # 1 (occurred at 2026-01-01)\nray.exceptions.ActorDiedError: The actor died unexpectedly before finishing "
+    "this task.\n\tclass_name: trial\nThe actor is dead because {reason}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("reason", "allowed", "what"),
+    [
+        ("its worker process has died. Worker exit type: SYSTEM_ERROR", RESTARTS, "process"),
+        ("its node has died. Node Id: 0123", RESTARTS + 1, "machine"),
+    ],
+)
+def test_the_loss_of_a_machine_is_not_held_against_a_run(tmp_path, reason, allowed, what):
+    some = running("trial-000", failures=1)
+    some.error_file = str(tmp_path / "error.txt")
+    (tmp_path / "error.txt").write_text(DIED.format(reason=reason))
+    with pytest.warns(UserWarning, match=f"trial-000: its {what} died"):
+        Deaths().on_trial_recover(0, [some], some)
+    assert some.max_failures == allowed
+
+
+@pytest.mark.parametrize(
+    ("detail", "kind"),
+    [
+        (
+            "Worker unexpectedly exits with a connection error code 2. End of file. Some causes",
+            "lost",
+        ),
+        ("Task was killed due to the node running low on memory. Memory on the node", "memory"),
+    ],
+)
+def test_a_death_is_told_in_a_line_with_its_class(detail, kind):
+    words = f"ActorDiedError: its worker has died. Worker exit detail: {detail}"
+    died = death_of(words, 4)
+    assert died.kind == kind
+    assert died.text.startswith("its process died 4 times: ")
+    assert died.text.endswith(detail.partition(". ")[0])

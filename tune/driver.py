@@ -82,14 +82,18 @@ def _beating(folder: Path) -> Iterator[None]:
     path, done = folder / OWNER, threading.Event()
     owner = {"host": platform.node(), "pid": os.getpid(), "since": time.strftime("%F %T%z")}
 
-    def beat() -> None:
-        for count in itertools.count():
-            with contextlib.suppress(OSError):  # a full disk costs the beat, not the sweep
-                write_json(path, owner | {"beat": count})
+    def beat(count: int) -> None:
+        with contextlib.suppress(OSError):  # a full disk costs the beat, not the sweep
+            write_json(path, owner | {"beat": count})
+
+    def go_on() -> None:
+        for count in itertools.count(1):
             if done.wait(BEAT_SECONDS):
                 return
+            beat(count)
 
-    thread = threading.Thread(target=beat, name="beat", daemon=True)
+    beat(0)
+    thread = threading.Thread(target=go_on, name="beat", daemon=True)
     thread.start()
     try:
         yield
