@@ -428,8 +428,9 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the folder back."""
+        """Give the folder back, and what belongs to the workers' group, which may end before this object does."""
         self.opened.close()
+        del self.wrapped
 
     def advance(self) -> None:
         """Train for one epoch, look at the held-out rows, and keep both."""

@@ -252,7 +252,14 @@ def test_a_trial_whose_workers_end_while_the_driver_is_busy_ends_too(cluster, tm
         trial.trial(job)
 
     job = {"id": "hasty", "folder": str(tmp_path), "scratch": str(tmp_path), "config": {}}
-    job |= {"workers": 2, "each": {"CPU": 1}}
+    job |= {
+        "workers": 2,
+        "each": {"CPU": 1},
+        "seeds": 1,
+        "heard": 0,
+        "patience": 60.0,
+        "store": None,
+    }
     busy = Busy()
     ray.tune.Tuner(
         ray.tune.with_resources(hasty, {"CPU": 1}),

@@ -159,6 +159,27 @@ def test_a_failure_is_told_by_what_led_to_it(reports, monkeypatch, tmp_path):
     assert reports[1] == {"stopped": "the disk is full (weights)"}
 
 
+def test_a_process_whose_gpu_is_broken_takes_no_other_trial(reports, monkeypatch, tmp_path):
+    asked: list[str] = []
+
+    def fail(*_: object, **__: object) -> None:
+        raise NO_GPU_MEMORY
+
+    def broken() -> None:
+        raise torch.AcceleratorError("device-side assert triggered")
+
+    monkeypatch.setattr(distill, "run_seeds", fail)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("freed"))
+    trial(job_of(tmp_path / "run"))
+    assert (asked, reports.pop()["class"]) == (["freed"], "memory")
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(torch.AcceleratorError):
+        trial(job_of(tmp_path / "run"))
+    assert not reports
+
+
 def test_what_ends_the_process_is_not_held_up(reports, monkeypatch, tmp_path):
     def leave(*_: object, **__: object) -> None:
         sys.exit(0)  # as Tune ends a trial, in its report

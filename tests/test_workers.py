@@ -2,6 +2,7 @@
 
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,20 @@ def work(rank: int, size: int, port: int, folder: str, overrides: list[str]) -> 
             report=lambda metrics, _: again.append(metrics["epoch"]),
         )
         assert again == [2, 3], again  # heard of 1, cut in 2
+    short = build(read([*overrides, "train.epochs=2", "train.batch_size=64", "seed=5"]))
+    told: list[dict] = []
+
+    def tell(metrics, _):
+        told.append(metrics)
+        if len(told) == 1:
+            raise Stopped
+
+    for k in range(2):
+        distill.run(replace(short, seed=5 + k), place / f"single{k}", group=group)
+    with pytest.raises(Stopped):
+        distill.run_seeds(short, place / "pair", 2, group=group, report=tell)
+    distill.run_seeds(short, place / "pair", 2, group=group, report=tell, resume=True, heard=0)
+    (place / f"told-{rank}.json").write_text(json.dumps(told))
     normed = build(read([*overrides, "train.epochs=1", "train.batch_size=64"]))
     outcome = distill.run(normed, place / "normed", group=group)
     torch.save(outcome.network.state_dict(), place / f"normed-{rank}.pt")
@@ -185,6 +200,26 @@ def test_a_resumed_run_of_several_workers_is_the_straight_one_bit_for_bit(result
     straight, cut = (folder / name / "last" / "weights.safetensors" for name in ("plain", "cut"))
     assert straight.read_bytes() == cut.read_bytes()
     assert metrics(folder / "plain") == metrics(folder / "cut")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_seeds_side_by_side_are_single_runs_over_several_workers_too(results, size):
+    folder = results[size]
+    for k in range(2):
+        single, one = (folder / name for name in (f"single{k}", f"pair/seed{k}"))
+        files = [run / "last" / "weights.safetensors" for run in (single, one)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert metrics(single) == metrics(one)
+    both = list(zip(*(metrics(folder / f"single{k}") for k in range(2)), strict=True))
+    for rank in range(size):
+        told = json.loads((folder / f"told-{rank}.json").read_text())
+        assert [row["epoch"] for row in told] == [
+            1,
+            1,
+            2,
+        ]  # cut after the first, of which nobody heard
+        for row, (one, other) in zip(told[1:], both, strict=True):
+            assert row["val/top1"] == (one["val/top1"] + other["val/top1"]) / 2
 
 
 @pytest.mark.parametrize("size", [2, 3])

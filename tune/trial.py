@@ -70,6 +70,7 @@ def _clean() -> None:
 
     gc.collect()  # an error's frames hold tensors
     if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # raises what a broken device says to everything from now on
         torch.cuda.empty_cache()
 
 
