@@ -23,6 +23,7 @@ from richkd.errors import ConfigError, CorruptError, Interrupted
 from tune import runner
 from tune.agenda import Job
 from tune.settings import Resources
+from tune.study import Failure
 from tune.train import train
 
 EPOCHS = 6
@@ -167,7 +168,7 @@ class Script:
         ]
         self.total, self.stopping, self.error = len(self.left), False, None
         self.running: dict[str, Job] = {}
-        self.ends: dict[str, tuple[dict, str | None]] = {}
+        self.ends: dict[str, tuple[dict, Failure | None]] = {}
 
     def next(self) -> Job | None:
         """Give out a job."""
@@ -185,10 +186,10 @@ class Script:
         """Hear of an epoch."""
         return job.id != "stopped"
 
-    def ended(self, job: Job, metrics: dict, error: str | None) -> None:
+    def ended(self, job: Job, metrics: dict, failure: Failure | None) -> None:
         """Hear of an end."""
         del self.running[job.id]
-        self.ends[job.id] = (metrics, error)
+        self.ends[job.id] = (metrics, failure)
 
     def broke(self, error: Exception) -> None:
         """Hear of an error of the driver."""
@@ -204,7 +205,9 @@ def test_trials_of_several_workers_give_back_what_they_took_however_they_end(
     runner.run(script, Stop(), Resources(workers=2), tmp_path / ".ray", gpu=False, address=None)
     assert script.ends["stopped"][0]["epoch"] == 1
     assert "finished" not in script.ends["stopped"][0]
-    assert script.ends["failed"][1].startswith("DataError: data.labelled_per_class=1000")
+    why = script.ends["failed"][1]
+    assert why.kind == "error"
+    assert why.text.startswith("DataError: data.labelled_per_class=1000")
     assert script.ends["finished"][0]["finished"]
     ends = time.monotonic() + 20
     while ray.available_resources().get("CPU") != 2 and time.monotonic() < ends:
