@@ -14,16 +14,18 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import ray.tune
 import torch
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-from richkd import checkpoint, distill
-from richkd.config import build, read, run_folder
+from richkd import checkpoint
+from richkd.config import build, read, run_folder, to_dict
 from richkd.errors import ConfigError, CorruptError, Stopped
 from richkd.files import own_folder
 from tune import store as stores
 from tune.store import Store, bring, mirrored
+from tune.trial import trial
 
 KEYS = {"AWS_ACCESS_KEY_ID": "AKIDOFATEST", "AWS_SECRET_ACCESS_KEY": "SECRETOFATEST"}
 URL = "s3://bucket/sweeps/small/trials/007"
@@ -478,38 +480,90 @@ def test_job_whose_store_died_ends_resumably_and_keeps_what_was_not_sent(
         assert (folder / "note").exists(), "as new as the store's"
 
 
-def test_distillation_that_moved_ends_as_the_straight_one(server, machine, tmp_path, cache_root):
-    config = build(
-        read(["method.name=ce", "train.epochs=4", "train.batch_size=128", f"cache={cache_root}"])
-    )
-    straight = distill.run(config, tmp_path / "straight")
-    distill.test(straight)
-    heard = []
+class Reports(list):
+    """What trials report in this process, which ends when they report `last`."""
 
-    def hear(metrics):
-        heard.append(metrics["epoch"])
-        if heard == [1, 2]:
+    last: int | None = None
+
+    def __call__(self, said: dict) -> None:
+        """Take a report."""
+        self.append(said["run"])
+        if self.last is not None and said["run"].get("epoch") == self.last:
             raise Killed
 
-    for attempt in range(2):
-        with contextlib.suppress(Killed), mirrored(job(tmp_path / "007"), hear) as (ours, report):
-            outcome = distill.run(
-                config,
-                Path(ours["folder"]),
-                report=lambda metrics, _, report=report: report(metrics),
-                resume=True,
-            )
-            report(outcome.metrics | distill.test(outcome) | {"finished": True})
-        assert len(heard) == (2, 5)[attempt]
-        machine()
-    assert heard == [1, 2, 3, 4, 4]
-    assert bring(URL, "", tmp_path / "brought")
-    assert Store(URL).fetch("", tmp_path / "whole")
-    for kind in ("last", "best"):
-        ours, theirs = (checkpoint.load(tmp_path / name / kind) for name in ("straight", "whole"))
-        for part in ("weights", "state"):
-            for name, tensor in getattr(ours, part).items():
-                assert torch.equal(tensor, getattr(theirs, part)[name]), name
-    for name in ("straight", "brought"):
-        state = json.loads((tmp_path / name / "run.json").read_text())
+
+@pytest.fixture
+def reports(monkeypatch) -> Reports:
+    found = Reports()
+    monkeypatch.setattr(ray.tune, "report", found)
+    return found
+
+
+def trial_of(folder: Path, **changes) -> dict:
+    words = ["method.name=ce", "train.epochs=4", "train.batch_size=128"]
+    return {
+        "id": "trial-007",
+        "config": to_dict(build(read(words))),
+        "test": True,
+        "heard": 0,
+        "workers": 1,
+        "threads": 1,
+        "patience": 60.0,
+        **job(folder),
+        **changes,
+    }
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_trial_that_moved_ends_as_the_straight_one(server, machine, tmp_path, reports, seeds):
+    trial(trial_of(tmp_path / "straight", store=None, seeds=seeds))
+    straight = list(reports)
+    reports.clear()
+    reports.last = 2
+    with pytest.raises(Killed):
+        trial(trial_of(tmp_path / "007", seeds=seeds))
+    machine()
+    reports.clear()
+    reports.last = None
+    trial(trial_of(tmp_path / "007", seeds=seeds, heard=2))
+    assert [each["epoch"] for each in reports] == [3, 4, 4]
+    timed = ("second", "images_per")
+
+    def plain(said: dict) -> dict:
+        return {key: value for key, value in said.items() if not any(word in key for word in timed)}
+
+    assert [*map(plain, reports)] == [*map(plain, straight[2:])]
+    assert not (tmp_path / "007").exists() and not list(own_folder("runs").iterdir())
+    for name in ["seed0", "seed1"] if seeds == 2 else [""]:
+        assert Store(URL).fetch(name, tmp_path / "whole")
+        assert bring(URL, name, tmp_path / "brought")
+        for kind in ("last", "best"):
+            ours = checkpoint.load(tmp_path / "straight" / name / kind)
+            theirs = checkpoint.load(tmp_path / "whole" / kind)
+            for part in ("weights", "state"):
+                for key, tensor in getattr(ours, part).items():
+                    assert torch.equal(tensor, getattr(theirs, part)[key]), key
+        state = json.loads((tmp_path / "brought" / "run.json").read_text())
         assert state["state"] == "finished" and "test/top1" in state["metrics"]
+
+
+def test_trial_whose_store_dies_stops_and_does_not_fail(
+    server, machine, tmp_path, reports, monkeypatch
+):
+    real, calls = Store._put, []
+
+    def put(self, path, content):
+        if "last-000002" in path:
+            calls.append(path)
+            raise OSError("AWS Error NETWORK_CONNECTION")
+        real(self, path, content)
+
+    monkeypatch.setattr(Store, "_put", put)
+    trial(trial_of(tmp_path / "007"))
+    assert len(calls) == 1 + len(stores.PAUSES)
+    assert [list(each) for each in reports[1:]] == [["stopped"]] and reports[0]["epoch"] == 1
+    assert reports[1]["stopped"].startswith(f"storage={URL} cannot be reached (AWS Error NETWORK")
+    reports.clear()
+    monkeypatch.setattr(Store, "_put", real)
+    trial(trial_of(tmp_path / "007", heard=1))
+    assert [each["epoch"] for each in reports] == [2, 3, 4, 4], "what was trained is not lost"
