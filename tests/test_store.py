@@ -314,6 +314,7 @@ def test_dead_server_is_an_error_within_a_bounded_time(server, tmp_path, monkeyp
 
 def test_server_that_never_answers_is_an_error_within_a_bounded_time(server, tmp_path, monkeypatch):
     monkeypatch.setattr(stores, "TIMEOUT", 1.0)
+    monkeypatch.setattr(stores, "ATTEMPTS", 1)
     monkeypatch.setattr(stores, "PAUSES", ())
     with socket.create_server(("127.0.0.1", 0)) as hole:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{hole.getsockname()[1]}")

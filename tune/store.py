@@ -28,8 +28,9 @@ from richkd.files import own_folder, sync, write_synced
 
 MANIFEST = checkpoint.MANIFEST
 BEFORE, AFTER = ("config.yaml", "metrics.jsonl"), ("run.json",)  # the checkpoints, by their order
-PAUSES = (1.0, 4.0)  # seconds before a further try
-TIMEOUT = 10.0  # seconds without a byte, in each of two tries of the client's own
+ATTEMPTS = 3  # of the client, within a second or so: also where Ray uses it
+PAUSES = (4.0,)  # seconds before further ones
+TIMEOUT = 10.0  # seconds without a byte, in each attempt
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 CHECKPOINT = re.compile(r"(last|best)-(\d{6,})-([0-9a-f]{12})")
 
@@ -66,7 +67,7 @@ class Store:
             connect_timeout=TIMEOUT,
             request_timeout=TIMEOUT,
             allow_delayed_open=True,  # a small file is one request
-            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
         )
 
     def push(self, folder: Path, name: str = "") -> None:
