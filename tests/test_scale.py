@@ -11,22 +11,27 @@ import pytest
 
 from richkd.command import main
 from tune.__main__ import ABOUT, VERBS
-from tune.scale import Clock, line, overhead_of, row
+from tune.scale import Clock, line, overhead_of, row, temporary
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def clock(speeds: list[float], **times: list[float]) -> Clock:
-    """Return the clock of a job of so many epochs, a second each."""
+def clock(*jobs: list[dict], **times: list[float] | float) -> Clock:
+    """Return the clock of jobs of such epochs."""
     found = Clock()
-    found.epochs = [{"images_per_second": speed, "seconds": 1.0} for speed in speeds]
-    for name, values in times.items():
-        setattr(found, name, values)
+    found.epochs = list(jobs)
+    for name, value in times.items():
+        setattr(found, name, value)
     return found
 
 
+def epochs(*speeds: float) -> list[dict]:
+    """Return epochs of a second each."""
+    return [{"images_per_second": speed, "seconds": 1.0} for speed in speeds]
+
+
 def test_speed_is_that_of_the_warm_epochs_and_start_up_ends_where_training_begins():
-    found = row(2, clock([1.0, 100.0, 120.0, 110.0], given=[50.0], heard=[58.0]), None)
+    found = row(2, clock(epochs(1.0, 100.0, 120.0, 110.0), given=[50.0], heard=58.0), None)
     assert found == {
         "workers": 2,
         "images_per_second": 110.0,
@@ -38,18 +43,38 @@ def test_speed_is_that_of_the_warm_epochs_and_start_up_ends_where_training_begin
 
 def test_efficiency_is_the_speed_up_over_the_additional_workers():
     base = {"workers": 2, "images_per_second": 100.0}
-    found = row(8, clock([1.0, 300.0], given=[0.0], heard=[2.0]), base)
+    found = row(8, clock(epochs(1.0, 300.0), given=[0.0], heard=2.0), base)
     assert (found["speed_up"], found["efficiency"]) == (3.0, 75.0)
     assert line(found).split() == ["8", "300", "3.00x", "75", "%", "1.0", "s"]
 
 
-def test_the_overhead_of_a_trial_is_what_is_not_its_own_work_and_the_first_does_not_count(tmp_path):
-    for number, seconds in enumerate((9.0, 2.0, 3.0, 4.0)):
-        (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / "run.json").write_text(json.dumps({"seconds": seconds}))
-    # 2.5 - 2, 3.2 - 3, 4.3 - 4
-    found = overhead_of(clock([], ended_at=[100.0, 102.5, 105.7, 110.0]), tmp_path)
+def test_the_overhead_of_a_trial_is_all_but_its_epochs_and_the_first_does_not_count():
+    # 102.5 - 100 - 2, 105.7 - 102.5 - 3, 110 - 105.7 - 4
+    jobs = [epochs(*[1.0] * count) for count in (9, 2, 3, 4)]
+    found = overhead_of(clock(*jobs, ended_at=[100.0, 102.5, 105.7, 110.0]))
     assert found == pytest.approx(0.3)
+
+
+def test_a_clock_notes_when_the_first_epoch_of_the_newest_job_was_heard_of(monkeypatch):
+    times = iter(range(100))
+    monkeypatch.setattr("tune.scale.time.monotonic", lambda: float(next(times)))
+    found = Clock()
+    for job in ("a", "b"):
+        found.started(job)
+        for epoch in (1, 2):
+            found.epoch(job, {"epoch": epoch})
+        found.ended(job, "finished", {})
+    assert (found.given, found.heard, found.ended_at) == ([0.0, 3.0], 4.0, [2.0, 5.0])
+    assert [len(each) for each in found.epochs] == [2, 2]
+
+
+@pytest.mark.parametrize("storage", ["new", "s3://bucket/runs"])
+def test_what_is_measured_lies_in_a_folder_that_is_gone_afterwards(storage, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with temporary(storage) as folder:
+        assert folder.is_dir()
+        assert folder.is_relative_to(tmp_path / "new") is (storage == "new")
+    assert not folder.exists() and not list(tmp_path.iterdir())
 
 
 BAD = {

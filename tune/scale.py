@@ -1,4 +1,4 @@
-"""How fast one distillation is over 1, 2, ... workers, and what a trial takes beside its own work.
+"""How fast one distillation is over 1, 2, ... workers, and what a trial takes beside its epochs.
 
     python -m tune scale my.yaml resources.workers=1,2,4
     python -m tune scale my.yaml resources.workers=1,2,4 --address HEAD:6379 --json
@@ -19,9 +19,9 @@ from typing import Any
 
 from richkd import cache, distill
 from richkd.command import Stop
-from richkd.config import Config, Layers, build
+from richkd.config import Config, Layers, build, is_url
 from richkd.errors import RichkdError
-from richkd.files import make_folder, read_record
+from richkd.files import make_folder
 from richkd.progress import stoppable
 from tune.agenda import Agenda, Job, Refits
 from tune.display import Display
@@ -35,23 +35,31 @@ HEAD = f"{'workers':>7}{'images/s':>12}{'speed-up':>12}{'efficiency':>13}{'start
 
 
 class Clock:
-    """Listens to an agenda: when each job was given out, what it said of each epoch, and when it ended."""
+    """Listens to an agenda whose jobs run one after the other.
+
+    Attributes:
+        given: When each job was given out; seconds of the monotonic clock, as all times.
+        ended_at: When each ended.
+        heard: When the newest job's first epoch was heard of.
+        epochs: What each job said of its epochs.
+    """
 
     def __init__(self) -> None:
         self.given: list[float] = []
-        self.heard: list[float] = []  # when the first epoch of each job was
         self.ended_at: list[float] = []
-        self.epochs: list[dict[str, Any]] = []
+        self.heard = 0.0
+        self.epochs: list[list[dict[str, Any]]] = []
 
     def started(self, job: Job) -> None:
         """Note when."""
         self.given.append(time.monotonic())
+        self.epochs.append([])
 
     def epoch(self, job: Job, metrics: dict[str, Any]) -> None:
         """Note what it says."""
-        if metrics["epoch"] == 1:
-            self.heard.append(time.monotonic())
-        self.epochs.append(metrics)
+        if not self.epochs[-1]:
+            self.heard = time.monotonic()
+        self.epochs[-1].append(metrics)
 
     def ended(self, job: Job, state: str, metrics: dict[str, Any]) -> None:
         """Note when."""
@@ -80,8 +88,8 @@ def scale(
     Returns:
         `workers`: for each number, `workers`, `images_per_second` (median over the epochs but the first), `speed_up`,
         `efficiency` (percent) and `startup_seconds` (until training begins); `trial_overhead_seconds` (median over
-        one-worker trials of a process that has started: what lies between the ends of two, less the second one's own
-        work); `cores`.
+        one-worker trials of a process that has started: what lies between the ends of two, less the second one's
+        epochs, and so with what it opens and writes); `epochs`; `cores`.
 
     Raises:
         ConfigError: If something does not fit together; before Ray starts.
@@ -97,7 +105,7 @@ def scale(
         for resources in shares.values():
             check_fits(resources, {"CPU": os.cpu_count() or 1})
     found: list[dict[str, Any]] = []
-    with Display("scale") as display, temporary(Path(config.storage)) as folder:
+    with Display("scale") as display, temporary(config.storage) as folder:
         progress = stoppable(display.progress, stop)
         task = distill.open_task(config, progress)
         distill.initial_student(config, task.dataset)
@@ -126,8 +134,8 @@ def scale(
             found.append(row(count, clock, found[0] if found else None))
             display.line(line(found[-1]))
         alone = replace(share(settings.resources, 1), max_concurrent=1)
-        overhead = overhead_of(measure("trials", SHORT, TRIALS, alone), folder / "trials")
-        display.line(f"a trial takes {overhead:.2f} s beside its own work, in a process that runs")
+        overhead = overhead_of(measure("trials", SHORT, TRIALS, alone))
+        display.line(f"a trial takes {overhead:.2f} s beside its epochs, in a process that runs")
     return {
         "workers": found,
         "trial_overhead_seconds": overhead,
@@ -143,18 +151,21 @@ def share(resources: Resources, workers: int) -> Resources:
 
 
 @contextlib.contextmanager
-def temporary(storage: Path) -> Iterator[Path]:
-    """Make a folder where all machines of a cluster see it, beside their runs; it is removed in the end."""
-    storage = storage.resolve()
-    made = not storage.exists()
-    make_folder(storage, "storage")
+def temporary(storage: str) -> Iterator[Path]:
+    """Make a folder that is removed in the end: where all machines of a cluster see it, beside their runs.
+
+    On an object store there is no such place; a distillation over workers of several machines needs one in `storage`.
+    """
+    beside = Path(tempfile.gettempdir() if is_url(storage) else storage).resolve()
+    made = not beside.exists()
+    make_folder(beside, "storage")
     try:
-        with tempfile.TemporaryDirectory(prefix=".scale-", dir=storage) as folder:
+        with tempfile.TemporaryDirectory(prefix=".scale-", dir=beside) as folder:
             yield Path(folder)
     finally:
         if made:
             with contextlib.suppress(OSError):  # somebody else uses it now
-                storage.rmdir()
+                beside.rmdir()
 
 
 def agenda_of(config: Config, folder: Path, epochs: int, jobs: int, clock: Clock) -> Agenda:
@@ -184,7 +195,8 @@ def agenda_of(config: Config, folder: Path, epochs: int, jobs: int, clock: Clock
 
 def row(workers: int, clock: Clock, base: dict[str, Any] | None) -> dict[str, Any]:
     """Return what was measured of one number of workers, compared with the lowest one, `base`, if that is another."""
-    speed = statistics.median(epoch["images_per_second"] for epoch in clock.epochs[1:])
+    (epochs,) = clock.epochs
+    speed = statistics.median(each["images_per_second"] for each in epochs[1:])
     speed_up = 1.0 if base is None else speed / base["images_per_second"]
     more = 1.0 if base is None else workers / base["workers"]
     return {
@@ -192,7 +204,7 @@ def row(workers: int, clock: Clock, base: dict[str, Any] | None) -> dict[str, An
         "images_per_second": speed,
         "speed_up": speed_up,
         "efficiency": 100 * speed_up / more,
-        "startup_seconds": clock.heard[0] - clock.epochs[0]["seconds"] - clock.given[0],
+        "startup_seconds": clock.heard - epochs[0]["seconds"] - clock.given[0],
     }
 
 
@@ -204,13 +216,10 @@ def line(found: dict[str, Any]) -> str:
     )
 
 
-def overhead_of(clock: Clock, folder: Path) -> float:
-    """Return the median time between the ends of two trials, less what the second one spent on its own work."""
-    own = [
-        read_record(folder / str(number) / "run.json", "seconds")["seconds"]
-        for number in range(len(clock.ended_at))
-    ]
-    between = zip(clock.ended_at[:-1], clock.ended_at[1:], strict=True)
+def overhead_of(clock: Clock) -> float:
+    """Return the median time between the ends of two trials, less the epochs of the second one."""
+    between = zip(clock.ended_at[:-1], clock.ended_at[1:], clock.epochs[1:], strict=True)
     return statistics.median(
-        after - before - seconds for (before, after), seconds in zip(between, own[1:], strict=True)
+        after - before - sum(epoch["seconds"] for epoch in epochs)
+        for before, after, epochs in between
     )
