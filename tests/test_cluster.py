@@ -26,7 +26,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from richkd.command import Stop, main
-from richkd.config import CONF, build, digest, read, read_layer
+from richkd.config import CONF, build, digest, find_layer, read, read_layer
 from richkd.errors import ConfigError
 from tune import runner
 from tune.__main__ import ABOUT, VERBS
@@ -230,6 +230,23 @@ def test_a_cluster_of_our_own_shows_a_dashboard_only_where_it_was_asked_to(
     assert asked["include_dashboard"] is (host is not None)
     assert asked["address"] == (None if host is None else "local")
     assert asked["dashboard_host"] == "127.0.0.1"
+
+
+def test_the_page_about_clusters_says_what_there_is():
+    page = (ROOT / "docs" / "CLUSTER.md").read_text()
+    commands = re.findall(r"python -m tune (\w+) ([^\n#]*)", page.replace("\\\n", " "))
+    assert len(commands) >= 5
+    for verb, words in commands:
+        flags = {flag.partition("=")[0] for flag in VERBS[verb].flags}
+        for word in shlex.split(words):
+            if word.startswith("--"):
+                assert word[2:].partition("=")[0] in flags, word
+            elif word.startswith("cluster/"):
+                assert find_layer(word) == CLUSTER / f"{word.removeprefix('cluster/')}.yaml"
+    for linked in re.findall(r"\]\(\.\./([^)]*)\)", page):
+        assert (ROOT / linked).exists(), linked
+    named = {path for path in re.findall(r"conf/cluster/\w+\.?\w*", page)}
+    assert all((ROOT / path).is_file() for path in named)
 
 
 def free_ports(count: int) -> list[int]:
