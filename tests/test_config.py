@@ -13,7 +13,8 @@ from richkd.config import Config, Layers, build, digest, dump, flatten, from_dic
 from richkd.errors import ConfigError
 from tune.settings import Settings
 
-CONF = sorted(config.CONF.rglob("*.yaml"))
+LAUNCHES = ("runtime_env.yaml", "vms.yaml", "rayjob.yaml")  # are Ray's, and no layers of a run
+CONF = sorted(path for path in config.CONF.rglob("*.yaml") if path.name not in LAUNCHES)
 
 
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.relative_to(config.CONF).as_posix())
