@@ -155,7 +155,12 @@ class JobScheduler(FIFOScheduler):
         self._ended(trial, None)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Pass the end on: a run says itself why it fails, so its process died, once too often."""
+        """Pass the end on: a run says itself why it fails, so its process died, and once too often.
+
+        Tune says so also before it starts a run anew.
+        """
+        if trial.should_recover():
+            return
         self._ended(trial, death_of(last_words(trial), trial.num_failures))
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
