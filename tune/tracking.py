@@ -19,6 +19,7 @@ only sent if the history of its run has none of that step, and before a run is o
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -45,7 +46,7 @@ FIRST_PAUSE = 1.0  # seconds until an MLflow that does not answer is asked again
 LAST_PAUSE = 15.0  # seconds, at most
 PATIENCE = 5.0  # seconds that `close` waits for an MLflow that fails, or says nothing
 FLUSH_SECONDS = 2.0  # what is put waits this long for more
-OPERATIONS = 500  # that are sent between two notes of how far it has come
+OPERATIONS = 100  # that are sent between two notes of how far it has come
 METRICS_PER_BATCH = 900  # MLflow takes 1000 entities a call, tags included
 PARAMS_PER_BATCH = 100  # MLflow's own limit
 DIGEST_LENGTH = 36  # MLflow's own limit
@@ -374,17 +375,12 @@ class Tracker:
 
     def _work(self) -> None:
         logging.getLogger("urllib3.connectionpool").addFilter(_of_others)  # warns of every retry
-        # of an earlier driver, which may have been killed before it heard of what MLflow opened
-        before = (operation for operation, _ in self._spool.waiting())
-        self._store.asked_for |= {each["run"] for each in before if each["name"] == "create"}
         pause = FIRST_PAUSE
         while not self._given_up.is_set():
             closing = self._closing.is_set()  # asked before reading: what was put before is read
             try:
                 self._send()
-            except (
-                Exception
-            ) as error:  # a full disk, too, or a mistake of ours: neither ends the thread
+            except Exception as error:  # not only `_Waits`: the disk may be full, too
                 if not self._given_up.is_set():
                     self._outage = str(error) if isinstance(error, _Waits) else _reason(error)
                 if closing and not isinstance(error, _Waits):
@@ -406,7 +402,11 @@ class Tracker:
             OSError: If the disk does not take the note.
         """
         if not self._connected:
+            self._store.load()  # takes seconds, of which no server is to blame
             self._attempt(_Operation("connect", "the experiment", 0, ()))
+            # by an earlier driver, or before an outage, any of these may have been tried
+            tried = (each for each, _ in self._spool.waiting() if each["name"] == "create")
+            self._store.asked_for |= {each["run"] for each in tried}
             self._connected = True
         waiting = self._spool.waiting()
         for first in range(0, len(waiting), OPERATIONS):
@@ -483,15 +483,21 @@ class _Store:
         self.uri, self.experiment, self.folder, self.ids = uri, experiment, folder, ids
         self.experiment_id: str | None = None
         self.points = 0  # that were sent
+        self.context: dict[str, str] = {}
         # what was not finite, by run: (key, step), and a number for each that an earlier driver counted
         self.nonfinite: dict[str, set[Any]] = defaultdict(set)
         self.steps: dict[str, _Steps] = {}  # of runs that have not ended
         self.asked_for: set[str] = set()  # runs that were asked for, answered or not
 
-    def connect(self, _run: str, _at: int) -> None:
-        """Import MLflow and open the experiment; a new database is migrated first."""
-        from mlflow.tracking import MlflowClient
+    def load(self) -> None:
+        """Import MLflow, and ask it what each run is to say of user, command and commit."""
         from mlflow.tracking.context.registry import resolve_tags
+
+        self.context = self.context or resolve_tags()
+
+    def connect(self, _run: str, _at: int) -> None:
+        """Open the experiment; a new database is migrated first."""
+        from mlflow.tracking import MlflowClient
 
         with self._migrating() as artifacts:
             self.client = MlflowClient(tracking_uri=self.uri)
@@ -506,7 +512,6 @@ class _Store:
                 self.experiment_id = made
             else:
                 self.experiment_id = found.experiment_id
-        self.context = resolve_tags()  # user, command, commit
 
     @contextlib.contextmanager
     def _migrating(self) -> Iterator[str | None]:
@@ -708,6 +713,7 @@ def _name(name: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in name).split())[:250]
 
 
+@functools.cache
 def _key(key: str) -> str:
     """Return a key that MLflow takes.
 
