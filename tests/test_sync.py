@@ -131,6 +131,20 @@ def test_a_sweep_on_which_a_driver_works_is_left_to_it(swept):
         sync(swept)
 
 
+def test_run_folders_are_found_where_storage_is_if_the_state_lies_elsewhere(
+    swept, database, request, tmp_path
+):
+    state = tmp_path / "state" / "digits"
+    state.mkdir(parents=True)
+    settings = [f"sweep.state={state.parent}", f"storage={swept.parent}"]
+    layers = read([*settings, f"tracking.experiment={request.node.name}"]).to_list()
+    asked = json.loads((swept / "sweep.json").read_text()) | {"layers": layers}
+    (state / "sweep.json").write_text(json.dumps(asked))
+    begun(state, database, request.node.name, timeout=60)
+    assert sync(state)["points"] == 11
+    assert curves(database, state)["digits/trial-000"] == WHOLE
+
+
 def test_what_mlflow_has_never_opened_is_told(swept, database):
     answer = sync(swept)
     assert answer["unopened"] == ["digits/refit-kd-seed0", "digits/trial-000"]

@@ -354,6 +354,33 @@ def test_what_was_sent_and_not_noted_is_sent_again_without_harm(start, client, f
         ]
 
 
+def test_a_run_that_is_superseded_stays_and_its_key_opens_a_new_one(start, client, folder):
+    tracker = start()
+    sweep = tracker.sweep("digits", {}, {})
+    refit = tracker.run(sweep, "refit-kd-seed0", {"fusion.alpha": 0.7}, {})
+    tracker.log(refit, {"val/top1": 90.0}, 1)
+    tracker.finish(refit, "FINISHED")
+    old = sent(tracker).run_id(refit)
+    again = start()
+    again.retire(refit)
+    again.run(sweep, "refit-kd-seed0", {"fusion.alpha": 0.9}, {"richkd.state": "running"})
+    again.log(refit, {"val/top1": 91.0}, 1)
+    lines = (folder / "spool.jsonl").read_bytes()
+    new = sent(again).run_id(refit)
+    (folder / "spool.jsonl").write_bytes(lines)  # of a driver that was killed before it noted it
+    third = sent(start())
+    assert (third.run_id(refit), len(runs(client, third))) == (new, 3)
+    for run_id, state, alpha, value in (
+        (old, "superseded", "0.7", 90.0),
+        (new, "running", "0.9", 91.0),
+    ):
+        run = client.get_run(run_id)
+        assert run.data.tags["richkd.state"] == state
+        assert run.data.params == {"fusion.alpha": alpha}
+        history = client.get_metric_history(run_id, "val/top1")
+        assert [(point.step, point.value) for point in history] == [(1, value)]
+
+
 def test_ids_that_this_mlflow_does_not_know_are_replaced(start, client, folder):
     known = {"digits": "0" * 32, "digits/trial-000": "1" * 32}
     (folder / "mlflow.json").write_text(json.dumps(known))

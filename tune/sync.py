@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from richkd import checkpoint
-from richkd.config import Layers, build
+from richkd.config import Layers
 from richkd.errors import CorruptError, Stopped
 from richkd.files import read_record
 from richkd.record import Metrics, rows_of
 from tune.best import find_sweep
 from tune.driver import locked
 from tune.logbook import tested
-from tune.settings import Settings
 from tune.spool import Spool
+from tune.sweep import Sweep
 from tune.tracking import SPOOL, Tracker
 
 
@@ -44,22 +44,23 @@ def sync(folder: Path) -> dict[str, Any]:
         Stopped: If MLflow does not answer; what is left waits on.
     """
     with locked(folder):
-        waiting, address = [], {}
+        waiting, address, runs = [], {}, folder
         if (folder / SPOOL).exists():
             spool = Spool(folder / SPOOL)
             waiting, address = spool.waiting(), spool.address
         if (folder / "sweep.json").exists():
             asked = read_record(folder / "sweep.json", "layers", "tracking")
-            settings = build(Layers.from_list(asked["layers"]), Settings)
-            address = {"uri": asked["tracking"], "experiment": settings.tracking.experiment}
+            sweep = Sweep(folder, Layers.from_list(asked["layers"]))
+            experiment, runs = sweep.settings.tracking.experiment, sweep.runs
+            address = {"uri": asked["tracking"], "experiment": experiment}
         answer = {"folder": str(folder), "operations": len(waiting), "points": 0, "unopened": []}
         if not address:  # of a run; it is written down as long as something waits
             return answer
         place = (folder, Tracker.recall(address["uri"]), address["experiment"])
         _sent(*place, {})
-        runs = dict(_runs(folder))
-        tracker = _sent(*place, runs)
-        unopened = sorted(run for run in runs if tracker.run_id(run) is None)
+        found = dict(_runs(runs))
+        tracker = _sent(*place, found)
+        unopened = sorted(run for run in found if tracker.run_id(run) is None)
         return answer | {"points": tracker.points, "unopened": unopened}
 
 

@@ -200,6 +200,10 @@ class Tracker:
         self._put("create", key, name, sweep, _texts(params), _texts(tags))
         return key
 
+    def retire(self, run: str) -> None:
+        """Say that a run is superseded: whoever opens its key after this gets a new one."""
+        self._put("retire", run)
+
     def log(self, run: str, metrics: Mapping[str, Any], step: int) -> None:
         """Send metrics, but for those of which MLflow has that step already.
 
@@ -462,7 +466,7 @@ def _gathered(operations: Iterable[_Operation]) -> Iterator[_Operation]:
                 (k, value, operation.at, step) for k, value in metrics.items()
             ]
             continue
-        if operation.name == "finish" and operation.run in points:
+        if operation.name in ("finish", "retire") and operation.run in points:
             yield _Operation("metrics", operation.run, 0, (points.pop(operation.run),))
         yield operation
     for run, left in points.items():
@@ -573,6 +577,14 @@ class _Store:
         for first in range(0, len(batch), PARAMS_PER_BATCH):
             some = batch[first : first + PARAMS_PER_BATCH]
             self.client.log_batch(self.ids[run], params=some, synchronous=True)
+
+    def retire(self, run: str, at: int) -> None:
+        """Tag a run and forget it, unless it is the one that was opened since: this is sent a second time."""
+        found = self._known(run)
+        if found is not None and found.info.start_time < at:
+            self.tag(run, at, {"richkd.state": "superseded"})
+            for known in (self.ids, self.steps, self.nonfinite):
+                known.pop(run, None)
 
     def _known(self, run: str) -> Any:
         from mlflow.exceptions import MlflowException
