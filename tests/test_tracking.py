@@ -370,11 +370,12 @@ def test_a_run_that_is_superseded_stays_and_its_key_opens_a_new_one(start, clien
     (folder / "spool.jsonl").write_bytes(lines)  # of a driver that was killed before it noted it
     third = sent(start())
     assert (third.run_id(refit), len(runs(client, third))) == (new, 3)
-    for run_id, state, alpha, value in (
-        (old, "superseded", "0.7", 90.0),
-        (new, "running", "0.9", 91.0),
+    for run_id, name, state, alpha, value in (
+        (old, "refit-kd-seed0 (superseded)", "superseded", "0.7", 90.0),
+        (new, "refit-kd-seed0", "running", "0.9", 91.0),
     ):
         run = client.get_run(run_id)
+        assert run.info.run_name == name
         assert run.data.tags["richkd.state"] == state
         assert run.data.params == {"fusion.alpha": alpha}
         history = client.get_metric_history(run_id, "val/top1")
@@ -708,25 +709,3 @@ def test_credentials_in_an_error_are_not_passed_on(start, monkeypatch):
     assert "ValueError: xxx" in tracker.problem
     assert "hunter2" not in tracker.problem
     assert "second line" not in tracker.problem
-
-
-def test_a_run_that_is_superseded_stays_and_another_of_its_name_follows(start, client, folder):
-    tracker = start()
-    sweep = tracker.sweep("digits", {}, {})
-    refit = tracker.run(sweep, "refit-kd-seed0", {"seed": 0, "loss.logit": 3}, {})
-    tracker.log(refit, {"val/top1": 90.0}, 1)
-    sent(tracker)
-    first = tracker.run_id(refit)
-    again = start()
-    again.sweep("digits", {}, {})
-    again.retire(refit)
-    again.run(sweep, "refit-kd-seed0", {"seed": 0, "loss.logit": 4}, {})
-    again.log(refit, {"val/top1": 95.0}, 1)
-    sent(again)
-    found = {run.info.run_name: run for run in runs(client, again)}
-    assert set(found) == {"digits", "refit-kd-seed0", "refit-kd-seed0 (superseded)"}
-    old, new = found["refit-kd-seed0 (superseded)"], found["refit-kd-seed0"]
-    assert old.info.run_id == first != new.info.run_id == again.run_id(refit)
-    assert (old.data.metrics, new.data.metrics) == ({"val/top1": 90.0}, {"val/top1": 95.0})
-    assert new.data.params["loss.logit"] == "4"
-    assert old.data.tags["richkd.state"] == "superseded"

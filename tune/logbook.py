@@ -76,10 +76,6 @@ class Logbook:
         run = self.tracker.run(self.name, job.id, job.params, tags)
         self.tracker.text(run, dump(job.config), "config.yaml")
 
-    def retire(self, job: Job) -> None:
-        """Leave the run of a job as it is, since the job is run anew with other settings."""
-        self.tracker.retire(self._key(job))
-
     def epoch(self, job: Job, metrics: dict[str, Any]) -> None:
         """Keep an epoch's metrics; of an epoch that is reported again, as after a kill, MLflow keeps the first."""
         # the UI compares runs by the metric that it got first

@@ -201,7 +201,7 @@ class Tracker:
         return key
 
     def retire(self, run: str) -> None:
-        """Say that a run is superseded: whoever opens its key after this gets a new one."""
+        """Let go of a run that another one of its name is to follow: it stays in MLflow, as superseded."""
         self._put("retire", run)
 
     def log(self, run: str, metrics: Mapping[str, Any], step: int) -> None:
@@ -242,11 +242,6 @@ class Tracker:
             context: What it was read for, such as `training`.
         """
         self._put("dataset", run, name, digest, context)
-
-    def retire(self, run: str) -> None:
-        """Let go of a run that another one of its name is to follow: it stays in MLflow, as superseded."""
-        if (known := self.run_id(run)) is not None:
-            self._put("retire", run, known)
 
     def finish(self, run: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """End a run, after its metrics."""
@@ -579,9 +574,11 @@ class _Store:
             self.client.log_batch(self.ids[run], params=some, synchronous=True)
 
     def retire(self, run: str, at: int) -> None:
-        """Tag a run and forget it, unless it is the one that was opened since: this is sent a second time."""
+        """Rename a run and forget it, unless it was opened since: then this is sent for the second time."""
         found = self._known(run)
         if found is not None and found.info.start_time < at:
+            name = found.info.run_name.removesuffix(SUPERSEDED) + SUPERSEDED
+            self.client.update_run(self.ids[run], name=name)
             self.tag(run, at, {"richkd.state": "superseded"})
             for known in (self.ids, self.steps, self.nonfinite):
                 known.pop(run, None)
@@ -689,16 +686,6 @@ class _Store:
         source = Dataset(name, digest[:DIGEST_LENGTH], source_type="code", source='{"tags": {}}')
         entry = DatasetInput(source, [InputTag("mlflow.data.context", context)])
         self.client.log_inputs(self.ids[run], [entry])
-
-    def retire(self, run: str, at: int, run_id: str) -> None:
-        """Rename a run, and forget it."""
-        name = self.client.get_run(run_id).info.run_name
-        if not name.endswith(SUPERSEDED):
-            self.client.update_run(run_id, name=name + SUPERSEDED)
-        self.client.set_tag(run_id, "richkd.state", "superseded")
-        if self.ids.get(run) == run_id:
-            del self.ids[run]
-            self.steps.pop(run, None)
 
     def finish(self, run: str, at: int, status: str) -> None:
         """End a run."""
