@@ -40,16 +40,15 @@ def database(tmp_path_factory):
     return uri
 
 
-def run_folder(folder: Path, *, tested: bool) -> list[dict]:
-    """Make the folder of a run that has finished, and return its metrics by epoch."""
+def run_folder(folder: Path, *, tested: bool, more: float = 0.0, epochs: int = EPOCHS) -> None:
+    """Make the folder of a run whose validation accuracy is `more` percent higher."""
     folder.mkdir(parents=True)
-    rows = [{"epoch": k, "val/top1": 90.0 + k, "lr": 0.1 / k} for k in range(1, EPOCHS + 1)]
-    meta = {"epoch": EPOCHS, "metrics": rows[-1], "config": {"train": {"epochs": EPOCHS}}}
+    rows = [{"epoch": k, "val/top1": 90.0 + k + more, "lr": 0.1 / k} for k in range(1, epochs + 1)]
+    meta = {"epoch": epochs, "metrics": rows[-1], "config": {"train": {"epochs": EPOCHS}}}
     checkpoint.save(folder / "last", {"w": torch.zeros(1)}, {}, meta)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     metrics = rows[-1] | ({"test/top1": 88.0} if tested else {})
     (folder / "run.json").write_text(json.dumps({"state": "finished", "metrics": metrics}))
-    return rows
 
 
 @pytest.fixture
@@ -143,6 +142,24 @@ def test_run_folders_are_found_where_storage_is_if_the_state_lies_elsewhere(
     begun(state, database, request.node.name, timeout=60)
     assert sync(state)["points"] == 11
     assert curves(database, state)["digits/trial-000"] == WHOLE
+
+
+def test_a_trial_of_several_seeds_has_the_mean_of_what_all_of_them_have(
+    tmp_path, database, request
+):
+    folder = tmp_path / "runs" / "digits"
+    run_folder(folder / "trials" / "000" / "seed0", tested=False)
+    run_folder(folder / "trials" / "000" / "seed1", tested=False, more=1.0, epochs=2)
+    run_folder(folder / "trials" / "001" / "seed0", tested=False)  # the other has just begun
+    name = request.node.name
+    layers = read([f"tracking.experiment={name}", "sweep.seeds_per_trial=2"]).to_list()
+    record = {"started": "now", "layers": layers, "tracking": database}
+    (folder / "sweep.json").write_text(json.dumps(record))
+    begun(folder, database, name, timeout=60)
+    assert sync(folder)["points"] == 4  # of the first epoch the spread, and the second
+    found = curves(database, folder)["digits/trial-000"]
+    assert found["val/top1"] == [(1, 91.0), (2, 92.5)]
+    assert found["val/top1_sd"] == [(1, pytest.approx(0.5**0.5)), (2, pytest.approx(0.5**0.5))]
 
 
 def test_what_mlflow_has_never_opened_is_told(swept, database):

@@ -11,9 +11,10 @@ from typing import Any
 
 from richkd import checkpoint
 from richkd.config import Layers
+from richkd.distill import mean
 from richkd.errors import CorruptError, Stopped
 from richkd.files import read_record
-from richkd.record import Metrics, rows_of
+from richkd.record import Metrics, rows_of, seed_folders
 from tune.best import find_sweep
 from tune.driver import locked
 from tune.logbook import tested
@@ -44,21 +45,22 @@ def sync(folder: Path) -> dict[str, Any]:
         Stopped: If MLflow does not answer; what is left waits on.
     """
     with locked(folder):
-        waiting, address, runs = [], {}, folder
+        waiting, address, runs, seeds = [], {}, folder, 1
         if (folder / SPOOL).exists():
             spool = Spool(folder / SPOOL)
             waiting, address = spool.waiting(), spool.address
         if (folder / "sweep.json").exists():
             asked = read_record(folder / "sweep.json", "layers", "tracking")
             sweep = Sweep(folder, Layers.from_list(asked["layers"]))
-            experiment, runs = sweep.settings.tracking.experiment, sweep.runs
+            runs, seeds = sweep.runs, sweep.settings.sweep.seeds_per_trial
+            experiment = sweep.settings.tracking.experiment
             address = {"uri": asked["tracking"], "experiment": experiment}
         answer = {"folder": str(folder), "operations": len(waiting), "points": 0, "unopened": []}
         if not address:  # of a run; it is written down as long as something waits
             return answer
         place = (folder, Tracker.recall(address["uri"]), address["experiment"])
         _sent(*place, {})
-        found = dict(_runs(runs))
+        found = dict(_runs(runs, seeds))
         tracker = _sent(*place, found)
         unopened = sorted(run for run in found if tracker.run_id(run) is None)
         return answer | {"points": tracker.points, "unopened": unopened}
@@ -81,23 +83,33 @@ def _sent(
     return tracker
 
 
-def _runs(folder: Path) -> Iterator[tuple[str, list[tuple[int, Metrics]]]]:
-    """Yield the key of each run in a folder, with its metrics by epoch."""
-    if (folder / "run.json").exists():
-        yield folder.name, _rows(folder)
-    for kind, jobs in (("trial", "trials"), ("refit", "refits")):
-        for job in sorted(folder.glob(f"{jobs}/*/run.json")):
-            yield f"{folder.name}/{kind}-{job.parent.name}", _rows(job.parent)
+def _runs(folder: Path, seeds: int) -> Iterator[tuple[str, list[tuple[int, Metrics]]]]:
+    """Yield the key of each run in a folder that has an epoch behind it, with its metrics by epoch."""
+    places = [(folder.name, folder, 1)]
+    for kind, jobs, each in (("trial", "trials", seeds), ("refit", "refits", 1)):
+        for job in sorted(folder.glob(f"{jobs}/*")):
+            places.append((f"{folder.name}/{kind}-{job.name}", job, each))
+    for run, place, each in places:
+        if rows := _rows(seed_folders(place, each)):
+            yield run, rows
 
 
-def _rows(folder: Path) -> list[tuple[int, Metrics]]:
-    """Return the metrics of a run by epoch, as the driver logs them; those of the test rows are of the last."""
+def _rows(folders: list[Path]) -> list[tuple[int, Metrics]]:
+    """Return the metrics of a run by epoch, as the driver logs them; those of the test rows are of the last.
+
+    Args:
+        folders: Its run folders, one a seed.
+    """
+    if not all(checkpoint.exists(folder / "last") for folder in folders):
+        return []
     try:
-        meta = checkpoint.verify(folder / "last")["meta"]
-        state = read_record(folder / "run.json", "state")
+        metas = [checkpoint.verify(folder / "last")["meta"] for folder in folders]
+        each = [rows_of(*one) for one in zip(folders, metas, strict=True)]
+        state = read_record(folders[0] / "run.json", "state")
     except CorruptError as error:
         warnings.warn(f"passed over: {error}", stacklevel=2)
         return []
-    rows = [(int(row.pop("epoch")), row) for row in rows_of(folder, meta)]
+    means = [mean(list(rows)) for rows in zip(*each, strict=False)]  # as far as all seeds have come
+    rows = [(int(row["epoch"]), {k: v for k, v in row.items() if k != "epoch"}) for row in means]
     final = tested(state.get("metrics", {}))
-    return [*rows, (meta["config"]["train"]["epochs"], final)] if final else rows
+    return [*rows, (metas[0]["config"]["train"]["epochs"], final)] if final else rows
