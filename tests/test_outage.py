@@ -326,12 +326,14 @@ def test_a_full_disk_stops_a_sweep_resumably_and_what_was_put_before_is_sent_lat
     script.epochs(1, 5, 0.0)
     usual, full, file = os.write, os.open("/dev/full", os.O_WRONLY), script.tracker._spool.file
     monkeypatch.setattr(os, "write", lambda to, line: usual(full if to == file else to, line))
+    began = time.monotonic()
     with (
         pytest.raises(Stopped, match="the disk is full; free some space; go on with: again"),
         resumable(lambda _: script.tracker.close(60), lambda: "again"),
     ):
         script.epochs(6, 7, 0.0)
     assert script.points["digits/trial-0"][-1] == (5, 5.0)  # it was raised where the next was put
+    assert time.monotonic() - began < LOST
     assert "No space left on device" in script.tracker.problem
     monkeypatch.undo()
     os.close(full)

@@ -401,18 +401,19 @@ def test_ids_are_written_down_while_the_driver_works(start, folder):
     sent(tracker)
 
 
-def lose_first_answer(monkeypatch, method: str) -> None:
-    """Let `method` of MLflow's client do its work once without its caller hearing of it."""
+def lose_first_answer(monkeypatch, method: str) -> list[dict]:
+    """Let `method` of MLflow's client do its work once without its caller hearing of it; return what it is given."""
     usual, calls = getattr(MlflowClient, method), []
 
     def lossy(self, *args, **kwargs):
         answer = usual(self, *args, **kwargs)
-        calls.append(method)
+        calls.append(kwargs)
         if len(calls) == 1:
             raise ConnectionResetError("the answer is lost")
         return answer
 
     monkeypatch.setattr(MlflowClient, method, lossy)
+    return calls
 
 
 def test_a_run_whose_answer_was_lost_is_not_opened_twice(start, client, monkeypatch):
@@ -428,10 +429,13 @@ def test_a_run_whose_answer_was_lost_is_not_opened_twice(start, client, monkeypa
 def test_metrics_whose_answer_was_lost_are_not_stored_twice(start, client, monkeypatch):
     tracker = start()
     sweep = tracker.sweep("digits", {}, {})
-    lose_first_answer(monkeypatch, "log_batch")
+    calls = lose_first_answer(monkeypatch, "log_batch")
     for epoch in range(1, 4):
         tracker.log(sweep, {"val/top1": 90.0, "bad": math.nan}, epoch)
     sent(tracker)
+    steps = [point.step for call in calls for point in call.get("metrics", ())]
+    assert len(calls) > 1
+    assert steps == [1, 2, 3]  # not even sent twice: not every store would notice
     history = client.get_metric_history(tracker.run_id(sweep), "val/top1")
     assert [point.step for point in history] == [1, 2, 3]
     assert client.get_run(tracker.run_id(sweep)).data.tags["richkd.nonfinite"] == "3"
