@@ -94,11 +94,10 @@ def test_threads_and_a_signal_handler_that_interrupts_them_write_whole_lines_in_
         signal.signal(signal.SIGALRM, before)
     assert len(fired) > 10
     found = [text.split()[:2] for text in texts(spool)]
-    for name, count in [(f"thread-{n}", 1000) for n in range(3)] + [
-        ("main", 1000),
-        ("signal", len(fired)),
-    ]:
-        assert [int(k) for who, k in found if who == name] == list(range(count))
+    for name in ("main", *(f"thread-{n}" for n in range(3))):
+        assert [int(k) for who, k in found if who == name] == list(range(1000))
+    # not in order: a handler is interrupted by the next one, too
+    assert sorted(int(k) for who, k in found if who == "signal") == fired
     assert len(found) == 4000 + len(fired)
 
 
