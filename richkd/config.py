@@ -12,7 +12,7 @@ import os
 import re
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -725,6 +725,51 @@ def build(layers: Layers, schema: type[T] = Config) -> T:
                 "leave it out, or use method.name=richkd-l."
             )
     return config
+
+
+def mistakes(layers: Layers, make: Callable[[Layers], Any] = build) -> tuple[Layers, list[str]]:
+    """Return every mistake in layers, a line each, and the layers without them.
+
+    `make` names one at a time: the entry that it stumbles over is taken out until it succeeds. What is wrong only because
+    an entry was taken out, such as a mean without its deviation, is no mistake of its own.
+
+    Args:
+        layers: Explicit settings.
+        make: Makes something of them, or raises ConfigError. If no entry is to blame, it still does in the end.
+    """
+    found: list[str] = []
+    out: set[str] = set()
+    while (said := _refused(layers, make)) is not None:
+        # those that the message names come first, the last of them foremost
+        for entry in sorted(layers.entries[::-1], key=lambda e: not _named(_bare(e.key), said)):
+            others = tuple(each for each in layers.entries if each is not entry)
+            if _refused(Layers(entries=others), make) != said:
+                break
+        else:
+            return layers, found or [said]
+        if not any(_named(key, said) for key in out - {_bare(entry.key)}):
+            where = f"{entry.origin}: " if entry.origin and entry.origin not in said else ""
+            found.append(where + said)
+        out.add(_bare(entry.key))
+        layers = Layers(entries=others)
+    return layers, found
+
+
+def _refused(layers: Layers, make: Callable[[Layers], Any]) -> str | None:
+    try:
+        make(layers)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _bare(key: str) -> str:
+    """Return a key as messages name it: one of TABLES by itself."""
+    return key.removeprefix(TABLES[0]).removeprefix(TABLES[1])
+
+
+def _named(key: str, said: str) -> bool:
+    return re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]*\w)", said) is not None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -183,6 +183,55 @@ def test_tables_are_merged_key_by_key():
     assert "fusion.alpha" in space.sweep.space
 
 
+def test_every_mistake_is_told_at_once_with_its_line(tmp_path):
+    path = layer(
+        tmp_path,
+        "train:\n  lrr: 1\n  epochs: ten\n  momentum: 2\ndata:\n  pad: x\nfusoin:\n  alpha: 1\n",
+    )
+    sound, told = config.mistakes(read([path, "seed=-1", "train.lr=0.2"]))
+    expected = {":2: ": "train.lrr", ":3: ": "train.epochs", ":4: ": "train.momentum"}
+    expected |= {":6: ": "data.pad", ":8: ": "fusoin.alpha"}
+    assert len(told) == 6
+    for line, key in expected.items():
+        assert [text for text in told if text.startswith(f"{path}{line}") and key in text], line
+    assert [text for text in told if text.startswith("seed must lie in 0")]
+    assert build(sound).train.lr == 0.2
+
+
+def test_without_a_mistake_nothing_is_told_and_nothing_taken_out():
+    layers = read(["train.lr=0.2"])
+    assert config.mistakes(layers) == (layers, [])
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        # without its mean the deviation is alone, which is no mistake of its own
+        (["teacher.checkpoint=x", "teacher.mean=[125]", "teacher.std=[1]"], 1),
+        (["teacher.checkpoint=[1]", "teacher.mean=[1]", "teacher.std=[1]"], 1),
+        (["clip.reduce=probs", "clip.scale=50"], 1),
+        (["method.name=kd", "fusion.alpha=0.5"], 1),
+        (["train.lr=200", "loss.ce=0", "loss.logit=0"], 2),
+        (["train.lr=x", "train.lr=200"], 2),
+    ],
+)
+def test_what_follows_from_a_mistake_is_none_of_its_own(words, count):
+    sound, told = config.mistakes(read(["data.source=digits", *words]))
+    assert len(told) == count
+    if count == 1:
+        with pytest.raises(ConfigError) as caught:
+            build(read(["data.source=digits", *words]))
+        assert told == [str(caught.value)]
+
+
+def test_what_no_entry_is_to_blame_for_is_told_once():
+    def refuse(_: Layers) -> None:
+        raise ConfigError("the disk is gone")
+
+    layers = read(["train.lr=0.2"])
+    assert config.mistakes(layers, refuse) == (layers, ["the disk is gone"])
+
+
 VALUES = {
     "train.lr": st.floats(1e-6, 10),
     "train.epochs": st.integers(1, 1000),
