@@ -40,6 +40,27 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 _verified: dict[Path, str] = {}  # entries that this process has found sound, as `_stamp` gives them
 _used: dict[Path, None] = {}  # in order
+_unmade: tuple[str, ...] = ()  # kinds that are not made now, as `found_only` was told
+
+
+class Missing(Exception):
+    """An entry is not there, and `found_only` keeps it from being made."""
+
+
+@contextmanager
+def found_only(*kinds: str) -> Iterator[None]:
+    """Inside, an entry of these kinds is found or raised as Missing: a question of what there is, asked by the one who reads it."""
+    global _unmade
+    before, _unmade = _unmade, kinds
+    try:
+        yield
+    finally:
+        _unmade = before
+
+
+def _check_made(kind: str) -> None:
+    if kind in _unmade:
+        raise Missing(kind)
 
 
 def root(configured: str | None) -> Path:
@@ -104,6 +125,7 @@ def rows(
     entry = _entry(root, description)
     _used[entry] = None
     if not _is_sound(entry, count, width):
+        _check_made(kind)
         with _locked(root, entry, description, progress):
             place = entry
             if not entry.exists():
@@ -140,6 +162,7 @@ def folder(
     entry = _entry(root, description)
     _used[entry] = None
     if not _is_whole(entry, kind, progress):
+        _check_made(kind)
         with _locked(root, entry, description, progress):
             if not _is_whole(entry, kind, progress):
                 _build(entry, build)

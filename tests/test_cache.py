@@ -622,3 +622,18 @@ def test_wait_for_another_process_is_told_and_can_be_stopped(tmp_path):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert np.array_equal(table(tmp_path, Compute()), ORACLE), "the lock died with its owner"
+
+
+def test_what_is_missing_is_said_instead_of_made_and_leaves_no_trace(tmp_path):
+    with cache.found_only("images", "teachers"):
+        with pytest.raises(cache.Missing, match="images"):
+            table(tmp_path, refuse)
+        with pytest.raises(cache.Missing, match="teachers"):
+            cache.folder(tmp_path, "teachers", {}, refuse)
+        assert list(tmp_path.iterdir()) == []
+        assert len(table(tmp_path, Compute(), kind="texts")) == COUNT  # of another kind
+    table(tmp_path, Compute())
+    made = cache.folder(tmp_path, "teachers", {}, build)
+    with cache.found_only("images", "teachers"):
+        assert np.array_equal(table(tmp_path, refuse), ORACLE)
+        assert cache.folder(tmp_path, "teachers", {}, refuse) == made
