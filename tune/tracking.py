@@ -28,17 +28,21 @@ import os
 import posixpath
 import re
 import shlex
+import sqlite3
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from http.client import HTTPException
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 from richkd.errors import ConfigError
-from richkd.files import read_record, write_json
+from richkd.files import check_writable, read_record, write_json
 from tune.spool import Spool
 
 RETRIES = (0.5, 2.0, 0.0)  # seconds after each attempt at what MLflow refuses though it answers
@@ -47,6 +51,7 @@ LAST_PAUSE = 15.0  # seconds, at most
 PATIENCE = 5.0  # seconds that `close` waits for an MLflow that fails, or says nothing
 FLUSH_SECONDS = 2.0  # what is put waits this long for more
 OPERATIONS = 100  # that are sent between two notes of how far it has come
+PROBE_SECONDS = 5.0  # that a server may take to say that it is well
 METRICS_PER_BATCH = 900  # MLflow takes 1000 entities a call, tags included
 PARAMS_PER_BATCH = 100  # MLflow's own limit
 DIGEST_LENGTH = 36  # MLflow's own limit
@@ -161,6 +166,31 @@ class Tracker:
                 f"MLFLOW_TRACKING_URI must give the password of {written}, which is written down nowhere; set it."
             )
         return given
+
+    @staticmethod
+    def probe(uri: str) -> str | None:
+        """Return why MLflow cannot be used at an absolute address, None if it answers, or cannot be asked so simply.
+
+        A server is asked for its health and may take PROBE_SECONDS, a file is opened; nothing is written.
+        """
+        try:
+            if uri.startswith(("http://", "https://")):
+                # urllib takes no credentials there
+                where = re.sub(r"//[^/]*@", "//", uri).rstrip("/")
+                urllib.request.urlopen(f"{where}/health", timeout=PROBE_SECONDS).close()
+            elif uri.startswith("sqlite:///"):
+                path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+                check_writable(path.parent, "tracking.uri")
+                if path.exists():
+                    with contextlib.closing(sqlite3.connect(path)) as database:
+                        database.execute("PRAGMA schema_version")
+        except urllib.error.HTTPError as error:
+            return None if error.code < 500 else f"it answers {error.code} {error.reason}"
+        except (OSError, ValueError, HTTPException, sqlite3.Error) as error:
+            return _reason(error)
+        except ConfigError as error:
+            return str(error)
+        return None
 
     def start(self) -> None:
         """Start the thread, which imports MLflow and opens the experiment; returns at once.
