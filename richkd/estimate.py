@@ -1,0 +1,280 @@
+"""What a run needs and costs on this machine: from a look at the cache and a few steps, never from a whole training.
+
+For plans: what would have to be computed first is not computed, but told with its size and time.
+"""
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from richkd import bench, cache, distill, models, teachers, zeroshot
+from richkd.config import Config
+from richkd.data import Images, split
+from richkd.distill import Task
+from richkd.errors import RichkdError
+from richkd.evaluate.accuracy import accuracy, network_logits
+from richkd.progress import Progress
+from richkd.record import Record
+from richkd.teachers import ClipTeacher, FusedTeacher, TaskTeacher
+from richkd.threads import threads
+
+LONG = ("teachers", "clip-images", "teacher-logits")  # kinds of the cache that take their time
+BURSTS = 5  # of steps that are timed
+ROWS = 2048  # of a pass that is timed
+PICTURES = 16  # that CLIP is timed on
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """What one run costs here, as measured.
+
+    Attributes:
+        opening: Seconds to open data and student.
+        step: Seconds of a step of the optimiser.
+        steps: Steps of an epoch.
+        validation: Seconds of a pass over the validation rows.
+        writing: Seconds of what is written in an epoch.
+        testing: Seconds of a pass over the test rows.
+        kept: Bytes of the checkpoints that a run leaves.
+    """
+
+    opening: float
+    step: float
+    steps: int
+    validation: float
+    writing: float
+    testing: float
+    kept: int
+
+    @property
+    def epoch(self) -> float:
+        """Seconds of an epoch."""
+        return self.steps * self.step + self.validation + self.writing
+
+    def run(self, epochs: float, *, tested: bool = False) -> float:
+        """Return the seconds of a run of so many epochs, the test rows read in the end or not."""
+        return self.opening + epochs * self.epoch + tested * self.testing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lack:
+    """Something that the cache has not got: what it is, its bytes, and the seconds that it takes here."""
+
+    what: str
+    bytes: int
+    seconds: float
+
+
+def gpus() -> int:
+    """Return how many GPUs PyTorch sees on this machine."""
+    return torch.cuda.device_count()
+
+
+def size(config: Config, task: Task) -> int:
+    """Return how many parameters the student has."""
+    return sum(each.numel() for each in distill.initial_student(config, task.dataset).parameters())
+
+
+def plain(config: Config) -> Config:
+    """Return `config` with the scale and temperature that need no look at all rows, which change no speed."""
+    return bench.of_method(config, config.method.name)
+
+
+def alone(config: Config) -> Config:
+    """Return `config` with the task teacher alone."""
+    return replace(plain(config), fusion=replace(config.fusion, alpha=1.0, space="logits"))
+
+
+def mistakes(config: Config, task: Task, progress: Progress | None = None) -> list[str]:
+    """Return why student, task teacher or zero-shot teachers cannot be used with the data of `task`, a line each.
+
+    What takes its time and is not in the cache is not made, and so not looked at.
+    """
+
+    def student() -> None:
+        network = distill.initial_student(config, task.dataset)
+        batches = distill.open_batches(config, task, distilled=True)
+        distill.check_slices(batches, network, distill.ALONE)
+
+    def trained() -> None:
+        if not config.teacher.brought:
+            untrained_teacher(config, task)
+            distill.open_batches(teachers.teacher_recipe(config), task, distilled=False)
+
+    def clips() -> None:
+        found = teachers.open_clip_teachers(
+            config.clip, task.dataset, task.device, task.cache, progress
+        )
+        distill.check_teachers(config.teacher, task, None, found)
+
+    told: dict[str, None] = {}
+    for look in (
+        student,
+        trained,
+        clips,
+        lambda: distill.open_teacher(alone(config), task, progress),
+        lambda: distill.open_teacher(config, task, progress),
+    ):
+        with contextlib.suppress(cache.Missing), cache.found_only(*LONG):
+            try:
+                look()
+            except RichkdError as error:
+                told[str(error)] = None
+    return list(told)
+
+
+def untrained_teacher(config: Config, task: Task) -> nn.Module:
+    """Return the network of a task teacher that is trained here, before its training."""
+    dataset, given = task.dataset, config.teacher
+    with torch.random.fork_rng(devices=[]):
+        network = models.build(
+            given.name, len(dataset.names), channels=dataset.channels, shortcut=given.shortcut
+        )
+    models.check_size(network, dataset.channels, dataset.size, field=f"teacher.name={given.name}")
+    return network
+
+
+def stand_in(config: Config, task: Task) -> FusedTeacher:
+    """Return a teacher as fast as that of `config`: untrained where it would be trained, its zero-shot logits random."""
+    size, classes = len(task.dataset.train), len(task.dataset.names)
+    try:
+        with cache.found_only(*LONG):
+            own = distill.open_teacher(alone(config), task).task
+    except cache.Missing:
+        network = untrained_teacher(config, task).eval().requires_grad_(False)
+        own = TaskTeacher(
+            identity="untrained",
+            classes=classes,
+            train_views=task.train,
+            test_views=task.test,
+            network=network.to(task.device, memory_format=torch.channels_last),
+        )
+    logits = torch.randn(size, classes, device=task.device)
+    clip = ClipTeacher(identity="random", train=logits, test=None, logit_scale=1.0)
+    return FusedTeacher(plain(config), task.split, task.labels, own, [clip])
+
+
+def pace(
+    config: Config,
+    task: Task,
+    teacher: FusedTeacher | None,
+    folder: Path,
+    *,
+    seconds: float,
+    workers: int = 1,
+    each: int = 1,
+) -> Pace:
+    """Take some steps of a run, a pass and two checkpoints, and return what they cost.
+
+    Args:
+        config: The run.
+        task: Its data.
+        teacher: None where nothing is distilled.
+        folder: New folder for the checkpoints, on the disk where runs will lie.
+        seconds: How long to measure steps.
+        workers: That share each batch; one's slice is timed, without what they say to each other.
+        each: Threads of a worker.
+    """
+    device, rows = task.device, torch.from_numpy(task.split.validation)
+    steps = len(distill.open_batches(config, task, distilled=teacher is not None))
+    slices = replace(config.train, batch_size=max(2, -(-config.train.batch_size // workers)))
+    with threads(each):
+        ours = bench.Ours(replace(config, train=slices), task, teacher)
+        began = time.perf_counter()
+        distill.open_student(config, distill.open_task(config))
+        opening = time.perf_counter() - began
+        length = bench.burst_length(ours, seconds / BURSTS, device)
+        speed = statistics.median(bench.speed(ours, length, device) for _ in range(BURSTS))
+        passing = _row_seconds(ours.student, task, rows)
+    writing, kept = _keep(config, task, ours, folder)
+    return Pace(
+        opening=opening,
+        step=slices.batch_size / speed,
+        steps=steps,
+        validation=passing * len(rows) / workers,
+        writing=writing,
+        testing=passing * len(task.dataset.test),
+        kept=kept,
+    )
+
+
+def _row_seconds(network: nn.Module, task: Task, rows: Tensor) -> float:
+    """Return the seconds that a row takes in an evaluation."""
+    some = rows[:ROWS]
+    for _ in range(2):  # the first pass allocates memory
+        began = time.perf_counter()
+        accuracy(network_logits(network, task.train, some).cpu(), task.labels[some])
+    return (time.perf_counter() - began) / len(some)
+
+
+def _keep(config: Config, task: Task, ours: bench.Ours, folder: Path) -> tuple[float, int]:
+    """Return the seconds of what is written in an epoch, in every second of which the best is, and the bytes that stay."""
+    record = Record(folder, config, resume=False)
+    record.open(task.dataset, task.split, None, 1)
+    record.begin(ours.student, ours.optimizer, 0)
+    numbers = dict.fromkeys((f"number {k}" for k in range(12)), math.pi)  # as many as an epoch has
+    best = {"epoch": 1, "top1": math.pi, "top5": math.pi, "loss": math.pi}
+    record.epoch(ours.student, ours.optimizer, numbers | {"epoch": 1}, best)
+    began = time.perf_counter()
+    record.epoch(ours.student, ours.optimizer, numbers | {"epoch": 2}, best | {"epoch": 2})
+    record.epoch(ours.student, ours.optimizer, numbers | {"epoch": 3}, best | {"epoch": 2})
+    seconds = (time.perf_counter() - began) / 2
+    return seconds, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def untrained(config: Config, task: Task, seeds: Iterable[int]) -> list[int]:
+    """Return for which of `seeds` the task teacher has still to be trained."""
+    found = []
+    for seed in () if config.teacher.brought else seeds:
+        own = replace(task, split=split(task.dataset, config.data, seed))
+        try:
+            with cache.found_only("teachers"):
+                distill.trained_teacher(replace(config, seed=seed), own)
+        except cache.Missing:
+            found.append(seed)
+    return found
+
+
+def teacher_pace(config: Config, task: Task, folder: Path, *, seconds: float) -> Pace:
+    """Return what the training of a task teacher costs here, as `pace` does."""
+    return pace(teachers.teacher_recipe(config), task, None, folder, seconds=seconds)
+
+
+def unseen(config: Config, task: Task) -> list[Lack]:
+    """Return which images the zero-shot teachers that have a share have not looked at, by model."""
+    first, found = 1 - sum(each.weight for each in config.clip.extra), []
+    shares = [(config.clip, first), *((each, each.weight) for each in config.clip.extra)]
+    for given, share in shares:
+        if given.logits is not None or share <= 1e-9:
+            continue
+        clip = zeroshot.load(
+            given.model, given.pretrained, given.file, device=task.device, root=task.cache
+        )
+        parts = []
+        for part in (task.dataset.train, task.dataset.test):
+            try:
+                with cache.found_only("clip-images"):
+                    zeroshot.image_features(clip, part, task.cache)
+            except cache.Missing:
+                parts.append(part)
+        if rows := sum(map(len, parts)):
+            what = f"{given.model} over {rows} images"
+            seconds = rows * _look_seconds(clip, parts[0])
+            found.append(Lack(what=what, bytes=4 * rows * clip.width, seconds=seconds))
+    return found
+
+
+def _look_seconds(clip: zeroshot.ZeroShot, images: Images) -> float:
+    """Return the seconds that CLIP takes over an image."""
+    clip.encoder.encode_images(images.pictures(0, 1))  # the first allocates memory
+    some = min(PICTURES, len(images))
+    began = time.perf_counter()
+    clip.encoder.encode_images(images.pictures(0, some))
+    return (time.perf_counter() - began) / some
