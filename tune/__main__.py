@@ -1,5 +1,6 @@
 """The verbs of a cluster.
 
+    python -m tune plan                               # what the sweep would take, before it starts
     python -m tune sweep                              # the embedded default, some minutes on two cores
     python -m tune sweep my.yaml sweep.trials=50
     python -m tune status                             # how it stands
@@ -102,6 +103,21 @@ def sweep(arguments: argparse.Namespace) -> Done:
         layers, resume=arguments.resume, changed=arguments.changed, **cluster, stop=arguments.stop
     )
     return Done(answer, 3 if answer["failed"] else 0)
+
+
+def plan(arguments: argparse.Namespace) -> Done:
+    """Say what a sweep would take."""
+    from tune.plan import plan as look
+    from tune.plan import table
+
+    answer = look(arguments.words, address=arguments.address, stop=arguments.stop)
+    for line in table(answer):
+        say(line)
+    for line in answer["mistakes"]:
+        print(f"python -m tune plan: {line}", file=sys.stderr)
+    if not answer["mistakes"]:
+        say("it can start: python -m tune sweep " + shlex.join(arguments.words))
+    return Done(answer, 2 if answer["mistakes"] else 0)
 
 
 def train(arguments: argparse.Namespace) -> Done:
@@ -276,6 +292,11 @@ RETRIED = ("error", "lost", "hung", "metric")  # classes whose cause may have go
 EXISTING = "[SWEEP] [storage=FOLDER]"
 
 VERBS = {
+    "plan": Verb(
+        run=plan,
+        help="what a sweep would take, and whether it can start",
+        flags={"address=HOST:PORT": "the Ray cluster to look at, as RAY_ADDRESS; else this machine"},
+    ),
     "sweep": Verb(
         run=sweep,
         help="search, refit over seeds, compare",

@@ -1,0 +1,370 @@
+"""What a sweep would take, and whether it can start: against hand-worked cases, real files and real refusals."""
+
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from richkd import distill, estimate
+from richkd.command import main
+from richkd.config import build, read
+from richkd.data import load
+from richkd.errors import ConfigError
+from tune import plan as plans
+from tune.__main__ import VERBS
+from tune.plan import Lacks, Runs, cramped, expected_epochs, in_bytes, seconds_of, unsafe, within
+from tune.settings import Sweep
+from tune.tracking import Tracker
+
+SMALL = ["sweep.trials=4", "sweep.min_epochs=1", "refit.seeds=2", "train.epochs=3"]
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    monkeypatch.setattr(plans, "MEASURE", 0.5)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture
+def here(miniature, cache_root, tmp_path, monkeypatch):
+    """Words of a small sweep whose folders lie in a new working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    return [*SMALL, f"cache={cache_root}"]
+
+
+def asha(**changes) -> Sweep:
+    return Sweep(**({"scheduler": "asha", "min_epochs": 1, "reduction": 2} | changes))
+
+
+# expected epochs
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_without_early_stopping_every_trial_gets_all_epochs(slots):
+    assert expected_epochs(asha(scheduler="none"), 7, 20, slots) == 20
+
+
+def test_the_first_decision_comes_too_late_for_short_trials():
+    assert expected_epochs(asha(min_epochs=20), 7, 20, 1) == 20
+
+
+def test_two_trials_of_two_epochs_get_seven_quarters_each():
+    # the first one passes; the second passes with even chance: (2 + (2 + 1) / 2) / 2
+    assert expected_epochs(asha(), 2, 2, 1) == pytest.approx(1.75, abs=0.05)
+
+
+def test_trials_side_by_side_that_all_pass_get_all_epochs():
+    # the first to decide is the best so far; a lone trial of each study is always the first
+    assert expected_epochs(asha(), 1, 5, 4) == 5
+
+
+def test_a_single_decision_lets_pass_the_share_that_ranks_give():
+    # the k-th to decide passes if it is among the best max(1, k // 3) of k
+    trials, epochs = 12, 10
+    share = sum(max(1, k // 3) / k for k in range(1, trials + 1)) / trials
+    found = expected_epochs(asha(min_epochs=4, reduction=3), trials, epochs, 1)
+    assert found == pytest.approx(4 + (epochs - 4) * share, abs=0.25)
+
+
+# time and budgets
+
+
+def pace(**changes) -> estimate.Pace:
+    given = {"opening": 1.0, "step": 0.1, "steps": 10, "validation": 0.5, "writing": 0.5}
+    return estimate.Pace(**(given | {"testing": 3.0, "kept": 100} | changes))
+
+
+RUNS = Runs(
+    trials={"richkd-l": 4, "kd": 2}, epochs=10, expected={"richkd-l": 5, "kd": 6}, seeds=1, refits=3
+)
+NOTHING = Lacks(zero_shot=[], first=[], later=[], teacher=0.0, bytes=0)
+PACES = {"cnn8": {"taught": pace(), "labels": pace(step=0.0)}}
+
+
+def test_the_time_is_that_of_all_runs_over_the_slots():
+    found = seconds_of(RUNS, PACES, NOTHING, 2, 1.0)
+    # an epoch takes 2 s, without a teacher 1 s; a run 1 s before, and 1 s around
+    assert found["trial"] == {"richkd-l": 12, "kd": 14}
+    assert found["refit"]["richkd"] == 1 + 1 + 20 + 3
+    assert found["refit"]["ce"] == 1 + 1 + 10 + 3
+    assert found["work"] == 4 * 12 + 2 * 14 + 3 * (4 * 25 + 15)
+    assert found["wall"] == plans.STARTING + found["work"] / 2
+
+
+def test_no_run_is_faster_for_more_slots_than_runs():
+    found = seconds_of(RUNS, PACES, NOTHING, 1000, 1.0)
+    assert found["runs"] == (1 + 1 + 20) + (1 + 1 + 20 + 3)
+
+
+def test_a_teacher_is_trained_before_the_runs_or_in_them():
+    teachers = replace(NOTHING, first=[0], later=[1, 2], teacher=100.0)
+    plain, found = (seconds_of(RUNS, PACES, lacks, 2, 1.0) for lacks in (NOTHING, teachers))
+    assert found["prepare"] - plain["prepare"] == 100
+    assert found["work"] - plain["work"] == 200
+
+
+def test_the_seeds_of_a_trial_count_each():
+    one, three = (
+        seconds_of(replace(RUNS, seeds=seeds), PACES, NOTHING, 2, 1.0) for seeds in (1, 3)
+    )
+    assert three["trial"]["kd"] - one["trial"]["kd"] == 2 * 13
+    assert replace(RUNS, seeds=3).total == 3 * 6 + 5 * 3
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "found"),
+    [
+        ({}, 0, None),
+        ({"hours": 1.0}, 0, {"fits": True, "trials": 6}),
+        # two slots for 30 s: four trials of 12 s, and none of 14 s
+        ({"hours": (30 + plans.STARTING) / 3600}, 0, {"fits": False, "trials": 4}),
+        ({"gpu_hours": 25 / 3600}, 1, {"fits": False, "trials": 2}),
+        ({"gpu_hours": 25 / 3600}, 0.5, {"fits": False, "trials": 4}),
+        ({"gpu_hours": 25 / 3600}, 0, None),
+    ],
+)
+def test_a_budget_says_how_many_trials_it_pays(wanted, gpus, found):
+    seconds = seconds_of(RUNS, PACES, NOTHING, 2, 1.0)
+    assert within(Sweep(**wanted), RUNS, seconds, 2, gpus) == found
+
+
+# disk
+
+
+def test_what_a_run_keeps_is_as_large_as_the_files_of_a_real_run(here, tmp_path):
+    config = build(read(here))
+    task = distill.open_task(config)
+    found = estimate.pace(
+        config, task, estimate.stand_in(config, task), tmp_path / "try", seconds=0.1
+    )
+    outcome = distill.run(config, tmp_path / "run")
+    kept = sum(
+        path.stat().st_size
+        for name in ("last", "best")
+        for path in (outcome.folder / name).iterdir()
+    )
+    assert found.kept == pytest.approx(kept, rel=0.1)
+    assert found.steps == len(distill.open_batches(config, task, distilled=True))
+
+
+def test_a_small_disk_is_told_with_both_numbers():
+    one = {"field": "storage", "path": "/a", "needed": 3_000_000, "free": 5_000_000, "disk": 1}
+    other = one | {"field": "cache", "path": "/a/c"}
+    assert cramped([one]) == []
+    assert cramped([one, other | {"disk": 2}]) == []
+    (told,) = cramped([one, other])  # each fits, both do not
+    assert told.startswith("storage and cache must have 6 MB free but /a has 5 MB")
+
+
+def test_bytes_are_said_in_few_characters():
+    assert [in_bytes(n) for n in (0, 999, 1500, 2_340_000, 5e12)] == [
+        *("0 B", "999 B", "1.5 kB", "2.34 MB", "5 TB")
+    ]
+
+
+# several machines
+
+
+MOUNTS = [(Path("/"), "ext4"), (Path("/ram"), "tmpfs"), (Path("/box"), "overlay")]
+SERVER = "http://mlflow:5000"
+
+
+@pytest.mark.parametrize(
+    ("state", "word"),
+    [
+        ("/ram/runs", "tmpfs"),
+        ("/box/a/runs", "overlay"),
+        ("/tmp/runs", "temporary"),
+        ("/srv/ray/session_x/runtime_resources/working_dir_files/_ray_pkg_1/runs", "job"),
+    ],
+)
+def test_a_state_that_would_be_lost_is_refused_on_several_machines(state, word, monkeypatch):
+    monkeypatch.setattr(plans.tempfile, "gettempdir", lambda: "/tmp")
+    (told,) = unsafe(2, Path(state), Path("/srv/runs"), SERVER, MOUNTS)
+    assert told.startswith("sweep.state must outlive")
+    assert word in told
+    assert "set sweep.state" in told
+    assert unsafe(1, Path(state), Path("/srv/runs"), SERVER, MOUNTS) == []
+
+
+def test_a_database_of_one_machine_and_an_unseen_storage_are_refused_on_several():
+    database = "sqlite:////srv/mlflow.db"
+    told = unsafe(3, Path("/srv/runs"), Path("/srv/runs"), database, MOUNTS, unseen=["10.0.0.2"])
+    assert [line.split()[0] for line in told] == ["tracking.uri", "storage"]
+    assert "http://HOST:5000" in told[0]
+    assert "10.0.0.2" in told[1]
+    assert unsafe(1, Path("/srv/runs"), Path("/srv/runs"), database, MOUNTS) == []
+    assert unsafe(3, Path("/srv/runs"), Path("/srv/runs"), SERVER, MOUNTS) == []
+
+
+def test_the_mounts_of_this_machine_have_its_root():
+    assert any(place == Path("/") for place, _ in plans.mounts())
+
+
+# probes
+
+
+class Health(BaseHTTPRequestHandler):
+    """Answers to anything with the status of its server."""
+
+    def do_GET(self):
+        """Answer."""
+        self.server.asked.append(self.path)
+        self.send_response(self.server.status)
+        self.end_headers()
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@pytest.fixture
+def server():
+    """A server on loopback whose `status` can be set; `asked` are the paths it was asked for."""
+    made = HTTPServer(("127.0.0.1", 0), Health)
+    made.status, made.asked = 200, []
+    thread = threading.Thread(target=made.serve_forever)
+    thread.start()
+    yield made
+    made.shutdown()
+    thread.join()
+    made.server_close()
+
+
+@pytest.mark.parametrize(("status", "why"), [(200, None), (404, None), (503, "503")])
+def test_a_server_is_asked_for_its_health(server, status, why):
+    server.status = status
+    found = Tracker.probe(f"http://me:secret@127.0.0.1:{server.server_port}/")
+    assert server.asked == ["/health"]
+    assert found is None if why is None else why in found
+
+
+def test_a_server_that_never_answers_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr("tune.tracking.PROBE_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert "timed out" in Tracker.probe(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+def test_a_closed_port_is_told():
+    with socket.create_server(("127.0.0.1", 0)) as once:
+        port = once.getsockname()[1]
+    assert "refused" in Tracker.probe(f"http://127.0.0.1:{port}")
+    with pytest.raises(ConfigError, match="cannot be reached .*HOST:PORT"):
+        plans.nodes(f"127.0.0.1:{port}")
+
+
+def test_a_file_is_a_database_or_refused_and_a_new_one_is_not_made(tmp_path):
+    path = tmp_path / "mlflow.db"
+    assert Tracker.probe(f"sqlite:///{path}") is None
+    assert not path.exists()
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE a (b)")
+    database.close()
+    assert Tracker.probe(f"sqlite:///{path}") is None
+    path.write_bytes(b"no database at all" * 100)
+    assert "not a database" in Tracker.probe(f"sqlite:///{path}")
+    assert "is no folder" in Tracker.probe(f"sqlite:///{path}/below/mlflow.db")
+
+
+# the whole
+
+
+def test_a_plan_has_its_numbers_and_leaves_nothing_behind(here, tmp_path):
+    found = plans.plan(here)
+    assert found["mistakes"] == []
+    assert found["runs"]["total"] == 4 + 4 + 5 * 2
+    assert found["cluster"] == {"machines": 1, "CPU": os.cpu_count(), "GPU": estimate.gpus()}
+    assert found["hours"]["CPU"] == pytest.approx(found["seconds"]["work"] / 3600)
+    assert found["seconds"]["wall"] > plans.STARTING
+    assert list(tmp_path.iterdir()) == []
+    json.dumps(found, allow_nan=False)
+    lines = plans.table(found)
+    assert max(map(len, lines)) <= 80
+
+
+def test_what_is_cached_is_told_and_what_is_not_is_not_made(here, cache_root, tmp_path):
+    own = tmp_path / "cache"
+    shutil.copytree(cache_root / "miniature", own / "miniature")
+    words = [*here, f"cache={own}", "seed=7", "teacher.epochs=3"]
+    before = plans.plan(words)["lacks"]
+    config = build(read(words))
+    dataset = load(config.data)
+    images = len(dataset.train) + len(dataset.test)
+    assert [lack["what"] for lack in before["zero_shot"]] == [f"miniature over {images} images"]
+    assert (before["first"], before["later"]) == ([7], [0, 1])
+    assert before["teacher"] > 0
+    assert not (own / "teachers").exists()
+    assert not (own / "clip-images").exists()
+    distill.open_teacher(config, distill.open_task(config))
+    after = plans.plan(words)["lacks"]
+    assert after["zero_shot"] == []
+    assert (after["first"], after["later"]) == ([], [0, 1])
+    # what was foretold to be written is what was written
+    files = [path for name in ("teachers", "clip-images") for path in (own / name).rglob("*/*")]
+    made = sum(path.stat().st_size for path in files if path.is_file())
+    assert before["bytes"] - after["bytes"] == pytest.approx(made, rel=0.1)
+
+
+def test_every_mistake_is_listed_at_once_with_exit_2(here, tmp_path, capfd):
+    path = tmp_path / "my.yaml"
+    path.write_text(
+        "train:\n  lrr: 1\n  epochs: ten\nsweep:\n  trialz: 3\n  space:\n"
+        "    fusion.alpha: {uniform: [0, 2]}\n    train.lr: {loguniform: [0, 1]}\n"
+        "    student.name: {choice: [cnn8, cnn9]}\n    clip.prompts: {choice: [digits, digist]}\n"
+        "teacher:\n  name: cnn25\n"
+    )
+    words = [str(path), *here, "data.source=digits", "clip.model=miniature", "clip.prompts=digits"]
+    assert (
+        main("python -m tune", "", VERBS, ["plan", *words, "tracking.uri=sqlite:////dev/null/x.db"])
+        == 2
+    )
+    told = capfd.readouterr().err
+    lines = [line for line in told.splitlines() if line.startswith("python -m tune plan: ")]
+    for word in (
+        *(f"{path}:2: there is no key train.lrr", f"{path}:3: train.epochs must be"),
+        *(f"{path}:5: there is no key sweep.trialz", f"{path}:7: sweep.space: fusion.alpha"),
+        *(f"{path}:8: sweep.space: train.lr", "'cnn9'", "'digist'", "'cnn25'", "tracking.uri"),
+    ):
+        assert [line for line in lines if word in line], word
+    assert len(lines) == 9
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_data_that_a_typo_hides_are_not_missed_twice(here):
+    found = plans.plan([*here, "data.source=arrays", "data.paht=x.npz"])
+    assert [line.split(";")[0] for line in found["mistakes"]] == ["there is no key data.paht"]
+
+
+def test_data_and_teachers_that_do_not_fit_are_mistakes(here, tmp_path):
+    rows = np.random.default_rng(0).normal(size=(10, 10)).astype(np.float32)
+    np.save(tmp_path / "few.npy", rows)
+    found = plans.plan([*here, f"clip.logits={tmp_path / 'few.npy'}", "train.batch_size=5000"])
+    assert len(found["mistakes"]) == 2
+    assert any(line.startswith("clip.logits") for line in found["mistakes"])
+    assert any(line.startswith("train.batch_size") for line in found["mistakes"])
+
+
+def test_more_workers_than_the_machine_has_are_a_mistake(here):
+    (told,) = plans.plan([*here, "resources.workers=1000"])["mistakes"]
+    assert told.startswith("resources.workers=1000")
+
+
+def test_a_taken_name_and_a_folder_that_cannot_be_are_mistakes(here, tmp_path):
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "sweep.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    found = plans.plan([*here, "sweep.name=one", f"sweep.state={tmp_path / 'file'}"])
+    assert [line.split()[0] for line in found["mistakes"]] == ["sweep.name=one", "sweep.state"]
+
+
+def test_of_several_students_the_smallest_and_the_largest_are_measured(here):
+    found = plans.plan([*here, "sweep.space.student.name={choice: [cnn16, cnn24, cnn8]}"])
+    assert list(found["pace"]) == ["cnn8", "cnn24"]

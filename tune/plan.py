@@ -1,0 +1,683 @@
+"""What a sweep would take, before anything starts: mistakes, runs, time, disk, and whether all that it needs answers.
+
+    python -m tune plan my.yaml sweep.trials=50
+
+Nothing stays behind but what the cache keeps of what was looked at.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import socket
+import statistics
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from richkd import distill, estimate
+from richkd.bench import of_method
+from richkd.command import Stop
+from richkd.config import Config, Layers, build, mistakes, read
+from richkd.distill import Task
+from richkd.errors import ConfigError, Interrupted, RichkdError
+from richkd.estimate import Pace
+from richkd.files import check_writable
+from richkd.progress import Progress, stoppable
+from tune.display import Display
+from tune.scheduler import pruner
+from tune.settings import Settings
+from tune.settings import Sweep as Wanted
+from tune.space import of_baseline
+from tune.summary import STUDENTS
+from tune.sweep import NAMED, Sweep
+from tune.tracking import Tracker, public
+from tune.warmstart import printed
+
+# seconds, as measured: before the first run and after the last one; around each run; around one of several workers
+STARTING, AROUND, AROUND_WORKERS = 12.0, 0.5, 25.0
+MEASURE = 6.0  # seconds of steps, in all
+REACH = 5.0  # seconds that a cluster may take to be reached
+SIMULATED = 1000  # trials, at least, of which early stopping is simulated
+HEADROOM = 1.5  # of what is kept: a checkpoint that is replaced lies beside the new one
+STATE, STATE_RUN = 2**20, 2**15  # bytes of a sweep's own files, and what a run adds to them
+VOLATILE = ("tmpfs", "ramfs", "overlay")  # file systems that end with a machine or a container
+WIDTH = 80
+JOB = "working_dir_files"  # Ray's folder of what a job brought
+
+
+def plan(
+    words: Sequence[str],
+    *,
+    address: str | None = None,
+    stop: Stop | None = None,
+    unseen_by: Callable[[Path], list[str]] = lambda _: [],
+) -> dict[str, Any]:
+    """Return what the sweep of a command line would take, as plain JSON; it can start if `mistakes` is empty.
+
+    Nothing is measured where settings, data or teachers are not sound.
+
+    Args:
+        words: Layers and overrides.
+        address: Of a Ray cluster; without it, and without RAY_ADDRESS, it would be this machine.
+        stop: Says whether a signal came.
+        unseen_by: Says which machines of the cluster cannot see a folder.
+
+    Raises:
+        Interrupted: If `stop` said so.
+    """
+    sweep, told = understood(words)
+    if sweep is None:
+        return {"mistakes": told}
+    typos, machines, task, found = list(told), [], None, {}
+    with Display("plan") as display:
+        progress = stoppable(display.progress, stop or Stop())
+        with _into(told):
+            machines = nodes(address or os.environ.get("RAY_ADDRESS"))
+            slots, each = side_by_side(sweep, machines)
+        with _into(told):
+            task = distill.open_task(sweep.base, progress)
+            for config in choices(sweep):
+                told += estimate.mistakes(config, task, progress)
+        told = _without_consequences(told, typos)
+        if not told:
+            found = measured(sweep, task, slots, each, progress)
+    storage = Path(sweep.base.storage).absolute()
+    found["cluster"] = {"machines": len(machines)} | {
+        what: sum(node.get(what, 0) for node in machines) for what in ("CPU", "GPU")
+    }
+    told += unanswered(sweep) + cramped(found.get("disk", []))
+    told += unsafe(
+        len(machines),
+        state_of(sweep),
+        storage,
+        Tracker.address(sweep.settings.tracking.uri),
+        mounts(),
+        unseen=unseen_by(storage) if len(machines) > 1 else (),
+    )
+    return found | {"mistakes": list(dict.fromkeys(told))}
+
+
+def measured(
+    sweep: Sweep, task: Task, slots: int, each: dict[str, float], progress: Progress
+) -> dict[str, Any]:
+    """Return runs, time and disk of a sweep, from some steps that are taken here.
+
+    Args:
+        sweep: The sweep.
+        task: Its data.
+        slots: Runs side by side.
+        each: What a worker takes of the cluster.
+        progress: Told how far the measurement is.
+    """
+    workers, runs = sweep.settings.resources.workers, runs_of(sweep, slots)
+    storage = there(
+        Path(sweep.base.storage)
+    )  # checkpoints are timed on the disk where they will lie
+    place = storage if os.access(storage, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".richkd-plan-", dir=place) as folder:
+        lacks = lacks_of(sweep, task, Path(folder))
+        paces = paces_of(sweep, task, Path(folder), progress)
+    around = AROUND if workers == 1 else AROUND_WORKERS
+    seconds = seconds_of(runs, paces, lacks, slots, around)
+    held = {what: workers * share for what, share in each.items()}  # of the cluster, by a run
+    return {
+        "runs": asdict(runs) | {"total": runs.total},
+        "side_by_side": slots,
+        "each": {"workers": workers} | each,
+        "device": task.device.type,
+        "pace": {
+            name: {kind: asdict(pace) | {"epoch": pace.epoch} for kind, pace in one.items()}
+            for name, one in paces.items()
+        },
+        "lacks": asdict(lacks),
+        "seconds": seconds,
+        "hours": {what: count * seconds["work"] / 3600 for what, count in held.items()},
+        "budget": within(sweep.settings.sweep, runs, seconds, slots, held.get("GPU", 0)),
+        "disk": disk_of(sweep, runs, paces, lacks),
+    }
+
+
+@contextlib.contextmanager
+def _into(told: list[str]) -> Iterator[None]:
+    """Tell of what is refused inside, and go on."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except RichkdError as error:
+        told.append(str(error))
+
+
+def understood(words: Sequence[str]) -> tuple[Sweep | None, list[str]]:
+    """Return the sweep of a command line without its mistakes, and these; None if nothing can be made of it."""
+    told: list[str] = []
+    sound = []
+    for word in words:
+        with _into(told):
+            read([word])
+            sound.append(word)
+
+    def make(layers: Layers) -> Sweep:
+        settings, base = build(layers, Settings), build(layers)
+        Tracker.address(settings.tracking.uri)
+        return Sweep(Path(base.storage) / (settings.sweep.name or "plan"), layers)
+
+    layers, more = mistakes(read(sound), make)
+    told += more
+    try:
+        return make(layers), told
+    except ConfigError:  # for a reason that is told already
+        return None, told
+
+
+def _without_consequences(told: list[str], typos: list[str]) -> list[str]:
+    """Leave out what is missing only because a typo was taken out: the key that it begins with was told of."""
+    known = " ".join(typos)
+    later = (line for line in told if line not in typos)
+    return [*typos, *(line for line in later if line.split()[0].split("=")[0] not in known)]
+
+
+def choices(sweep: Sweep) -> list[Config]:
+    """Return the configs that differ in what is looked up by name: the base, and one of each searched choice."""
+    wanted = [
+        {key: choice} for key in NAMED for choice in getattr(sweep.space.get(key), "choices", ())
+    ]
+    return [sweep.resolve(settings) for settings in (printed(sweep.base.method.name), *wanted)]
+
+
+def nodes(address: str | None) -> list[dict[str, float]]:
+    """Return CPUs and GPUs of each living machine of a cluster, or of this machine where there is no address.
+
+    Raises:
+        ConfigError: If the cluster cannot be reached within REACH seconds.
+    """
+    if address is None:
+        return [{"CPU": os.cpu_count() or 1, "GPU": estimate.gpus()}]
+    host, _, port = address.rpartition(":")
+    try:
+        if host and port.isdigit() and "/" not in host:  # Ray itself would try for half a minute
+            socket.create_connection((host, int(port)), REACH).close()
+        import ray
+
+        ours = not ray.is_initialized()
+        if ours:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        try:
+            return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        finally:
+            if ours:
+                ray.shutdown()
+    except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"--address {address} cannot be reached ({reason}); give HOST:PORT of a running Ray cluster, or none."
+        ) from error
+
+
+def side_by_side(sweep: Sweep, machines: list[dict[str, float]]) -> tuple[int, dict[str, float]]:
+    """Return how many runs go on at once, and what each of their workers takes.
+
+    Raises:
+        ConfigError: If not even one fits.
+    """
+    from tune.runner import fit  # Ray takes seconds to import
+
+    resources = sweep.settings.resources
+    slots, each = fit(resources, machines, gpu=sweep.base.device != "cpu")
+    return min(slots, resources.max_concurrent or slots), each
+
+
+def expected_epochs(wanted: Wanted, trials: int, epochs: int, slots: int) -> float:
+    """Return how many of its `epochs` a trial gets on average, if which trial is better is chance.
+
+    Optuna's own pruner decides, on studies in memory whose trials each have a random accuracy of their own; `slots`
+    of them advance side by side.
+    """
+    if wanted.scheduler == "none" or epochs <= wanted.min_epochs:
+        return float(epochs)
+    from optuna import create_study
+
+    decisions = {wanted.min_epochs * wanted.reduction**k for k in range(epochs.bit_length())}
+    trials = min(trials, SIMULATED)  # of more the share hardly changes
+    rng, spent, count = random.Random(0), 0, 0
+    while count < SIMULATED:
+        study = create_study(direction="maximize", pruner=pruner(wanted))
+        waiting = [[study.ask(), rng.random(), 0] for _ in range(trials)]
+        running: list[list] = []
+        while waiting or running:
+            while waiting and len(running) < slots:
+                running.append(waiting.pop(0))
+            for each in list(running):
+                trial, value, epoch = each
+                each[2] = epoch = epoch + 1
+                spent += 1
+                if epoch in decisions:
+                    trial.report(value, epoch)
+                if epoch == epochs or (epoch in decisions and trial.should_prune()):
+                    running.remove(each)
+        count += trials
+    return spent / count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runs:
+    """What a sweep runs.
+
+    Attributes:
+        trials: Of each search, by method.
+        epochs: Of a run that nothing stops.
+        expected: Epochs that a trial of each search gets on average.
+        seeds: That a trial runs.
+        refits: Seeds of each of STUDENTS.
+    """
+
+    trials: dict[str, int]
+    epochs: int
+    expected: dict[str, float]
+    seeds: int
+    refits: int
+
+    @property
+    def total(self) -> int:
+        """Number of run folders."""
+        return sum(self.trials.values()) * self.seeds + len(STUDENTS) * self.refits
+
+
+def runs_of(sweep: Sweep, slots: int) -> Runs:
+    """Return what a sweep runs, where `slots` runs go on at once; searched epochs count as the most there can be."""
+    wanted = sweep.settings.sweep
+    epochs = getattr(sweep.space.get("train.epochs"), "high", sweep.base.train.epochs)
+    trials = {sweep.base.method.name: wanted.trials}
+    trials["kd"] = wanted.trials if of_baseline(sweep.space) else 1
+    return Runs(
+        trials=trials,
+        epochs=epochs,
+        expected={
+            name: expected_epochs(wanted, count, epochs, slots) for name, count in trials.items()
+        },
+        seeds=wanted.seeds_per_trial,
+        refits=sweep.settings.refit.seeds,
+    )
+
+
+def paces_of(
+    sweep: Sweep, task: Task, folder: Path, progress: Progress
+) -> dict[str, dict[str, Pace]]:
+    """Return what a run costs here, `taught` and from `labels`, by student; of several the smallest and the largest."""
+    names = getattr(sweep.space.get("student.name"), "choices", (sweep.base.student.name,))
+    configs = {
+        name: sweep.resolve(printed(sweep.base.method.name) | {"student.name": name})
+        for name in names
+    }
+    sizes = {name: estimate.size(config, task) for name, config in configs.items()}
+    chosen = dict.fromkeys((min(sizes, key=sizes.get), max(sizes, key=sizes.get)))
+    resources = sweep.settings.resources
+    given = {"workers": resources.workers, "each": resources.cpus_per_worker}
+    given["seconds"] = MEASURE / (2 * len(chosen))
+    found = {}
+    for k, name in enumerate(chosen):
+        progress("measurement", k, len(chosen))
+        config, place = configs[name], folder / str(k)
+        teacher = estimate.stand_in(config, task)
+        labels = of_method(config, "ce")
+        found[name] = {
+            "taught": estimate.pace(config, task, teacher, place / "taught", **given),
+            "labels": estimate.pace(labels, task, None, place / "labels", **given),
+        }
+    progress("measurement", 1, 1)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lacks:
+    """What the cache has not got: zero-shot features, and task teachers by seed, before the runs and in them."""
+
+    zero_shot: list[estimate.Lack]
+    first: list[int]
+    later: list[int]
+    teacher: float  # seconds to train one
+    bytes: int  # of all of it
+
+
+def lacks_of(sweep: Sweep, task: Task, folder: Path) -> Lacks:
+    """Return what has to be made, beside the students, and what that costs here."""
+    config, runs = sweep.resolve(printed(sweep.base.method.name)), sweep.settings
+    seeds = {
+        *range(runs.refit.seeds),
+        *range(config.seed, config.seed + runs.sweep.seeds_per_trial),
+    }
+    first = estimate.untrained(config, task, [config.seed])
+    later = estimate.untrained(config, task, sorted(seeds - {config.seed}))
+    unseen, training, kept = estimate.unseen(config, task), 0.0, 0
+    if first or later:
+        pace = estimate.teacher_pace(config, task, folder / "teacher", seconds=MEASURE / 6)
+        training, kept = pace.run(config.teacher.epochs), pace.kept * len(first + later)
+    return Lacks(
+        zero_shot=unseen,
+        first=first,
+        later=later,
+        teacher=training,
+        bytes=kept + sum(lack.bytes for lack in unseen),
+    )
+
+
+def seconds_of(
+    runs: Runs, paces: dict[str, dict[str, Pace]], lacks: Lacks, slots: int, around: float
+) -> dict[str, Any]:
+    """Return where the time goes, in seconds; what a run costs is a mean over the students.
+
+    Args:
+        runs: What is run.
+        paces: What that costs.
+        lacks: What is made first, or by the first run that needs it.
+        slots: Runs side by side.
+        around: What Ray takes around each run.
+    """
+
+    def run(kind: str, epochs: float, *, tested: bool = False) -> float:
+        return statistics.fmean(one[kind].run(epochs, tested=tested) for one in paces.values())
+
+    trial = {
+        name: around + runs.seeds * run("taught", epochs) for name, epochs in runs.expected.items()
+    }
+    refit = {
+        name: around + run("labels" if one.method == "ce" else "taught", runs.epochs, tested=True)
+        for name, one in STUDENTS.items()
+    }
+    work = sum(runs.trials[name] * trial[name] for name in trial)
+    work += runs.refits * sum(refit.values()) + len(lacks.later) * lacks.teacher
+    # no run is faster for the others: at least a trial that nothing stops, and the refit that waits for it
+    longest = around + runs.seeds * run("taught", runs.epochs) + refit["richkd"]
+    prepare = sum(lack.seconds for lack in lacks.zero_shot) + len(lacks.first) * lacks.teacher
+    side_by_side = max(work / slots, longest)
+    return {
+        "trial": trial,
+        "refit": refit,
+        "teacher": lacks.teacher,
+        "start": STARTING,
+        "prepare": prepare,
+        "work": work,
+        "runs": side_by_side,
+        "wall": STARTING + prepare + side_by_side,
+    }
+
+
+def within(
+    wanted: Wanted, runs: Runs, seconds: dict[str, Any], slots: int, gpus: float
+) -> dict[str, Any] | None:
+    """Return whether a sweep fits into its budgets, and how many of its trials do; None without a budget.
+
+    Args:
+        wanted: Has the budgets.
+        runs: What is run.
+        seconds: As `seconds_of` returns it.
+        slots: Runs side by side.
+        gpus: GPUs that a run holds.
+    """
+    budgets = []  # seconds of runs: what there is of them, and what is needed
+    if wanted.hours is not None:
+        left = 3600 * wanted.hours - seconds["start"] - seconds["prepare"]
+        budgets.append((left * slots, seconds["runs"] * slots))
+    if wanted.gpu_hours is not None and gpus:
+        budgets.append((3600 * wanted.gpu_hours / gpus, seconds["work"]))
+    if not budgets:
+        return None
+    left, trials = min(there for there, _ in budgets), 0
+    for name, count in runs.trials.items():
+        fit = max(0, min(count, int(left / seconds["trial"][name])))
+        trials, left = trials + fit, left - fit * seconds["trial"][name]
+    return {"fits": all(there >= needed for there, needed in budgets), "trials": trials}
+
+
+def disk_of(
+    sweep: Sweep, runs: Runs, paces: dict[str, dict[str, Pace]], lacks: Lacks
+) -> list[dict[str, Any]]:
+    """Return what is needed and what is free where a sweep writes, in bytes."""
+    kept = max(one["taught"].kept for one in paces.values())
+    wanted = [
+        ("storage", Path(sweep.base.storage), HEADROOM * runs.total * kept),
+        ("sweep.state", state_of(sweep), STATE + STATE_RUN * runs.total),
+        ("cache", Path(sweep.cache), HEADROOM * lacks.bytes),
+    ]
+    return [
+        {
+            "field": field,
+            "path": str(path.absolute()),
+            "needed": round(needed),
+            "free": shutil.disk_usage(there(path)).free,
+            "disk": there(path).stat().st_dev,
+        }
+        for field, path, needed in wanted
+    ]
+
+
+def cramped(disk: list[dict[str, Any]]) -> list[str]:
+    """Return which disks are too small for what is to lie on them, as `disk_of` returns it, a line each."""
+    told = []
+    for each in {one["disk"]: one for one in disk}.values():
+        mine = [one for one in disk if one["disk"] == each["disk"] and one["needed"]]
+        needed = sum(one["needed"] for one in mine)
+        if needed > each["free"]:
+            fields = " and ".join(one["field"] for one in mine)
+            told.append(
+                f"{fields} must have {in_bytes(needed)} free but {mine[0]['path']} has {in_bytes(each['free'])}; free some "
+                "space, choose another disk, or ask for fewer trials or seeds."
+            )
+    return told
+
+
+def there(path: Path) -> Path:
+    """Return the nearest folder above `path`, or `path` itself, that exists."""
+    return next(one for one in (path.absolute(), *path.absolute().parents) if one.is_dir())
+
+
+def state_of(sweep: Sweep) -> Path:
+    """Return the folder in which study, spool and lock will lie."""
+    return Path(sweep.settings.sweep.state or sweep.base.storage).absolute()
+
+
+def unanswered(sweep: Sweep) -> list[str]:
+    """Return what of a sweep's folders and its tracker cannot be used, a line each; a few bytes are written and removed."""
+    told: list[str] = []
+    name, base = sweep.settings.sweep.name, sweep.base
+    if name is not None and (sweep.folder / "sweep.json").exists():
+        told.append(
+            f"sweep.name={name} is taken: {sweep.folder} holds a sweep; go on with it (python -m tune resume {name}), "
+            "or choose another."
+        )
+    for field, path in {
+        "storage": Path(base.storage),
+        "sweep.state": state_of(sweep),
+        "cache": Path(sweep.cache),
+    }.items():
+        with _into(told):
+            check_writable(path, field)
+            try:
+                with tempfile.TemporaryFile(dir=there(path)) as file:
+                    file.write(b"richkd")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise ConfigError(
+                    f"{field} must lead to a folder that can be written but {path} cannot ({error.strerror}); choose another."
+                ) from error
+    address = Tracker.address(sweep.settings.tracking.uri)
+    if (why := Tracker.probe(address)) is not None:
+        told.append(
+            f"tracking.uri={public(address)} cannot be used ({why}); start that server, or give another."
+        )
+    return told
+
+
+def mounts() -> list[tuple[Path, str]]:
+    """Return place and type of each file system that is mounted, as far as this system says."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/mounts").read_text().splitlines():
+            _, place, kind, *_ = line.split()
+            found.append((Path(place.encode().decode("unicode_escape")), kind))
+    return found
+
+
+def unsafe(
+    machines: int,
+    state: Path,
+    storage: Path,
+    tracking: str,
+    mounts: Sequence[tuple[Path, str]],
+    *,
+    unseen: Sequence[str] = (),
+) -> list[str]:
+    """Return what a sweep on several machines would lose, or could not share, a line each with its mend.
+
+    Args:
+        machines: How many there are; on a single one everything may be.
+        state: Folder of study, spool and lock.
+        storage: Folder of run folders.
+        tracking: MLflow's address.
+        mounts: Place and type of each file system.
+        unseen: Machines that cannot see `storage`.
+    """
+    if machines < 2:
+        return []
+    told = []
+    state, temporary = state.resolve(), Path(tempfile.gettempdir()).resolve()
+    above = [(place, kind) for place, kind in mounts if state.is_relative_to(place)]
+    place, kind = max(above, key=lambda one: len(one[0].parts), default=(None, None))
+    why = None
+    if JOB in state.parts:
+        why = "in the folder that Ray unpacked for this job"
+    elif state.is_relative_to(temporary):
+        why = f"under {temporary}, the system's folder for temporary files"
+    elif kind in VOLATILE:
+        why = f"on {place}, a file system ({kind}) that ends with its machine or container"
+    if why is not None:
+        told.append(
+            f"sweep.state must outlive the driver's machine but {state} lies {why}; set sweep.state, or storage, to a "
+            "folder on a disk that stays."
+        )
+    if tracking.startswith("sqlite"):
+        told.append(
+            f"tracking.uri must be a server where a sweep runs on {machines} machines but is {tracking}; start "
+            "`mlflow server` and set tracking.uri=http://HOST:5000."
+        )
+    if unseen:
+        told.append(
+            f"storage must be seen by all {machines} machines but {storage} is not by {', '.join(unseen)}; set it to a "
+            "folder on a shared file system, or to an address such as s3://BUCKET/FOLDER."
+        )
+    return told
+
+
+def in_bytes(count: float) -> str:
+    """Return a number of bytes for a person."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def in_time(seconds: float) -> str:
+    """Return a time for a person."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """Return the lines that show what `plan` returned, none wider than WIDTH."""
+    if "cluster" not in found:
+        return []
+    rows: list[tuple[str, str]] = []
+    cluster = found["cluster"]
+    where = f"{cluster['machines']} machine{'s' * (cluster['machines'] != 1)}"
+    where += f", {cluster['CPU']:g} CPUs, {cluster['GPU']:g} GPUs"
+    if "runs" not in found:
+        return _lines([("cluster", where)])
+    runs, seconds, hours = found["runs"], found["seconds"], found["hours"]
+    for name, count in runs["trials"].items():
+        each = f"{runs['expected'][name]:.1f} of {runs['epochs']} epochs"
+        seeds = f", {runs['seeds']} seeds side by side" if runs["seeds"] > 1 else ""
+        rows.append(
+            (
+                f"trials of {name}",
+                f"{count}, {each} expected{seeds}, {in_time(seconds['trial'][name])}",
+            )
+        )
+    longest = max(seconds["refit"].values())
+    rows.append(
+        (
+            "refits",
+            f"{len(STUDENTS)} students x {runs['refits']} seeds, {runs['epochs']} epochs, up to {in_time(longest)}",
+        )
+    )
+    each = found["each"]
+    takes = ", ".join(f"{each[what]:g} {what}" for what in ("CPU", "GPU") if what in each)
+    rows += [
+        ("cluster", where),
+        ("side by side", f"{found['side_by_side']} runs of {each['workers']} x {takes}"),
+    ]
+    rows.append(("measured here", f"on {found['device']}; other machines differ"))
+    for name, kinds in found["pace"].items():
+        pace = kinds["taught"]
+        rows.append(
+            (
+                f"  {name}",
+                f"{1000 * pace['step']:.3g} ms a step, {pace['steps']} steps and {in_time(pace['epoch'])} an epoch",
+            )
+        )
+    lacks = found["lacks"]
+    for lack in lacks["zero_shot"]:
+        rows.append(
+            ("to be made", f"{lack['what']}, {in_time(lack['seconds'])}, {in_bytes(lack['bytes'])}")
+        )
+    if count := len(lacks["first"] + lacks["later"]):
+        rows.append(
+            ("to be made", f"task teachers of {count} seeds, {in_time(lacks['teacher'])} each")
+        )
+    if not (lacks["zero_shot"] or count):
+        rows.append(("in the cache", "the task teachers and CLIP's features"))
+    rows.append(
+        ("device hours", ", ".join(f"{value:.3g} of {what}" for what, value in hours.items()))
+    )
+    rows.append(
+        (
+            "wall time",
+            f"{in_time(seconds['wall'])}: {in_time(seconds['start'])} to start, {in_time(seconds['prepare'])} to prepare, "
+            f"{in_time(seconds['runs'])} of runs",
+        )
+    )
+    if (budget := found["budget"]) is not None:
+        total = sum(runs["trials"].values())
+        rows.append(
+            (
+                "budget",
+                "is enough"
+                if budget["fits"]
+                else f"is not enough: {budget['trials']} of {total} trials",
+            )
+        )
+    for each in found["disk"]:
+        rows.append(
+            (
+                each["field"],
+                f"{in_bytes(each['needed'])} of {in_bytes(each['free'])} free in {each['path']}",
+            )
+        )
+    return _lines(rows)
+
+
+def _lines(rows: list[tuple[str, str]]) -> list[str]:
+    """Return rows of two columns, the second wrapped."""
+    left = 2 + max(len(name) for name, _ in rows)
+    found = []
+    for name, text in rows:
+        first, *more = textwrap.wrap(text, WIDTH - left)
+        found += [f"{name:<{left}}{first}", *(" " * left + line for line in more)]
+    return found
