@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 
 from richkd import distill, estimate
 from richkd.command import main
@@ -175,7 +176,7 @@ def test_bytes_are_said_in_few_characters():
 
 
 MOUNTS = [(Path("/"), "ext4"), (Path("/ram"), "tmpfs"), (Path("/box"), "overlay")]
-SERVER = "http://mlflow:5000"
+SERVER, RUNNING = "http://mlflow:5000", Path("/srv/runs")
 
 
 @pytest.mark.parametrize(
@@ -189,21 +190,21 @@ SERVER = "http://mlflow:5000"
 )
 def test_a_state_that_would_be_lost_is_refused_on_several_machines(state, word, monkeypatch):
     monkeypatch.setattr(plans.tempfile, "gettempdir", lambda: "/tmp")
-    (told,) = unsafe(2, Path(state), Path("/srv/runs"), SERVER, MOUNTS)
+    (told,) = unsafe(2, Path(state), SERVER, MOUNTS, "/srv/runs")
     assert told.startswith("sweep.state must outlive")
     assert word in told
     assert "set sweep.state" in told
-    assert unsafe(1, Path(state), Path("/srv/runs"), SERVER, MOUNTS) == []
+    assert unsafe(1, Path(state), SERVER, MOUNTS, "/srv/runs") == []
 
 
 def test_a_database_of_one_machine_and_an_unseen_storage_are_refused_on_several():
     database = "sqlite:////srv/mlflow.db"
-    told = unsafe(3, Path("/srv/runs"), Path("/srv/runs"), database, MOUNTS, unseen=["10.0.0.2"])
+    told = unsafe(3, RUNNING, database, MOUNTS, "/srv/runs", ["10.0.0.2"])
     assert [line.split()[0] for line in told] == ["tracking.uri", "storage"]
     assert "http://HOST:5000" in told[0]
     assert "10.0.0.2" in told[1]
-    assert unsafe(1, Path("/srv/runs"), Path("/srv/runs"), database, MOUNTS) == []
-    assert unsafe(3, Path("/srv/runs"), Path("/srv/runs"), SERVER, MOUNTS) == []
+    assert unsafe(1, RUNNING, database, MOUNTS, "/srv/runs") == []
+    assert unsafe(3, RUNNING, SERVER, MOUNTS, "/srv/runs") == []
 
 
 def test_the_mounts_of_this_machine_have_its_root():
@@ -257,8 +258,20 @@ def test_a_closed_port_is_told():
     with socket.create_server(("127.0.0.1", 0)) as once:
         port = once.getsockname()[1]
     assert "refused" in Tracker.probe(f"http://127.0.0.1:{port}")
-    with pytest.raises(ConfigError, match="cannot be reached .*HOST:PORT"):
+    with pytest.raises(ConfigError, match="cannot be used .*refused.*HOST:PORT"):
         plans.nodes(f"127.0.0.1:{port}")
+
+
+def test_a_port_behind_which_is_no_ray_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(plans, "ASK", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with pytest.raises(ConfigError, match="did not answer within 1 s"):
+            plans.nodes(f"127.0.0.1:{silent.getsockname()[1]}")
+
+
+def test_a_cluster_says_what_it_has(cluster):
+    (found,) = plans.nodes(ray.get_runtime_context().gcs_address)
+    assert found["CPU"] == 2
 
 
 def test_a_file_is_a_database_or_refused_and_a_new_one_is_not_made(tmp_path):
@@ -350,6 +363,33 @@ def test_data_and_teachers_that_do_not_fit_are_mistakes(here, tmp_path):
     assert len(found["mistakes"]) == 2
     assert any(line.startswith("clip.logits") for line in found["mistakes"])
     assert any(line.startswith("train.batch_size") for line in found["mistakes"])
+
+
+def test_a_storage_that_is_an_address_is_asked_for_by_its_own_probe(here, tmp_path):
+    asked = []
+
+    def store(url: str) -> str:
+        asked.append(url)
+        return "no such bucket"
+
+    found = plans.plan([*here, "storage=s3://bucket/runs"], store=store)
+    assert asked == ["s3://bucket/runs"]
+    assert found["mistakes"] == [
+        "storage=s3://bucket/runs cannot be used (no such bucket); give another."
+    ]
+    assert [each["field"] for each in found["disk"]] == ["sweep.state", "cache"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_on_two_machines_what_one_alone_can_use_is_refused_with_its_mend(here, monkeypatch):
+    monkeypatch.setattr(plans, "nodes", lambda _: [{"CPU": 4.0}, {"CPU": 2.0}])
+    asked = []
+    found = plans.plan(here, unseen_by=lambda path: asked.append(path) or ["10.0.0.2"])
+    fields = [line.split()[0] for line in found["mistakes"]]
+    assert fields == ["sweep.state", "tracking.uri", "storage"]  # tests lie among temporary files
+    assert asked == [Path("runs").absolute()]
+    assert found["side_by_side"] == 6
+    assert found["cluster"] == {"machines": 2, "CPU": 6, "GPU": 0}
 
 
 def test_more_workers_than_the_machine_has_are_a_mistake(here):

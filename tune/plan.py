@@ -6,11 +6,15 @@ Nothing stays behind but what the cache keeps of what was looked at.
 """
 
 import contextlib
+import json
 import os
 import random
+import re
 import shutil
 import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -38,9 +42,14 @@ from tune.tracking import Tracker, public
 from tune.warmstart import printed
 
 # seconds, as measured: before the first run and after the last one; around each run; around one of several workers
-STARTING, AROUND, AROUND_WORKERS = 12.0, 0.5, 25.0
+STARTING, AROUND, AROUND_WORKERS = 12.0, 1.0, 25.0
 MEASURE = 6.0  # seconds of steps, in all
-REACH = 5.0  # seconds that a cluster may take to be reached
+REACH, ASK = 5.0, 30.0  # seconds that a cluster may take to be reached, and to be asked
+ASKED = """
+import json, sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+print(json.dumps([node["Resources"] for node in ray.nodes() if node["Alive"]]))
+"""
 SIMULATED = 1000  # trials, at least, of which early stopping is simulated
 HEADROOM = 1.5  # of what is kept: a checkpoint that is replaced lies beside the new one
 STATE, STATE_RUN = 2**20, 2**15  # bytes of a sweep's own files, and what a run adds to them
@@ -55,6 +64,7 @@ def plan(
     address: str | None = None,
     stop: Stop | None = None,
     unseen_by: Callable[[Path], list[str]] = lambda _: [],
+    store: Callable[[str], str | None] = lambda _: None,
 ) -> dict[str, Any]:
     """Return what the sweep of a command line would take, as plain JSON; it can start if `mistakes` is empty.
 
@@ -65,6 +75,7 @@ def plan(
         address: Of a Ray cluster; without it, and without RAY_ADDRESS, it would be this machine.
         stop: Says whether a signal came.
         unseen_by: Says which machines of the cluster cannot see a folder.
+        store: Says why an address such as s3://BUCKET/FOLDER cannot be used.
 
     Raises:
         Interrupted: If `stop` said so.
@@ -84,20 +95,19 @@ def plan(
                 told += estimate.mistakes(config, task, progress)
         told = _without_consequences(told, typos)
         if not told:
-            found = measured(sweep, task, slots, each, progress)
-    storage = Path(sweep.base.storage).absolute()
+            with _into(told):
+                found = measured(sweep, task, slots, each, progress)
+    storage, tracking = sweep.base.storage, Tracker.address(sweep.settings.tracking.uri)
+    far, several = is_far(storage), len(machines) > 1
     found["cluster"] = {"machines": len(machines)} | {
         what: sum(node.get(what, 0) for node in machines) for what in ("CPU", "GPU")
     }
-    told += unanswered(sweep) + cramped(found.get("disk", []))
-    told += unsafe(
-        len(machines),
-        state_of(sweep),
-        storage,
-        Tracker.address(sweep.settings.tracking.uri),
-        mounts(),
-        unseen=unseen_by(storage) if len(machines) > 1 else (),
-    )
+    told += unanswered(sweep, tracking)
+    if far and (why := store(storage)) is not None:
+        told.append(f"storage={storage} cannot be used ({why}); give another.")
+    told += cramped(found.get("disk", []))
+    unseen = unseen_by(Path(storage).absolute()) if several and not far else []
+    told += unsafe(len(machines), state_of(sweep), tracking, mounts(), storage, unseen)
     return found | {"mistakes": list(dict.fromkeys(told))}
 
 
@@ -175,10 +185,11 @@ def understood(words: Sequence[str]) -> tuple[Sweep | None, list[str]]:
 
 
 def _without_consequences(told: list[str], typos: list[str]) -> list[str]:
-    """Leave out what is missing only because a typo was taken out: the key that it begins with was told of."""
-    known = " ".join(typos)
-    later = (line for line in told if line not in typos)
-    return [*typos, *(line for line in later if line.split()[0].split("=")[0] not in known)]
+    """Leave out what is missing only because a mistake was taken out: the key that it begins with was told of."""
+    own = " ".join(line for line in typos if "sweep.space:" not in line)
+    known = set(re.findall(r"\w+\.[\w.]*\w", own))
+    later = [line for line in told if line not in typos]
+    return typos + [line for line in later if re.match(r"[\w.]*", line)[0] not in known]
 
 
 def choices(sweep: Sweep) -> list[Config]:
@@ -192,29 +203,27 @@ def choices(sweep: Sweep) -> list[Config]:
 def nodes(address: str | None) -> list[dict[str, float]]:
     """Return CPUs and GPUs of each living machine of a cluster, or of this machine where there is no address.
 
+    A process of its own asks, since Ray itself would wait more than a minute for a cluster that does not answer.
+
     Raises:
-        ConfigError: If the cluster cannot be reached within REACH seconds.
+        ConfigError: If the cluster cannot be reached: in REACH seconds a port, in ASK seconds what is behind it.
     """
-    if address is None:
+    if address in (None, "local"):
         return [{"CPU": os.cpu_count() or 1, "GPU": estimate.gpus()}]
     host, _, port = address.rpartition(":")
     try:
-        if host and port.isdigit() and "/" not in host:  # Ray itself would try for half a minute
+        if port.isdigit() and "/" not in host:
             socket.create_connection((host, int(port)), REACH).close()
-        import ray
-
-        ours = not ray.is_initialized()
-        if ours:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        try:
-            return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        finally:
-            if ours:
-                ray.shutdown()
-    except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
-        reason = " ".join(str(error).split())[:200]
+        command = [sys.executable, "-c", ASKED, address]
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=ASK, check=True)
+        return json.loads(asked.stdout.splitlines()[-1])
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or "").strip().splitlines()
+        reason = " ".join((said[-1] if said else str(error)).split())[:200]
+        if isinstance(error, subprocess.TimeoutExpired):
+            reason = f"it did not answer within {ASK:g} s"
         raise ConfigError(
-            f"--address {address} cannot be reached ({reason}); give HOST:PORT of a running Ray cluster, or none."
+            f"--address {address} cannot be used ({reason}); give HOST:PORT of a running Ray cluster, or none."
         ) from error
 
 
@@ -438,20 +447,20 @@ def disk_of(
 ) -> list[dict[str, Any]]:
     """Return what is needed and what is free where a sweep writes, in bytes."""
     kept = max(one["taught"].kept for one in paces.values())
-    wanted = [
-        ("storage", Path(sweep.base.storage), HEADROOM * runs.total * kept),
-        ("sweep.state", state_of(sweep), STATE + STATE_RUN * runs.total),
-        ("cache", Path(sweep.cache), HEADROOM * lacks.bytes),
-    ]
+    needed = {
+        "storage": HEADROOM * runs.total * kept,
+        "sweep.state": STATE + STATE_RUN * runs.total,
+        "cache": HEADROOM * lacks.bytes,
+    }
     return [
         {
             "field": field,
-            "path": str(path.absolute()),
-            "needed": round(needed),
+            "path": str(path),
+            "needed": round(needed[field]),
             "free": shutil.disk_usage(there(path)).free,
             "disk": there(path).stat().st_dev,
         }
-        for field, path, needed in wanted
+        for field, path in folders_of(sweep).items()
     ]
 
 
@@ -475,25 +484,33 @@ def there(path: Path) -> Path:
     return next(one for one in (path.absolute(), *path.absolute().parents) if one.is_dir())
 
 
+def is_far(storage: str) -> bool:
+    """Whether a storage is an address, and no folder."""
+    return "://" in storage
+
+
 def state_of(sweep: Sweep) -> Path:
     """Return the folder in which study, spool and lock will lie."""
-    return Path(sweep.settings.sweep.state or sweep.base.storage).absolute()
+    storage = Config().storage if is_far(sweep.base.storage) else sweep.base.storage
+    return Path(sweep.settings.sweep.state or storage).absolute()
 
 
-def unanswered(sweep: Sweep) -> list[str]:
+def folders_of(sweep: Sweep) -> dict[str, Path]:
+    """Return the folders in which a sweep writes, by key."""
+    found = {} if is_far(sweep.base.storage) else {"storage": Path(sweep.base.storage).absolute()}
+    return found | {"sweep.state": state_of(sweep), "cache": Path(sweep.cache)}
+
+
+def unanswered(sweep: Sweep, tracking: str) -> list[str]:
     """Return what of a sweep's folders and its tracker cannot be used, a line each; a few bytes are written and removed."""
     told: list[str] = []
-    name, base = sweep.settings.sweep.name, sweep.base
+    name = sweep.settings.sweep.name
     if name is not None and (sweep.folder / "sweep.json").exists():
         told.append(
             f"sweep.name={name} is taken: {sweep.folder} holds a sweep; go on with it (python -m tune resume {name}), "
             "or choose another."
         )
-    for field, path in {
-        "storage": Path(base.storage),
-        "sweep.state": state_of(sweep),
-        "cache": Path(sweep.cache),
-    }.items():
+    for field, path in folders_of(sweep).items():
         with _into(told):
             check_writable(path, field)
             try:
@@ -505,10 +522,9 @@ def unanswered(sweep: Sweep) -> list[str]:
                 raise ConfigError(
                     f"{field} must lead to a folder that can be written but {path} cannot ({error.strerror}); choose another."
                 ) from error
-    address = Tracker.address(sweep.settings.tracking.uri)
-    if (why := Tracker.probe(address)) is not None:
+    if (why := Tracker.probe(tracking)) is not None:
         told.append(
-            f"tracking.uri={public(address)} cannot be used ({why}); start that server, or give another."
+            f"tracking.uri={public(tracking)} cannot be used ({why}); start that server, or give another."
         )
     return told
 
@@ -526,10 +542,9 @@ def mounts() -> list[tuple[Path, str]]:
 def unsafe(
     machines: int,
     state: Path,
-    storage: Path,
     tracking: str,
     mounts: Sequence[tuple[Path, str]],
-    *,
+    storage: str,
     unseen: Sequence[str] = (),
 ) -> list[str]:
     """Return what a sweep on several machines would lose, or could not share, a line each with its mend.
@@ -537,9 +552,9 @@ def unsafe(
     Args:
         machines: How many there are; on a single one everything may be.
         state: Folder of study, spool and lock.
-        storage: Folder of run folders.
         tracking: MLflow's address.
         mounts: Place and type of each file system.
+        storage: Folder or address of run folders.
         unseen: Machines that cannot see `storage`.
     """
     if machines < 2:
@@ -623,7 +638,7 @@ def table(found: dict[str, Any]) -> list[str]:
         ("cluster", where),
         ("side by side", f"{found['side_by_side']} runs of {each['workers']} x {takes}"),
     ]
-    rows.append(("measured here", f"on {found['device']}; other machines differ"))
+    rows.append(("measured", f"on the {found['device']} of this machine; others differ"))
     for name, kinds in found["pace"].items():
         pace = kinds["taught"]
         rows.append(
@@ -644,7 +659,7 @@ def table(found: dict[str, Any]) -> list[str]:
     if not (lacks["zero_shot"] or count):
         rows.append(("in the cache", "the task teachers and CLIP's features"))
     rows.append(
-        ("device hours", ", ".join(f"{value:.3g} of {what}" for what, value in hours.items()))
+        ("device time", ", ".join(f"{value:.3g} {what} hours" for what, value in hours.items()))
     )
     rows.append(
         (
