@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from richkd import bench, cache, distill, models, teachers, zeroshot
 from richkd.config import Config
-from richkd.data import Images, split
+from richkd.data import Images, Views, split
 from richkd.distill import Task
 from richkd.errors import ConfigError, CorruptError
 from richkd.evaluate.accuracy import accuracy, network_logits
@@ -193,7 +193,7 @@ def pace(
         opening = time.perf_counter() - began
         length = bench.burst_length(ours, seconds / BURSTS, device)
         speed = statistics.median(bench.speed(ours, length, device) for _ in range(BURSTS))
-        passing = _row_seconds(ours.student, task, rows)
+        passing = _row_seconds(ours.student, task.train, rows, task.labels)
     writing, kept = _keep(config, task, ours, folder)
     return Pace(
         opening=opening,
@@ -206,12 +206,12 @@ def pace(
     )
 
 
-def _row_seconds(network: nn.Module, task: Task, rows: Tensor) -> float:
+def _row_seconds(network: nn.Module, views: Views, rows: Tensor, labels: Tensor) -> float:
     """Return the seconds that a row takes in an evaluation."""
     some = rows[:ROWS]
     for _ in range(2):  # the first pass allocates memory
         began = time.perf_counter()
-        accuracy(network_logits(network, task.train, some).cpu(), task.labels[some])
+        accuracy(network_logits(network, views, some).cpu(), labels[some])
     return (time.perf_counter() - began) / len(some)
 
 
@@ -271,6 +271,28 @@ def unseen(config: Config, task: Task) -> list[Lack]:
             seconds = rows * _look_seconds(clip, parts[0])
             found.append(Lack(what=what, bytes=4 * rows * clip.width, seconds=seconds))
     return found
+
+
+def unjudged(config: Config, task: Task) -> list[Lack]:
+    """Return of how many images a task teacher that is there has not said its logits; one that is trained soon will."""
+    try:
+        with cache.found_only("teachers"):
+            own = distill.open_teacher(alone(config), task).task
+    except cache.Missing:
+        return []
+    rows = 0
+    for part in ("train", "test"):
+        try:
+            with cache.found_only("teacher-logits"):
+                getattr(own, part)
+        except cache.Missing:
+            rows += len(getattr(task.dataset, part))
+    if rows == 0:
+        return []
+    held_out = torch.from_numpy(task.split.validation)
+    seconds = rows * _row_seconds(own.network, own.train_views, held_out, task.labels)
+    what = f"task teacher over {rows} images"
+    return [Lack(what=what, bytes=4 * rows * own.classes, seconds=seconds)]
 
 
 def _look_seconds(clip: zeroshot.ZeroShot, images: Images) -> float:

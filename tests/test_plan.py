@@ -87,7 +87,7 @@ def pace(**changes) -> estimate.Pace:
 RUNS = Runs(
     trials={"richkd-l": 4, "kd": 2}, epochs=10, expected={"richkd-l": 5, "kd": 6}, seeds=1, refits=3
 )
-NOTHING = Lacks(zero_shot=[], first=[], later=[], teacher=0.0, bytes=0)
+NOTHING = Lacks(outputs=[], first=[], later=[], teacher=0.0, bytes=0)
 PACES = {"cnn8": {"taught": pace(), "labels": pace(step=0.0)}}
 
 
@@ -311,14 +311,19 @@ def test_what_is_cached_is_told_and_what_is_not_is_not_made(here, cache_root, tm
     config = build(read(words))
     dataset = load(config.data)
     images = len(dataset.train) + len(dataset.test)
-    assert [lack["what"] for lack in before["zero_shot"]] == [f"miniature over {images} images"]
+    assert [lack["what"] for lack in before["outputs"]] == [f"miniature over {images} images"]
     assert (before["first"], before["later"]) == ([7], [0, 1])
     assert before["teacher"] > 0
     assert not (own / "teachers").exists()
     assert not (own / "clip-images").exists()
-    distill.open_teacher(config, distill.open_task(config))
+    task = distill.open_task(config)
+    teacher = distill.open_teacher(config, task).task
+    (unjudged,) = estimate.unjudged(config, task)
+    assert unjudged.what == f"task teacher over {images} images"
+    assert unjudged.bytes == 4 * 10 * images
+    assert len(teacher.train) + len(teacher.test) == images
     after = plans.plan(words)["lacks"]
-    assert after["zero_shot"] == []
+    assert after["outputs"] == []
     assert (after["first"], after["later"]) == ([], [0, 1])
     # what was foretold to be written is what was written
     files = [path for name in ("teachers", "clip-images") for path in (own / name).rglob("*/*")]

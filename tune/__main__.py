@@ -116,7 +116,10 @@ def plan(arguments: argparse.Namespace) -> Done:
     for line in answer["mistakes"]:
         print(f"python -m tune plan: {line}", file=sys.stderr)
     if not answer["mistakes"]:
-        say("it can start: python -m tune sweep " + shlex.join(arguments.words))
+        given = [] if arguments.address is None else ["--address", arguments.address]
+        say(
+            f"it can start: {shlex.join(['python', '-m', 'tune', 'sweep', *arguments.words, *given])}"
+        )
     return Done(answer, 2 if answer["mistakes"] else 0)
 
 

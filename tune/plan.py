@@ -29,7 +29,7 @@ from richkd.config import Config, Layers, build, mistakes, read
 from richkd.distill import Task
 from richkd.errors import ConfigError, Interrupted, RichkdError
 from richkd.estimate import Pace
-from richkd.files import check_writable
+from richkd.files import NO_SPACE, check_writable
 from richkd.progress import Progress, stoppable
 from tune.display import Display
 from tune.scheduler import pruner
@@ -68,7 +68,7 @@ def plan(
 ) -> dict[str, Any]:
     """Return what the sweep of a command line would take, as plain JSON; it can start if `mistakes` is empty.
 
-    Nothing is measured where settings, data or teachers are not sound.
+    Nothing is measured where settings, data or teachers are not sound, or the cluster has no place for a run.
 
     Args:
         words: Layers and overrides.
@@ -124,10 +124,9 @@ def measured(
         progress: Told how far the measurement is.
     """
     workers, runs = sweep.settings.resources.workers, runs_of(sweep, slots)
-    storage = there(
-        Path(sweep.base.storage)
-    )  # checkpoints are timed on the disk where they will lie
-    place = storage if os.access(storage, os.W_OK) else None
+    # checkpoints are timed on the disk where they will lie
+    disk = there(folders_of(sweep).get("storage", state_of(sweep)))
+    place = disk if os.access(disk, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".richkd-plan-", dir=place) as folder:
         lacks = lacks_of(sweep, task, Path(folder))
         paces = paces_of(sweep, task, Path(folder), progress)
@@ -160,6 +159,10 @@ def _into(told: list[str]) -> Iterator[None]:
         raise
     except RichkdError as error:
         told.append(str(error))
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        told.append(f"the disk is full ({error.filename}); free some space.")
 
 
 def understood(words: Sequence[str]) -> tuple[Sweep | None, list[str]]:
@@ -343,9 +346,9 @@ def paces_of(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lacks:
-    """What the cache has not got: zero-shot features, and task teachers by seed, before the runs and in them."""
+    """What the cache has not got: what teachers say of images, and trained teachers by seed, before the runs and in them."""
 
-    zero_shot: list[estimate.Lack]
+    outputs: list[estimate.Lack]
     first: list[int]
     later: list[int]
     teacher: float  # seconds to train one
@@ -361,16 +364,17 @@ def lacks_of(sweep: Sweep, task: Task, folder: Path) -> Lacks:
     }
     first = estimate.untrained(config, task, [config.seed])
     later = estimate.untrained(config, task, sorted(seeds - {config.seed}))
-    unseen, training, kept = estimate.unseen(config, task), 0.0, 0
+    outputs = estimate.unseen(config, task) + estimate.unjudged(config, task)
+    training, kept = 0.0, 0
     if first or later:
         pace = estimate.teacher_pace(config, task, folder / "teacher", seconds=MEASURE / 6)
         training, kept = pace.run(config.teacher.epochs), pace.kept * len(first + later)
     return Lacks(
-        zero_shot=unseen,
+        outputs=outputs,
         first=first,
         later=later,
         teacher=training,
-        bytes=kept + sum(lack.bytes for lack in unseen),
+        bytes=kept + sum(lack.bytes for lack in outputs),
     )
 
 
@@ -401,7 +405,7 @@ def seconds_of(
     work += runs.refits * sum(refit.values()) + len(lacks.later) * lacks.teacher
     # no run is faster for the others: at least a trial that nothing stops, and the refit that waits for it
     longest = around + runs.seeds * run("taught", runs.epochs) + refit["richkd"]
-    prepare = sum(lack.seconds for lack in lacks.zero_shot) + len(lacks.first) * lacks.teacher
+    prepare = sum(lack.seconds for lack in lacks.outputs) + len(lacks.first) * lacks.teacher
     side_by_side = max(work / slots, longest)
     return {
         "trial": trial,
@@ -638,7 +642,10 @@ def table(found: dict[str, Any]) -> list[str]:
         ("cluster", where),
         ("side by side", f"{found['side_by_side']} runs of {each['workers']} x {takes}"),
     ]
-    rows.append(("measured", f"on the {found['device']} of this machine; others differ"))
+    faster = (
+        "; runs will have GPUs, and be faster" if "GPU" in each and found["device"] == "cpu" else ""
+    )
+    rows.append(("measured", f"on the {found['device']} of this machine, others differ{faster}"))
     for name, kinds in found["pace"].items():
         pace = kinds["taught"]
         rows.append(
@@ -648,7 +655,7 @@ def table(found: dict[str, Any]) -> list[str]:
             )
         )
     lacks = found["lacks"]
-    for lack in lacks["zero_shot"]:
+    for lack in lacks["outputs"]:
         rows.append(
             ("to be made", f"{lack['what']}, {in_time(lack['seconds'])}, {in_bytes(lack['bytes'])}")
         )
@@ -656,7 +663,7 @@ def table(found: dict[str, Any]) -> list[str]:
         rows.append(
             ("to be made", f"task teachers of {count} seeds, {in_time(lacks['teacher'])} each")
         )
-    if not (lacks["zero_shot"] or count):
+    if not (lacks["outputs"] or count):
         rows.append(("in the cache", "the task teachers and CLIP's features"))
     rows.append(
         ("device time", ", ".join(f"{value:.3g} {what} hours" for what, value in hours.items()))
