@@ -47,7 +47,7 @@ class Missing(Exception):
     """An entry is not there, and `found_only` keeps it from being made."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def found_only(*kinds: str) -> Iterator[None]:
     """Inside, an entry of these kinds is found or raised as Missing: a question of what there is, asked by the one who reads it."""
     global _unmade

@@ -23,6 +23,7 @@ from tune import plan as plans
 from tune.__main__ import VERBS
 from tune.plan import Lacks, Runs, cramped, expected_epochs, in_bytes, seconds_of, unsafe, within
 from tune.settings import Sweep
+from tune.store import Store
 from tune.tracking import Tracker
 
 SMALL = ["sweep.trials=4", "sweep.min_epochs=1", "refit.seeds=2", "train.epochs=3"]
@@ -259,19 +260,27 @@ def test_a_closed_port_is_told():
         port = once.getsockname()[1]
     assert "refused" in Tracker.probe(f"http://127.0.0.1:{port}")
     with pytest.raises(ConfigError, match="cannot be used .*refused.*HOST:PORT"):
-        plans.nodes(f"127.0.0.1:{port}")
+        plans.machines_of(f"127.0.0.1:{port}")
 
 
 def test_a_port_behind_which_is_no_ray_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(plans, "ASK", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         with pytest.raises(ConfigError, match="did not answer within 1 s"):
-            plans.nodes(f"127.0.0.1:{silent.getsockname()[1]}")
+            plans.machines_of(f"127.0.0.1:{silent.getsockname()[1]}")
 
 
 def test_a_cluster_says_what_it_has(cluster):
-    (found,) = plans.nodes(ray.get_runtime_context().gcs_address)
+    (found,) = plans.machines_of(ray.get_runtime_context().gcs_address)
     assert found["CPU"] == 2
+
+
+def test_a_folder_is_looked_for_on_the_machines_of_a_cluster_and_nothing_stays_in_it(
+    cluster, tmp_path
+):
+    address = ray.get_runtime_context().gcs_address
+    assert plans.unseen(address, tmp_path / "not" / "yet") == []  # a single machine sees its own
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_is_a_database_or_refused_and_a_new_one_is_not_made(tmp_path):
@@ -370,29 +379,29 @@ def test_data_and_teachers_that_do_not_fit_are_mistakes(here, tmp_path):
     assert any(line.startswith("train.batch_size") for line in found["mistakes"])
 
 
-def test_a_storage_that_is_an_address_is_asked_for_by_its_own_probe(here, tmp_path):
+def test_a_storage_that_is_an_address_is_asked_for_by_its_own_probe(here, tmp_path, monkeypatch):
     asked = []
 
-    def store(url: str) -> str:
-        asked.append(url)
-        return "no such bucket"
+    def probe(store: Store) -> None:
+        asked.append(store.url)
+        raise ConfigError("storage=s3://bucket/runs has no such bucket")
 
-    found = plans.plan([*here, "storage=s3://bucket/runs"], store=store)
+    monkeypatch.setattr(Store, "probe", probe)
+    found = plans.plan([*here, "storage=s3://bucket/runs", "sweep.state=here"])
     assert asked == ["s3://bucket/runs"]
-    assert found["mistakes"] == [
-        "storage=s3://bucket/runs cannot be used (no such bucket); give another."
-    ]
+    assert found["mistakes"] == ["storage=s3://bucket/runs has no such bucket"]
     assert [each["field"] for each in found["disk"]] == ["sweep.state", "cache"]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_on_two_machines_what_one_alone_can_use_is_refused_with_its_mend(here, monkeypatch):
-    monkeypatch.setattr(plans, "nodes", lambda _: [{"CPU": 4.0}, {"CPU": 2.0}])
+    monkeypatch.setattr(plans, "machines_of", lambda _: [{"CPU": 4.0}, {"CPU": 2.0}])
     asked = []
-    found = plans.plan(here, unseen_by=lambda path: asked.append(path) or ["10.0.0.2"])
+    monkeypatch.setattr(plans, "unseen", lambda *of: asked.append(of) or ["10.0.0.2"])
+    found = plans.plan(here, address="head:6379")
     fields = [line.split()[0] for line in found["mistakes"]]
     assert fields == ["sweep.state", "tracking.uri", "storage"]  # tests lie among temporary files
-    assert asked == [Path("runs").absolute()]
+    assert asked == [("head:6379", Path("runs"))]
     assert found["side_by_side"] == 6
     assert found["cluster"] == {"machines": 2, "CPU": 6, "GPU": 0}
 
@@ -403,11 +412,13 @@ def test_more_workers_than_the_machine_has_are_a_mistake(here):
 
 
 def test_a_taken_name_and_a_folder_that_cannot_be_are_mistakes(here, tmp_path):
-    (tmp_path / "runs" / "one").mkdir(parents=True)
-    (tmp_path / "runs" / "one" / "sweep.json").write_text("{}")
+    taken = tmp_path / "state" / "one"
+    taken.mkdir(parents=True)
+    (taken / "sweep.json").write_text("{}")
     (tmp_path / "file").write_text("")
-    found = plans.plan([*here, "sweep.name=one", f"sweep.state={tmp_path / 'file'}"])
-    assert [line.split()[0] for line in found["mistakes"]] == ["sweep.name=one", "sweep.state"]
+    words = ["sweep.name=one", f"sweep.state={taken.parent}", f"storage={tmp_path / 'file'}"]
+    found = plans.plan([*here, *words])
+    assert [line.split()[0] for line in found["mistakes"]] == ["sweep.name=one", "storage"]
 
 
 def test_of_several_students_the_smallest_and_the_largest_are_measured(here):

@@ -298,7 +298,9 @@ VERBS = {
     "plan": Verb(
         run=plan,
         help="what a sweep would take, and whether it can start",
-        flags={"address=HOST:PORT": "the Ray cluster to look at, as RAY_ADDRESS; else this machine"},
+        flags={
+            "address=HOST:PORT": "the Ray cluster to look at, as RAY_ADDRESS; else this machine"
+        },
     ),
     "sweep": Verb(
         run=sweep,

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,14 @@ from richkd.estimate import Pace
 from richkd.files import NO_SPACE, check_writable
 from richkd.progress import Progress, stoppable
 from tune.display import Display
+from tune.environment import PROJECT
 from tune.scheduler import pruner
 from tune.settings import Settings
 from tune.settings import Sweep as Wanted
 from tune.space import of_baseline
+from tune.store import Store
 from tune.summary import STUDENTS
-from tune.sweep import NAMED, Sweep
+from tune.sweep import NAMED, Sweep, state_of
 from tune.tracking import Tracker, public
 from tune.warmstart import printed
 
@@ -45,10 +47,14 @@ from tune.warmstart import printed
 STARTING, AROUND, AROUND_WORKERS = 12.0, 1.0, 25.0
 MEASURE = 6.0  # seconds of steps, in all
 REACH, ASK = 5.0, 30.0  # seconds that a cluster may take to be reached, and to be asked
+PATIENCE = 60.0  # seconds that the machines of a cluster may take to look at a folder
 ASKED = """
 import json, sys, ray
-ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
-print(json.dumps([node["Resources"] for node in ray.nodes() if node["Alive"]]))
+from pathlib import Path
+from tune import nodes
+from tune.runner import runtime_env
+ray.init(address=sys.argv[1], runtime_env=runtime_env(), log_to_driver=False, logging_level="ERROR")
+print(json.dumps({}))
 """
 SIMULATED = 1000  # trials, at least, of which early stopping is simulated
 HEADROOM = 1.5  # of what is kept: a checkpoint that is replaced lies beside the new one
@@ -63,8 +69,6 @@ def plan(
     *,
     address: str | None = None,
     stop: Stop | None = None,
-    unseen_by: Callable[[Path], list[str]] = lambda _: [],
-    store: Callable[[str], str | None] = lambda _: None,
 ) -> dict[str, Any]:
     """Return what the sweep of a command line would take, as plain JSON; it can start if `mistakes` is empty.
 
@@ -74,8 +78,6 @@ def plan(
         words: Layers and overrides.
         address: Of a Ray cluster; without it, and without RAY_ADDRESS, it would be this machine.
         stop: Says whether a signal came.
-        unseen_by: Says which machines of the cluster cannot see a folder.
-        store: Says why an address such as s3://BUCKET/FOLDER cannot be used.
 
     Raises:
         Interrupted: If `stop` said so.
@@ -84,10 +86,11 @@ def plan(
     if sweep is None:
         return {"mistakes": told}
     typos, machines, task, found = list(told), [], None, {}
+    address = address or os.environ.get("RAY_ADDRESS")
     with Display("plan") as display:
         progress = stoppable(display.progress, stop or Stop())
         with _into(told):
-            machines = nodes(address or os.environ.get("RAY_ADDRESS"))
+            machines = machines_of(address)
             slots, each = side_by_side(sweep, machines)
         with _into(told):
             task = distill.open_task(sweep.base, progress)
@@ -97,17 +100,17 @@ def plan(
         if not told:
             with _into(told):
                 found = measured(sweep, task, slots, each, progress)
-    storage, tracking = sweep.base.storage, Tracker.address(sweep.settings.tracking.uri)
-    far, several = is_far(storage), len(machines) > 1
     found["cluster"] = {"machines": len(machines)} | {
         what: sum(node.get(what, 0) for node in machines) for what in ("CPU", "GPU")
     }
-    told += unanswered(sweep, tracking)
-    if far and (why := store(storage)) is not None:
-        told.append(f"storage={storage} cannot be used ({why}); give another.")
-    told += cramped(found.get("disk", []))
-    unseen = unseen_by(Path(storage).absolute()) if several and not far else []
-    told += unsafe(len(machines), state_of(sweep), tracking, mounts(), storage, unseen)
+    storage, tracking = sweep.base.storage, Tracker.address(sweep.settings.tracking.uri)
+    told += unanswered(sweep, tracking) + cramped(found.get("disk", []))
+    blind: list[str] = []
+    with _into(told):
+        if len(machines) > 1 and not is_far(storage):
+            blind = unseen(address, Path(storage))
+    home = state_of(sweep.settings, sweep.base)
+    told += unsafe(len(machines), home, tracking, mounts(), storage, blind)
     return found | {"mistakes": list(dict.fromkeys(told))}
 
 
@@ -125,7 +128,11 @@ def measured(
     """
     workers, runs = sweep.settings.resources.workers, runs_of(sweep, slots)
     # checkpoints are timed on the disk where they will lie
-    disk = there(folders_of(sweep).get("storage", state_of(sweep)))
+    disk = there(
+        state_of(sweep.settings, sweep.base)
+        if is_far(sweep.base.storage)
+        else Path(sweep.base.storage)
+    )
     place = disk if os.access(disk, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".richkd-plan-", dir=place) as folder:
         lacks = lacks_of(sweep, task, Path(folder))
@@ -177,7 +184,7 @@ def understood(words: Sequence[str]) -> tuple[Sweep | None, list[str]]:
     def make(layers: Layers) -> Sweep:
         settings, base = build(layers, Settings), build(layers)
         Tracker.address(settings.tracking.uri)
-        return Sweep(Path(base.storage) / (settings.sweep.name or "plan"), layers)
+        return Sweep(state_of(settings, base) / (settings.sweep.name or "plan"), layers)
 
     layers, more = mistakes(read(sound), make)
     told += more
@@ -203,28 +210,49 @@ def choices(sweep: Sweep) -> list[Config]:
     return [sweep.resolve(settings) for settings in (printed(sweep.base.method.name), *wanted)]
 
 
-def nodes(address: str | None) -> list[dict[str, float]]:
+def machines_of(address: str | None) -> list[dict[str, float]]:
     """Return CPUs and GPUs of each living machine of a cluster, or of this machine where there is no address.
-
-    A process of its own asks, since Ray itself would wait more than a minute for a cluster that does not answer.
 
     Raises:
         ConfigError: If the cluster cannot be reached: in REACH seconds a port, in ASK seconds what is behind it.
     """
     if address in (None, "local"):
         return [{"CPU": os.cpu_count() or 1, "GPU": estimate.gpus()}]
+    return _asked(address, "[node.resources for node in nodes.alive()]", ASK)
+
+
+def unseen(address: str, folder: Path) -> list[str]:
+    """Return the names of the machines of a cluster that do not see the nearest folder to `folder` that exists.
+
+    Raises:
+        ConfigError: If the cluster does not answer.
+    """
+    return _asked(address, "nodes.probe(Path(sys.argv[2]))", 2 * PATIENCE, str(there(folder)))
+
+
+def _asked(address: str, question: str, seconds: float, *arguments: str) -> Any:
+    """Return what a cluster answers.
+
+    A process of its own asks, since Ray itself would wait more than a minute for a cluster that does not answer.
+    """
     host, _, port = address.rpartition(":")
     try:
         if port.isdigit() and "/" not in host:
             socket.create_connection((host, int(port)), REACH).close()
-        command = [sys.executable, "-c", ASKED, address]
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=ASK, check=True)
+        asked = subprocess.run(
+            [sys.executable, "-c", ASKED.format(question), address, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=True,
+            env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        )
         return json.loads(asked.stdout.splitlines()[-1])
     except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or "").strip().splitlines()
         reason = " ".join((said[-1] if said else str(error)).split())[:200]
         if isinstance(error, subprocess.TimeoutExpired):
-            reason = f"it did not answer within {ASK:g} s"
+            reason = f"it did not answer within {seconds:g} s"
         raise ConfigError(
             f"--address {address} cannot be used ({reason}); give HOST:PORT of a running Ray cluster, or none."
         ) from error
@@ -493,16 +521,10 @@ def is_far(storage: str) -> bool:
     return "://" in storage
 
 
-def state_of(sweep: Sweep) -> Path:
-    """Return the folder in which study, spool and lock will lie."""
-    storage = Config().storage if is_far(sweep.base.storage) else sweep.base.storage
-    return Path(sweep.settings.sweep.state or storage).absolute()
-
-
 def folders_of(sweep: Sweep) -> dict[str, Path]:
     """Return the folders in which a sweep writes, by key."""
     found = {} if is_far(sweep.base.storage) else {"storage": Path(sweep.base.storage).absolute()}
-    return found | {"sweep.state": state_of(sweep), "cache": Path(sweep.cache)}
+    return found | {"sweep.state": state_of(sweep.settings, sweep.base), "cache": Path(sweep.cache)}
 
 
 def unanswered(sweep: Sweep, tracking: str) -> list[str]:
@@ -526,6 +548,9 @@ def unanswered(sweep: Sweep, tracking: str) -> list[str]:
                 raise ConfigError(
                     f"{field} must lead to a folder that can be written but {path} cannot ({error.strerror}); choose another."
                 ) from error
+    if is_far(sweep.base.storage):
+        with _into(told):
+            Store(sweep.base.storage).probe()
     if (why := Tracker.probe(tracking)) is not None:
         told.append(
             f"tracking.uri={public(tracking)} cannot be used ({why}); start that server, or give another."
