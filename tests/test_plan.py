@@ -19,9 +19,11 @@ from richkd.command import main
 from richkd.config import build, read
 from richkd.data import load
 from richkd.errors import ConfigError
+from tune import places
 from tune import plan as plans
 from tune.__main__ import VERBS
-from tune.plan import Lacks, Runs, cramped, expected_epochs, in_bytes, seconds_of, unsafe, within
+from tune.places import unsafe
+from tune.plan import Lacks, Runs, cramped, expected_epochs, in_bytes, seconds_of, within
 from tune.settings import Sweep
 from tune.store import Store
 from tune.tracking import Tracker
@@ -190,7 +192,7 @@ SERVER, RUNNING = "http://mlflow:5000", Path("/srv/runs")
     ],
 )
 def test_a_state_that_would_be_lost_is_refused_on_several_machines(state, word, monkeypatch):
-    monkeypatch.setattr(plans.tempfile, "gettempdir", lambda: "/tmp")
+    monkeypatch.setattr(places.tempfile, "gettempdir", lambda: "/tmp")
     (told,) = unsafe(2, Path(state), SERVER, MOUNTS, "/srv/runs")
     assert told.startswith("sweep.state must outlive")
     assert word in told
@@ -209,7 +211,7 @@ def test_a_database_of_one_machine_and_an_unseen_storage_are_refused_on_several(
 
 
 def test_the_mounts_of_this_machine_have_its_root():
-    assert any(place == Path("/") for place, _ in plans.mounts())
+    assert any(place == Path("/") for place, _ in places.mounts())
 
 
 # probes
@@ -388,7 +390,7 @@ def test_a_storage_that_is_an_address_is_asked_for_by_its_own_probe(here, tmp_pa
 
     monkeypatch.setattr(Store, "probe", probe)
     found = plans.plan([*here, "storage=s3://bucket/runs", "sweep.state=here"])
-    assert asked == ["s3://bucket/runs"]
+    assert asked == ["s3://bucket/runs/plan"]
     assert found["mistakes"] == ["storage=s3://bucket/runs has no such bucket"]
     assert [each["field"] for each in found["disk"]] == ["sweep.state", "cache"]
     assert list(tmp_path.iterdir()) == []

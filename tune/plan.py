@@ -33,11 +33,11 @@ from richkd.files import NO_SPACE, check_writable
 from richkd.progress import Progress, stoppable
 from tune.display import Display
 from tune.environment import PROJECT
+from tune.places import mounts, unsafe
 from tune.scheduler import pruner
 from tune.settings import Settings
 from tune.settings import Sweep as Wanted
 from tune.space import of_baseline
-from tune.store import Store
 from tune.summary import STUDENTS
 from tune.sweep import NAMED, Sweep, state_of
 from tune.tracking import Tracker, public
@@ -59,9 +59,7 @@ print(json.dumps({}))
 SIMULATED = 1000  # trials, at least, of which early stopping is simulated
 HEADROOM = 1.5  # of what is kept: a checkpoint that is replaced lies beside the new one
 STATE, STATE_RUN = 2**20, 2**15  # bytes of a sweep's own files, and what a run adds to them
-VOLATILE = ("tmpfs", "ramfs", "overlay")  # file systems that end with a machine or a container
 WIDTH = 80
-JOB = "working_dir_files"  # Ray's folder of what a job brought
 
 
 def plan(
@@ -107,7 +105,7 @@ def plan(
     told += unanswered(sweep, tracking) + cramped(found.get("disk", []))
     blind: list[str] = []
     with _into(told):
-        if len(machines) > 1 and not is_far(storage):
+        if len(machines) > 1 and sweep.store is None:
             blind = unseen(address, Path(storage))
     home = state_of(sweep.settings, sweep.base)
     told += unsafe(len(machines), home, tracking, mounts(), storage, blind)
@@ -127,12 +125,7 @@ def measured(
         progress: Told how far the measurement is.
     """
     workers, runs = sweep.settings.resources.workers, runs_of(sweep, slots)
-    # checkpoints are timed on the disk where they will lie
-    disk = there(
-        state_of(sweep.settings, sweep.base)
-        if is_far(sweep.base.storage)
-        else Path(sweep.base.storage)
-    )
+    disk = there(next(iter(folders_of(sweep).values())))  # where checkpoints will lie
     place = disk if os.access(disk, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".richkd-plan-", dir=place) as folder:
         lacks = lacks_of(sweep, task, Path(folder))
@@ -484,6 +477,8 @@ def disk_of(
         "sweep.state": STATE + STATE_RUN * runs.total,
         "cache": HEADROOM * lacks.bytes,
     }
+    if sweep.store is not None:  # from which refits are brought
+        needed["sweep.state"] += HEADROOM * len(STUDENTS) * runs.refits * kept
     return [
         {
             "field": field,
@@ -516,15 +511,12 @@ def there(path: Path) -> Path:
     return next(one for one in (path.absolute(), *path.absolute().parents) if one.is_dir())
 
 
-def is_far(storage: str) -> bool:
-    """Whether a storage is an address, and no folder."""
-    return "://" in storage
-
-
 def folders_of(sweep: Sweep) -> dict[str, Path]:
-    """Return the folders in which a sweep writes, by key."""
-    found = {} if is_far(sweep.base.storage) else {"storage": Path(sweep.base.storage).absolute()}
-    return found | {"sweep.state": state_of(sweep.settings, sweep.base), "cache": Path(sweep.cache)}
+    """Return the folders in which a sweep writes, by key; that of checkpoints comes first."""
+    found = {"sweep.state": state_of(sweep.settings, sweep.base), "cache": Path(sweep.cache)}
+    if sweep.store is None:
+        found = {"storage": Path(sweep.base.storage).absolute()} | found
+    return found
 
 
 def unanswered(sweep: Sweep, tracking: str) -> list[str]:
@@ -548,71 +540,12 @@ def unanswered(sweep: Sweep, tracking: str) -> list[str]:
                 raise ConfigError(
                     f"{field} must lead to a folder that can be written but {path} cannot ({error.strerror}); choose another."
                 ) from error
-    if is_far(sweep.base.storage):
+    if sweep.store is not None:
         with _into(told):
-            Store(sweep.base.storage).probe()
+            sweep.store.probe()
     if (why := Tracker.probe(tracking)) is not None:
         told.append(
             f"tracking.uri={public(tracking)} cannot be used ({why}); start that server, or give another."
-        )
-    return told
-
-
-def mounts() -> list[tuple[Path, str]]:
-    """Return place and type of each file system that is mounted, as far as this system says."""
-    found = []
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/mounts").read_text().splitlines():
-            _, place, kind, *_ = line.split()
-            found.append((Path(place.encode().decode("unicode_escape")), kind))
-    return found
-
-
-def unsafe(
-    machines: int,
-    state: Path,
-    tracking: str,
-    mounts: Sequence[tuple[Path, str]],
-    storage: str,
-    unseen: Sequence[str] = (),
-) -> list[str]:
-    """Return what a sweep on several machines would lose, or could not share, a line each with its mend.
-
-    Args:
-        machines: How many there are; on a single one everything may be.
-        state: Folder of study, spool and lock.
-        tracking: MLflow's address.
-        mounts: Place and type of each file system.
-        storage: Folder or address of run folders.
-        unseen: Machines that cannot see `storage`.
-    """
-    if machines < 2:
-        return []
-    told = []
-    state, temporary = state.resolve(), Path(tempfile.gettempdir()).resolve()
-    above = [(place, kind) for place, kind in mounts if state.is_relative_to(place)]
-    place, kind = max(above, key=lambda one: len(one[0].parts), default=(None, None))
-    why = None
-    if JOB in state.parts:
-        why = "in the folder that Ray unpacked for this job"
-    elif state.is_relative_to(temporary):
-        why = f"under {temporary}, the system's folder for temporary files"
-    elif kind in VOLATILE:
-        why = f"on {place}, a file system ({kind}) that ends with its machine or container"
-    if why is not None:
-        told.append(
-            f"sweep.state must outlive the driver's machine but {state} lies {why}; set sweep.state, or storage, to a "
-            "folder on a disk that stays."
-        )
-    if tracking.startswith("sqlite"):
-        told.append(
-            f"tracking.uri must be a server where a sweep runs on {machines} machines but is {tracking}; start "
-            "`mlflow server` and set tracking.uri=http://HOST:5000."
-        )
-    if unseen:
-        told.append(
-            f"storage must be seen by all {machines} machines but {storage} is not by {', '.join(unseen)}; set it to a "
-            "folder on a shared file system, or to an address such as s3://BUCKET/FOLDER."
         )
     return told
 
