@@ -19,11 +19,11 @@ from richkd.command import main
 from richkd.config import build, read
 from richkd.data import load
 from richkd.errors import ConfigError
-from tune import places
+from tune import costs, places
 from tune import plan as plans
 from tune.__main__ import VERBS
+from tune.costs import Lacks, Runs, cramped, expected_epochs, in_bytes, seconds_of, within
 from tune.places import unsafe
-from tune.plan import Lacks, Runs, cramped, expected_epochs, in_bytes, seconds_of, within
 from tune.settings import Sweep
 from tune.store import Store
 from tune.tracking import Tracker
@@ -33,7 +33,7 @@ SMALL = ["sweep.trials=4", "sweep.min_epochs=1", "refit.seeds=2", "train.epochs=
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    monkeypatch.setattr(plans, "MEASURE", 0.5)
+    monkeypatch.setattr(costs, "MEASURE", 0.5)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
@@ -101,7 +101,7 @@ def test_the_time_is_that_of_all_runs_over_the_slots():
     assert found["refit"]["richkd"] == 1 + 1 + 20 + 3
     assert found["refit"]["ce"] == 1 + 1 + 10 + 3
     assert found["work"] == 4 * 12 + 2 * 14 + 3 * (4 * 25 + 15)
-    assert found["wall"] == plans.STARTING + found["work"] / 2
+    assert found["wall"] == costs.STARTING + found["work"] / 2
 
 
 def test_no_run_is_faster_for_more_slots_than_runs():
@@ -130,7 +130,7 @@ def test_the_seeds_of_a_trial_count_each():
         ({}, 0, None),
         ({"hours": 1.0}, 0, {"fits": True, "trials": 6}),
         # two slots for 30 s: four trials of 12 s, and none of 14 s
-        ({"hours": (30 + plans.STARTING) / 3600}, 0, {"fits": False, "trials": 4}),
+        ({"hours": (30 + costs.STARTING) / 3600}, 0, {"fits": False, "trials": 4}),
         ({"gpu_hours": 25 / 3600}, 1, {"fits": False, "trials": 2}),
         ({"gpu_hours": 25 / 3600}, 0.5, {"fits": False, "trials": 4}),
         ({"gpu_hours": 25 / 3600}, 0, None),
@@ -307,7 +307,7 @@ def test_a_plan_has_its_numbers_and_leaves_nothing_behind(here, tmp_path):
     assert found["runs"]["total"] == 4 + 4 + 5 * 2
     assert found["cluster"] == {"machines": 1, "CPU": os.cpu_count(), "GPU": estimate.gpus()}
     assert found["hours"]["CPU"] == pytest.approx(found["seconds"]["work"] / 3600)
-    assert found["seconds"]["wall"] > plans.STARTING
+    assert found["seconds"]["wall"] > costs.STARTING
     assert list(tmp_path.iterdir()) == []
     json.dumps(found, allow_nan=False)
     lines = plans.table(found)
