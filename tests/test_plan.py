@@ -9,6 +9,7 @@ import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -413,14 +414,21 @@ def test_more_workers_than_the_machine_has_are_a_mistake(here):
     assert told.startswith("resources.workers=1000")
 
 
-def test_a_taken_name_and_a_folder_that_cannot_be_are_mistakes(here, tmp_path):
+def test_a_taken_name_a_folder_that_cannot_be_and_a_small_disk_are_mistakes(
+    here, tmp_path, monkeypatch
+):
+    usage = SimpleNamespace(free=1000)
+    monkeypatch.setattr(costs.shutil, "disk_usage", lambda _: usage)
     taken = tmp_path / "state" / "one"
     taken.mkdir(parents=True)
     (taken / "sweep.json").write_text("{}")
     (tmp_path / "file").write_text("")
     words = ["sweep.name=one", f"sweep.state={taken.parent}", f"storage={tmp_path / 'file'}"]
     found = plans.plan([*here, *words])
-    assert [line.split()[0] for line in found["mistakes"]] == ["sweep.name=one", "storage"]
+    assert [line.split()[0] for line in found["mistakes"]] == [
+        *("sweep.name=one", "storage", "storage")
+    ]
+    assert "has 1 kB; free some space" in found["mistakes"][2]
 
 
 def test_of_several_students_the_smallest_and_the_largest_are_measured(here):
