@@ -31,7 +31,7 @@ from richkd.errors import ConfigError, CorruptError, DataError
 from richkd.files import own_folder, read_json, sync, write_atomic, write_json
 from richkd.progress import Progress
 
-FORMAT = 1
+FORMAT = 2
 SHARD = 1024  # rows: at most a minute or two of a ViT-B/32 on one core is lost by a kill
 ROWS, SHARDS = "rows.npy", "shards.json"
 BLOCK = 2**26  # bytes

@@ -41,6 +41,11 @@ def make_folder(path: Path, field: str) -> None:
         ) from error
 
 
+def nearest(path: Path) -> Path:
+    """Return the nearest folder above `path`, or `path` itself, that exists."""
+    return next(one for one in (path.absolute(), *path.absolute().parents) if one.is_dir())
+
+
 def check_writable(path: Path, field: str) -> None:
     """Raise ConfigError unless the config key `field` leads to what can be made, or written; makes nothing."""
     above = next(

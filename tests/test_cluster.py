@@ -30,8 +30,7 @@ from richkd.config import CONF, build, digest, find_layer, read, read_layer
 from richkd.errors import ConfigError
 from tune import runner
 from tune.__main__ import ABOUT, VERBS
-from tune.runner import fit
-from tune.settings import Resources, Settings
+from tune.settings import Resources, Settings, fit
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = CONF / "cluster"

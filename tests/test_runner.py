@@ -9,8 +9,8 @@ from ray.tune.search import Searcher
 
 from richkd.command import Stop
 from richkd.errors import ConfigError, Interrupted
-from tune.runner import RESTARTS, Deaths, JobScheduler, JobSearcher, death_of, fit
-from tune.settings import Resources
+from tune.runner import RESTARTS, Deaths, JobScheduler, JobSearcher, death_of
+from tune.settings import Resources, fit
 from tune.sweep import is_full
 
 SHARED = {"workers": 1, "each": {"CPU": 1}, "threads": 1, "scratch": "scratch"}
@@ -227,3 +227,17 @@ def test_a_death_is_told_in_a_line_with_its_class(detail, kind):
     assert died.kind == kind
     assert died.text.startswith("its process died 4 times: ")
     assert died.text.endswith(detail.partition(". ")[0])
+
+
+@pytest.mark.parametrize(("again", "ends"), [(True, 0), (False, 1)])
+def test_a_death_counts_only_if_the_run_is_not_started_anew(tmp_path, again, ends):
+    heard: list[tuple] = []
+    job = SimpleNamespace(id="trial-000", heard=0)
+    agenda = SimpleNamespace(running={job.id: job}, ended=lambda *what: heard.append(what))
+    some = running(job.id, failures=4)
+    some.should_recover = lambda: again
+    some.error_file = str(tmp_path / "error.txt")
+    (tmp_path / "error.txt").write_text(DIED.format(reason="its worker process has died."))
+    JobScheduler(agenda, Stop()).on_trial_error(None, some)
+    assert len(heard) == ends
+    assert all(why.kind == "lost" for *_, why in heard)

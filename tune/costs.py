@@ -13,9 +13,11 @@ from richkd import estimate
 from richkd.bench import of_method
 from richkd.distill import Task
 from richkd.estimate import Pace
+from richkd.files import nearest
 from richkd.progress import Progress
 from tune.scheduler import pruner
 from tune.settings import Sweep as Wanted
+from tune.settings import fit
 from tune.space import of_baseline
 from tune.summary import STUDENTS
 from tune.sweep import Sweep, state_of
@@ -42,7 +44,7 @@ def measured(
         progress: Told how far the measurement is.
     """
     workers, runs = sweep.settings.resources.workers, runs_of(sweep, slots)
-    disk = there(next(iter(folders_of(sweep).values())))  # where checkpoints will lie
+    disk = nearest(next(iter(folders_of(sweep).values())))  # where checkpoints will lie
     place = disk if os.access(disk, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".richkd-plan-", dir=place) as folder:
         lacks = lacks_of(sweep, task, Path(folder))
@@ -73,8 +75,6 @@ def side_by_side(sweep: Sweep, machines: list[dict[str, float]]) -> tuple[int, d
     Raises:
         ConfigError: If not even one fits.
     """
-    from tune.runner import fit  # Ray takes seconds to import
-
     resources = sweep.settings.resources
     slots, each = fit(resources, machines, gpu=sweep.base.device != "cpu")
     return min(slots, resources.max_concurrent or slots), each
@@ -300,8 +300,8 @@ def disk_of(
             "field": field,
             "path": str(path),
             "needed": round(needed[field]),
-            "free": shutil.disk_usage(there(path)).free,
-            "disk": there(path).stat().st_dev,
+            "free": shutil.disk_usage(nearest(path)).free,
+            "disk": nearest(path).stat().st_dev,
         }
         for field, path in folders_of(sweep).items()
     ]
@@ -320,11 +320,6 @@ def cramped(disk: list[dict[str, Any]]) -> list[str]:
                 "space, choose another disk, or ask for fewer trials or seeds."
             )
     return told
-
-
-def there(path: Path) -> Path:
-    """Return the nearest folder above `path`, or `path` itself, that exists."""
-    return next(one for one in (path.absolute(), *path.absolute().parents) if one.is_dir())
 
 
 def folders_of(sweep: Sweep) -> dict[str, Path]:

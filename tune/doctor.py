@@ -93,9 +93,7 @@ def _records(folder: Path) -> Iterator[Finding]:
         spent(folder / "spent.json")
     yield from found
     if (ids := folder / "mlflow.json").exists():
-        with _told(
-            "mlflow.json", "it is removed: the runs are found in MLflow by their parent"
-        ) as found:
+        with _told("mlflow.json", "it is removed: MLflow gets new runs") as found:
             read_record(ids)
         yield from (replace(each, mend=partial(ids.unlink, missing_ok=True)) for each in found)
     if count := unsent(folder / "spool.jsonl"):

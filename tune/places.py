@@ -1,12 +1,33 @@
-"""Where a sweep's files may lie when several machines take part, told by plain data: neither Ray nor a disk is asked."""
+"""The machines that a sweep would run on, asked before it starts, and where its files may lie if there are several."""
 
 import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from richkd import estimate
+from richkd.errors import ConfigError
+from richkd.files import nearest
+from tune.environment import PROJECT
 
 VOLATILE = ("tmpfs", "ramfs", "overlay")  # file systems that end with a machine or a container
 JOB = "working_dir_files"  # Ray's folder of what a job brought
+REACH, ASK = 5.0, 30.0  # seconds that a cluster may take to be reached, and to be asked
+PATIENCE = 60.0  # seconds that the machines of a cluster may take to look at a folder
+ASKED = """
+import json, sys, ray
+from pathlib import Path
+from tune import nodes
+from tune.runner import runtime_env
+ray.init(address=sys.argv[1], runtime_env=runtime_env(), log_to_driver=False, logging_level="ERROR")
+print(json.dumps({}))
+"""
 
 
 def mounts() -> list[tuple[Path, str]]:
@@ -66,3 +87,71 @@ def unsafe(
             "folder on a shared file system, or to an address such as s3://BUCKET/FOLDER."
         )
     return told
+
+
+def check(
+    machines: int, address: str | None, state: Path, tracking: str, storage: str, *, shared: bool
+) -> list[str]:
+    """Return what `unsafe` says of a sweep, after the other machines have looked for its storage.
+
+    Args:
+        machines: How many there are.
+        address: Of their cluster.
+        state: As `unsafe` takes it.
+        tracking: As `unsafe` takes it.
+        storage: As `unsafe` takes it.
+        shared: Whether `storage` is an address, which needs no look.
+
+    Raises:
+        ConfigError: If the cluster does not answer.
+    """
+    blind = [] if machines < 2 or shared else unseen(address, Path(storage))
+    return unsafe(machines, state, tracking, mounts(), storage, blind)
+
+
+def machines_of(address: str | None) -> list[dict[str, float]]:
+    """Return CPUs and GPUs of each living machine of a cluster, or of this machine where there is no address.
+
+    Raises:
+        ConfigError: If the cluster cannot be reached: in REACH seconds a port, in ASK seconds what is behind it.
+    """
+    if address in (None, "local"):
+        return [{"CPU": os.cpu_count() or 1, "GPU": estimate.gpus()}]
+    return _asked(address, "[node.resources for node in nodes.alive()]", ASK)
+
+
+def unseen(address: str, folder: Path) -> list[str]:
+    """Return the names of the machines of a cluster that do not see the nearest folder to `folder` that exists.
+
+    Raises:
+        ConfigError: If the cluster does not answer.
+    """
+    return _asked(address, "nodes.probe(Path(sys.argv[2]))", 2 * PATIENCE, str(nearest(folder)))
+
+
+def _asked(address: str, question: str, seconds: float, *arguments: str) -> Any:
+    """Return what a cluster answers.
+
+    A process of its own asks, since Ray itself would wait more than a minute for a cluster that does not answer.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdigit() and "/" not in host:
+            socket.create_connection((host, int(port)), REACH).close()
+        asked = subprocess.run(
+            [sys.executable, "-c", ASKED.format(question), address, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=True,
+            env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        )
+        return json.loads(asked.stdout.splitlines()[-1])
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or "").strip().splitlines()
+        reason = " ".join((said[-1] if said else str(error)).split())[:200]
+        if isinstance(error, subprocess.TimeoutExpired):
+            reason = f"it did not answer within {seconds:g} s"
+        raise ConfigError(
+            f"--address {address} cannot be used ({reason}); give HOST:PORT of a running Ray cluster, or none."
+        ) from error

@@ -6,44 +6,28 @@ Nothing stays behind but what the cache keeps of what was looked at.
 """
 
 import contextlib
-import json
 import os
 import re
-import socket
-import subprocess
-import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from richkd import distill, estimate
 from richkd.command import Stop
 from richkd.config import Config, Layers, build, mistakes, read
 from richkd.errors import ConfigError, Interrupted, RichkdError
-from richkd.files import NO_SPACE, check_writable
+from richkd.files import NO_SPACE, check_writable, nearest
 from richkd.progress import stoppable
-from tune.costs import cramped, folders_of, in_bytes, measured, side_by_side, there
+from tune.costs import cramped, folders_of, in_bytes, measured, side_by_side
 from tune.display import Display
-from tune.environment import PROJECT
-from tune.places import mounts, unsafe
+from tune.places import check, machines_of
 from tune.settings import Settings
 from tune.summary import STUDENTS
 from tune.sweep import NAMED, Sweep, state_of
 from tune.tracking import Tracker, public
 from tune.warmstart import printed
 
-REACH, ASK = 5.0, 30.0  # seconds that a cluster may take to be reached, and to be asked
-PATIENCE = 60.0  # seconds that the machines of a cluster may take to look at a folder
-ASKED = """
-import json, sys, ray
-from pathlib import Path
-from tune import nodes
-from tune.runner import runtime_env
-ray.init(address=sys.argv[1], runtime_env=runtime_env(), log_to_driver=False, logging_level="ERROR")
-print(json.dumps({}))
-"""
 WIDTH = 80
 
 
@@ -69,9 +53,9 @@ def plan(
     if sweep is None:
         return {"mistakes": told}
     typos, machines, task, found = list(told), [], None, {}
-    address = address or os.environ.get("RAY_ADDRESS")
     with Display("plan") as display:
         progress = stoppable(display.progress, stop or Stop())
+        address = address or os.environ.get("RAY_ADDRESS")
         with _into(told):
             machines = machines_of(address)
             slots, each = side_by_side(sweep, machines)
@@ -86,14 +70,17 @@ def plan(
     found["cluster"] = {"machines": len(machines)} | {
         what: sum(node.get(what, 0) for node in machines) for what in ("CPU", "GPU")
     }
-    storage, tracking = sweep.base.storage, Tracker.address(sweep.settings.tracking.uri)
+    tracking = Tracker.address(sweep.settings.tracking.uri)
     told += unanswered(sweep, tracking) + cramped(found.get("disk", []))
-    blind: list[str] = []
     with _into(told):
-        if len(machines) > 1 and sweep.store is None:
-            blind = unseen(address, Path(storage))
-    home = state_of(sweep.settings, sweep.base)
-    told += unsafe(len(machines), home, tracking, mounts(), storage, blind)
+        told += check(
+            len(machines),
+            address,
+            state_of(sweep.settings, sweep.base),
+            tracking,
+            sweep.base.storage,
+            shared=sweep.store is not None,
+        )
     return found | {"mistakes": list(dict.fromkeys(told))}
 
 
@@ -150,54 +137,6 @@ def choices(sweep: Sweep) -> list[Config]:
     return [sweep.resolve(settings) for settings in (printed(sweep.base.method.name), *wanted)]
 
 
-def machines_of(address: str | None) -> list[dict[str, float]]:
-    """Return CPUs and GPUs of each living machine of a cluster, or of this machine where there is no address.
-
-    Raises:
-        ConfigError: If the cluster cannot be reached: in REACH seconds a port, in ASK seconds what is behind it.
-    """
-    if address in (None, "local"):
-        return [{"CPU": os.cpu_count() or 1, "GPU": estimate.gpus()}]
-    return _asked(address, "[node.resources for node in nodes.alive()]", ASK)
-
-
-def unseen(address: str, folder: Path) -> list[str]:
-    """Return the names of the machines of a cluster that do not see the nearest folder to `folder` that exists.
-
-    Raises:
-        ConfigError: If the cluster does not answer.
-    """
-    return _asked(address, "nodes.probe(Path(sys.argv[2]))", 2 * PATIENCE, str(there(folder)))
-
-
-def _asked(address: str, question: str, seconds: float, *arguments: str) -> Any:
-    """Return what a cluster answers.
-
-    A process of its own asks, since Ray itself would wait more than a minute for a cluster that does not answer.
-    """
-    host, _, port = address.rpartition(":")
-    try:
-        if port.isdigit() and "/" not in host:
-            socket.create_connection((host, int(port)), REACH).close()
-        asked = subprocess.run(
-            [sys.executable, "-c", ASKED.format(question), address, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=True,
-            env=os.environ | {"PYTHONPATH": str(PROJECT)},
-        )
-        return json.loads(asked.stdout.splitlines()[-1])
-    except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or "").strip().splitlines()
-        reason = " ".join((said[-1] if said else str(error)).split())[:200]
-        if isinstance(error, subprocess.TimeoutExpired):
-            reason = f"it did not answer within {seconds:g} s"
-        raise ConfigError(
-            f"--address {address} cannot be used ({reason}); give HOST:PORT of a running Ray cluster, or none."
-        ) from error
-
-
 def unanswered(sweep: Sweep, tracking: str) -> list[str]:
     """Return what of a sweep's folders and its tracker cannot be used, a line each; a few bytes are written and removed."""
     told: list[str] = []
@@ -211,7 +150,7 @@ def unanswered(sweep: Sweep, tracking: str) -> list[str]:
         with _into(told):
             check_writable(path, field)
             try:
-                with tempfile.TemporaryFile(dir=there(path)) as file:
+                with tempfile.TemporaryFile(dir=nearest(path)) as file:
                     file.write(b"richkd")
                     file.flush()
                     os.fsync(file.fileno())

@@ -129,6 +129,40 @@ def check_fits(resources: Resources, cluster: dict[str, float]) -> None:
         )
 
 
+def fit(
+    resources: Resources, nodes: list[dict[str, float]], *, gpu: bool
+) -> tuple[int, dict[str, float]]:
+    """Return how many trials fit into the cluster at once, and what each of their workers takes.
+
+    Args:
+        resources: What is asked for.
+        nodes: CPUs and GPUs of each machine, as Ray says; a worker is on one of them.
+        gpu: Whether a GPU is used where there is one.
+
+    Raises:
+        ConfigError: If not even one fits.
+    """
+    cluster = {what: sum(node.get(what, 0) for node in nodes) for what in ("CPU", "GPU")}
+    check_fits(resources, cluster)
+    each: dict[str, float] = {"CPU": resources.cpus_per_worker}
+    places = [int(node.get("CPU", 0) // resources.cpus_per_worker) for node in nodes]
+    if sum(places) < resources.workers:
+        raise ConfigError(
+            f"resources.workers={resources.workers} with resources.cpus_per_worker={resources.cpus_per_worker} must "
+            f"each fit into one of the cluster's {len(nodes)} machines but only {sum(places)} do; lower one of them."
+        )
+    if gpu and cluster["GPU"]:
+        each["GPU"] = 1 / resources.trials_per_gpu
+        gpus = [int(node.get("GPU", 0)) * resources.trials_per_gpu for node in nodes]
+        places = [min(both) for both in zip(places, gpus, strict=True)]
+        if sum(places) < resources.workers:
+            raise ConfigError(
+                f"resources.workers={resources.workers} take a GPU each but the cluster has {cluster['GPU']:g}, with "
+                f"CPUs beside them for {sum(places)}; lower it, or use device=cpu."
+            )
+    return sum(places) // resources.workers, each
+
+
 def digest(settings: Settings, base: Config) -> str:
     """Return 12 hexadecimal digits that change with everything that changes a sweep's result, but for its length."""
     kept = {k: v for k, v in flatten(asdict(settings)).items() if not k.startswith(UNHASHED)}

@@ -51,8 +51,9 @@ from tune.display import Display, short, show
 from tune.driver import is_full, locked, resumable, work
 from tune.environment import differences, environment, fingerprint
 from tune.logbook import Logbook
+from tune.places import check, machines_of
 from tune.scheduler import pruner
-from tune.settings import MANY, Settings, check_fits
+from tune.settings import MANY, Settings, fit
 from tune.settings import UNHASHED as UNHASHED_SWEEP
 from tune.settings import Sweep as SweepSettings
 from tune.settings import digest as sweep_digest
@@ -251,8 +252,6 @@ def start(
         "tracking": public(tracking),
         "fingerprint": fingerprint(),
     }
-    if launch.get("address") is None and "RAY_ADDRESS" not in os.environ:
-        check_fits(settings.resources, {"CPU": os.cpu_count() or 1})
     return carry_out(sweep, asked, tracking, new=True, **launch)
 
 
@@ -406,6 +405,7 @@ def carry_out(
         check_writable(sweep.runs, "storage")
     else:
         sweep.store.probe()
+    check_place(sweep, tracking, address or os.environ.get("RAY_ADDRESS"))
     wanted = sweep.settings.sweep
     budget = Budget(
         folder / "spent.json",
@@ -455,6 +455,15 @@ def carry_out(
                     budget.save()
     show(result)
     return result
+
+
+def check_place(sweep: Sweep, tracking: str, address: str | None) -> None:
+    """Raise ConfigError if a run fits nowhere, or where several machines would lose the sweep's state or not share it."""
+    machines = machines_of(address)
+    fit(sweep.settings.resources, machines, gpu=sweep.base.device != "cpu")
+    storage, shared = sweep.base.storage, sweep.store is not None
+    if told := check(len(machines), address, sweep.folder, tracking, storage, shared=shared):
+        raise ConfigError(" ".join(told))
 
 
 def _sum(limit: float | None, more: float) -> float | None:
