@@ -305,8 +305,9 @@ def run(
             say(
                 f"dashboard  http://{context.dashboard_url}, with the token that `ray get-auth-token` prints"
             )
-        # of its own notes, which nobody reads: on a full disk it would say a screen about them
-        logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
+        # a screen about each process that dies, of which `Deaths` has a line, and on a full disk about its own notes
+        for module in ("experiment_state", "tune_controller"):
+            logging.getLogger(f"ray.tune.execution.{module}").setLevel(logging.CRITICAL)
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         slots, each = fit(resources, nodes, gpu=gpu)

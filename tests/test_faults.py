@@ -1,0 +1,180 @@
+"""What befalls a trial on a real Ray, and what its end is called: its process dies, hangs, runs out of memory, diverges."""
+
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from richkd import checkpoint, distill
+from richkd.command import Stop
+from richkd.config import Config, build, read
+from tune import runner
+from tune.agenda import Job
+from tune.settings import Resources
+from tune.study import Failure
+
+EPOCHS = 6
+
+
+class Script:
+    """An agenda of given configs, and how each of them ended."""
+
+    def __init__(self, configs: dict[str, Config], folder: Path) -> None:
+        self.left = [
+            Job(id=name, kind="trial", method="ce", number=k, folder=folder / name, config=config)
+            for k, (name, config) in enumerate(configs.items())
+        ]
+        self.total, self.stopping, self.error = len(self.left), False, None
+        self.running: dict[str, Job] = {}
+        self.epochs: dict[str, list[int]] = {name: [] for name in configs}
+        self.ends: dict[str, tuple[dict, Failure | None]] = {}
+
+    def next(self) -> Job | None:
+        """Give out a job."""
+        job = self.left.pop(0) if self.left else None
+        if job is not None:
+            self.running[job.id] = job
+        return job
+
+    @property
+    def over(self) -> bool:
+        """Whether all have ended."""
+        return not self.left and not self.running
+
+    def epoch(self, job: Job, metrics: dict) -> bool:
+        """Hear of an epoch."""
+        self.epochs[job.id].append(metrics["epoch"])
+        return True
+
+    def ended(self, job: Job, metrics: dict, failure: Failure | None) -> None:
+        """Hear of an end."""
+        del self.running[job.id]
+        self.ends[job.id] = (metrics, failure)
+
+    def broke(self, error: Exception) -> None:
+        """Hear of an error of the driver."""
+        raise error
+
+
+def holder(folder: Path) -> int | None:
+    """Return the process that has the lock of a run folder open, None if there is none."""
+    lock = str(folder / ".lock")
+    for handles in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            links = [os.readlink(handle) for handle in handles.iterdir()]
+        except OSError:
+            continue
+        if lock in links:
+            return int(handles.parent.name)
+    return None
+
+
+class Killer(threading.Thread):
+    """Kills the process of a run after given epochs, each time once."""
+
+    def __init__(self, folder: Path, after: list[int]) -> None:
+        super().__init__(daemon=True)
+        self.folder, self.after = folder, list(after)
+        self.killed: list[tuple[int, int]] = []  # pid and epochs that were written
+
+    def run(self) -> None:
+        """Wait and kill."""
+        ends = time.monotonic() + 120
+        while self.after and time.monotonic() < ends:
+            path = self.folder / "metrics.jsonl"
+            epochs = len(path.read_text().splitlines()) if path.exists() else 0
+            if epochs >= self.after[0] and (pid := holder(self.folder)) is not None:
+                os.kill(pid, signal.SIGKILL)
+                self.killed.append((pid, epochs))
+                del self.after[0]
+            time.sleep(0.01)
+
+
+@pytest.mark.timeout(240)
+def test_each_fault_ends_its_trial_alone_and_is_called_by_its_name(
+    cluster, cache_root, tmp_path, monkeypatch
+):
+    def afflicted(job: dict) -> None:  # nested, since a worker cannot import this file
+        """Run a job, of which one hangs in its third epoch."""
+        from richkd import distill
+        from tune import trial
+
+        whole = distill.train_step
+
+        def step(*arguments, **more):
+            if arguments[6] >= 2 / 6:  # of the training
+                time.sleep(600)
+            return whole(*arguments, **more)
+
+        if job["id"] == "hangs":
+            distill.train_step = step
+        try:
+            trial.trial(job)
+        finally:
+            distill.train_step = whole
+
+    base = build(
+        read(["method.name=ce", f"cache={cache_root}", f"train.epochs={EPOCHS}", "device=cpu"])
+    )
+    with torch.random.fork_rng():
+        straight = distill.run(base, tmp_path / "straight")
+    # a teacher that sees each image as 4096 x 4096 pixels: its first map takes 300 GB
+    huge = build(
+        read(
+            [
+                *("method.name=kd", f"cache={cache_root}", "device=cpu", "train.batch_size=512"),
+                *(f"teacher.checkpoint={tmp_path / 'straight'}", "teacher.size=4096"),
+            ]
+        )
+    )
+    script = Script(
+        {
+            "killed": base,
+            "diverges": replace(base, train=replace(base.train, lr=100.0, momentum=0.9999)),
+            "hangs": base,
+            "too-large": huge,
+            "sound": replace(base, seed=1),
+        },
+        tmp_path,
+    )
+    monkeypatch.setattr(runner, "trainable", afflicted)
+    killer = Killer(tmp_path / "killed", [1, 3, 4])
+    killer.start()
+    with pytest.warns(UserWarning, match="its process died") as told:
+        runner.run(
+            script,
+            Stop(),
+            Resources(patience=8.0),
+            tmp_path / ".ray",
+            gpu=False,
+            address=None,
+        )
+    assert len({pid for pid, _ in killer.killed}) == 3  # the fault was there, thrice
+    deaths = [str(one.message).partition(":")[0] for one in told]
+    assert (deaths.count("killed"), deaths.count("hangs")) == (3, 2)
+    kinds = {name: why.kind if why else None for name, (_, why) in script.ends.items()}
+    assert kinds == {
+        "killed": None,
+        "diverges": "nan",
+        "hangs": "hung",
+        "too-large": "memory",
+        "sound": None,
+    }
+    assert script.epochs["killed"] == script.epochs["sound"] == list(range(1, EPOCHS + 1))
+    assert (script.epochs["diverges"], script.epochs["hangs"]) == ([], [1, 2])
+    hung = (tmp_path / "hangs" / "hung.txt").read_text()
+    assert hung.count("Timeout (") == 2 and "train_epoch" in hung
+    assert not (tmp_path / "diverges" / "best").exists()
+    for part in ("last", "best"):
+        found, expected = (
+            checkpoint.load(tmp_path / name / part) for name in ("killed", "straight")
+        )
+        assert found.weights.keys() == expected.weights.keys()
+        for key, value in expected.weights.items():
+            assert torch.equal(found.weights[key], value), (part, key)
+    assert script.ends["killed"][0]["best_val_top1"] == straight.metrics["best_val_top1"]
