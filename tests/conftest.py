@@ -1,7 +1,10 @@
 """What several tests share: one cache, and the miniature CLIP in it, built once."""
 
+import contextlib
 import os
 import shutil
+import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,6 +66,22 @@ def swept(cluster, miniature, cache_root, tmp_path_factory):
 
 
 @pytest.fixture
-def copied(swept, tmp_path) -> Path:
-    """A copy of the finished sweep, to be damaged."""
-    return Path(shutil.copytree(swept[0]["sweep"], tmp_path / "runs" / "small"))
+def copied(swept, tmp_path) -> Iterator[Path]:
+    """A copy of the finished sweep with an MLflow of its own, to be damaged and gone on with."""
+    source = Path(swept[0]["sweep"]).parent.parent
+    target = tmp_path / "copy"
+    shutil.copytree(source, target)
+    folder = target / "runs" / "small"
+    with contextlib.closing(sqlite3.connect(target / "mlflow.db")) as database, database:
+        for table, column in (("runs", "artifact_uri"), ("experiments", "artifact_location")):
+            database.execute(
+                f"update {table} set {column} = replace({column}, ?, ?)", (str(source), str(target))
+            )
+    asked = (folder / "sweep.json").read_text()
+    (folder / "sweep.json").write_text(asked.replace(str(source), str(target)))
+    # a process knows the place of a run's artifacts by the run's id, which the copy shares
+    from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
+
+    _artifact_repos_cache.clear()
+    yield folder
+    _artifact_repos_cache.clear()
