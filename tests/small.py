@@ -23,3 +23,16 @@ def command(*words: str, cwd: Path, **more: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def holder(folder: Path) -> int | None:
+    """Return the process that has the lock of a run folder open, None if there is none."""
+    lock = str(folder / ".lock")
+    for handles in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            links = [os.readlink(handle) for handle in handles.iterdir()]
+        except OSError:
+            continue
+        if lock in links:
+            return int(handles.parent.name)
+    return None

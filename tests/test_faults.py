@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import holder
 
 from richkd import checkpoint, distill
 from richkd.command import Stop
@@ -59,19 +60,6 @@ class Script:
     def broke(self, error: Exception) -> None:
         """Hear of an error of the driver."""
         raise error
-
-
-def holder(folder: Path) -> int | None:
-    """Return the process that has the lock of a run folder open, None if there is none."""
-    lock = str(folder / ".lock")
-    for handles in Path("/proc").glob("[0-9]*/fd"):
-        try:
-            links = [os.readlink(handle) for handle in handles.iterdir()]
-        except OSError:
-            continue
-        if lock in links:
-            return int(handles.parent.name)
-    return None
 
 
 class Killer(threading.Thread):

@@ -5,10 +5,12 @@ snapshots, since a sweep goes on from its study and its folders.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
 import signal
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +38,8 @@ from tune.study import Failure
 from tune.trial import trial as trainable
 
 RESTARTS = 3  # of a run whose process died, without an epoch in between
+LOOK_SECONDS = 5.0  # between two looks at the cluster
+FULL = os.strerror(errno.ENOSPC)  # where a process cannot even begin
 NODE_DIED = "its node has died"  # Ray's words for the end of an actor that shared its machine's
 PACKAGES = ("richkd", "tune")
 
@@ -159,9 +163,12 @@ class JobScheduler(FIFOScheduler):
 
         Tune says so also before it starts a run anew.
         """
-        if trial.should_recover():
-            return
-        self._ended(trial, death_of(last_words(trial), trial.num_failures))
+        words, full = last_words(trial), None
+        if FULL in words:  # no fault of the run's, which is left to a resume
+            full = Stopped("the disk is full; free some space")
+            self.agenda.broke(full)
+        if not trial.should_recover():
+            self._ended(trial, None if full else death_of(words, trial.num_failures))
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
         """A trial that Tune takes away before it ran is left to a resume."""
@@ -192,24 +199,34 @@ class Deaths(ray.tune.Callback):
         )
 
 
-class Clock(ray.tune.Stopper):
-    """Ends everything where it is, at its newest checkpoint, when the budget is used up."""
+class Guard(ray.tune.Stopper):
+    """Ends everything where it is, at its newest checkpoint, when the sweep cannot go on.
 
-    def __init__(self, agenda: Agenda, budget: Budget, gpus: float) -> None:
+    The budget is used up, the cluster is gone, or something broke that is no run's own.
+    """
+
+    def __init__(self, agenda: Agenda, budget: Budget | None, gpus: float) -> None:
         self.agenda, self.budget, self.gpus = agenda, budget, gpus
+        self.looked = time.monotonic()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """No single trial is stopped by it."""
         return False
 
     def stop_all(self) -> bool:
-        """Count the time since Tune last asked, which it does several times a second."""
-        used_up = None
+        """Look at both; Tune asks several times a second, also while nothing runs."""
+        why = None
         with guarded(self.agenda):
-            used_up = self.budget.tick(self.gpus * len(self.agenda.running))
-        if used_up is not None:
-            self.agenda.broke(Stopped(f"the budget is used up ({used_up})"))
-        return used_up is not None
+            used_up = self.budget and self.budget.tick(self.gpus * len(self.agenda.running))
+            if used_up:
+                why = f"the budget is used up ({used_up})"
+            elif time.monotonic() - self.looked > LOOK_SECONDS:
+                self.looked = time.monotonic()
+                if not any(node["Alive"] for node in ray.nodes()):
+                    why = "the Ray cluster is gone"
+        if why is not None:
+            self.agenda.broke(Stopped(why))
+        return self.agenda.error is not None
 
     def __getstate__(self) -> dict:
         return {}
@@ -224,7 +241,7 @@ def last_words(trial: Trial) -> str:
 def death_of(words: str, times: int) -> Failure:
     """Return the failure of a run whose process died, from what Ray says of it."""
     _, _, detail = words.partition("Worker exit detail:")
-    short = (detail or words).strip().partition(". ")[0][:200]
+    short = (detail or words.partition(") ")[2]).strip().partition(". ")[0][:200]
     kind = "memory" if "running low on memory" in words else "lost"
     return Failure(kind, f"its process died {times} times: {short}")
 
@@ -306,8 +323,8 @@ def run(
                 f"dashboard  http://{context.dashboard_url}, with the token that `ray get-auth-token` prints"
             )
         # a screen about each process that dies, of which `Deaths` has a line, and on a full disk about its own notes
-        for module in ("experiment_state", "tune_controller"):
-            logging.getLogger(f"ray.tune.execution.{module}").setLevel(logging.CRITICAL)
+        for module in ("execution.experiment_state", "execution.tune_controller", "tune"):
+            logging.getLogger(f"ray.tune.{module}").setLevel(logging.CRITICAL)
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         slots, each = fit(resources, nodes, gpu=gpu)
@@ -345,7 +362,7 @@ def run(
                 verbose=0,
                 failure_config=ray.tune.FailureConfig(max_failures=RESTARTS),
                 callbacks=[Deaths()],
-                stop=Clock(agenda, budget, gpus) if budget is not None else None,
+                stop=Guard(agenda, budget, gpus),
             ),
         ).fit()
     finally:
