@@ -33,7 +33,7 @@ class CorruptError(RichkdError):
 
 
 class Stopped(RichkdError):
-    """Stopped before the end, resumable: by a budget, a lost cluster or a full disk."""
+    """Stopped before the end, resumable: by a budget, a lost cluster or store, or a full disk."""
 
     exit_code = 75
 

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,22 @@ def rows_of(folder: Path, meta: dict[str, Any]) -> list[Metrics]:
 def seed_folders(folder: Path, seeds: int) -> list[Path]:
     """Return the run folder of each seed: `folder` itself if there is one, else `seed0`, `seed1`, ... in it."""
     return [folder] if seeds == 1 else [folder / f"seed{k}" for k in range(seeds)]
+
+
+def clear_damaged(folder: Path, seeds: int) -> None:
+    """Remove the run folders of a job of which a checkpoint or a line is not as it was written: they begin again.
+
+    What a run does is decided by its config, so it ends the same.
+    """
+    for place in seed_folders(folder, seeds):
+        try:
+            for part in ("best", "last"):
+                if checkpoint.exists(place / part):
+                    meta = checkpoint.verify(place / part)["meta"]
+                    if part == "last":
+                        rows_of(place, meta)
+        except CorruptError:
+            shutil.rmtree(place)
 
 
 def newest(folder: Path, seeds: int = 1) -> int:

@@ -1,5 +1,6 @@
 """What faults left behind: each is found by name, mended where that loses nothing, and a sound sweep has none."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,10 +10,11 @@ import subprocess
 import sys
 import time
 
-import optuna
 import pytest
+from mlflow.tracking import MlflowClient
 
 from richkd.errors import ConfigError
+from richkd.files import read_json
 from tune import doctor
 from tune import sweep as sweeps
 from tune.doctor import examine, mend
@@ -69,7 +71,6 @@ def test_a_damaged_refit_runs_again_and_ends_the_same(swept, copied):
     refit = copied / "refits" / "ce-seed1"
     before = json.loads((refit / "run.json").read_text())["metrics"]
     flip(refit / "best" / "weights.safetensors")
-    (copied / "summary.json").unlink()
     found = examine(copied)
     assert "refits/ce-seed1/best" in found[0].what
     mend(copied, found)
@@ -81,14 +82,18 @@ def test_a_damaged_refit_runs_again_and_ends_the_same(swept, copied):
     assert examine(copied) == []
 
 
-def test_torn_metrics_keep_their_whole_lines(copied):
-    path = copied / "trials" / "000" / "metrics.jsonl"
-    whole = path.read_text()
-    path.write_text(whole + whole[:50])
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe", b'{"epoch": 1'])
+def test_metrics_that_are_not_whole_are_found_and_a_torn_end_is_none(copied, damage):
+    (refit,) = copied.glob("refits/ce-seed0")
+    path = refit / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:50])  # of a kill in the middle of a line, which nobody reads
+    assert examine(copied) == []
+    path.write_bytes(damage + b"\n" + whole.partition(b"\n")[2])
     found = examine(copied)
-    assert "torn line" in found[0].what
+    assert len(found) == 1 and "metrics.jsonl must have a line for each" in found[0].what
     mend(copied, found)
-    assert path.read_text() == whole
+    assert not refit.exists()  # it runs again
 
 
 @pytest.mark.parametrize("name", ["sweep.json", "spent.json"])
@@ -106,6 +111,34 @@ def test_a_study_that_cannot_be_read_is_named(copied, damage):
     found = examine(copied)
     assert len(found) == 1
     assert "study" in found[0].what and "copy" in found[0].advice
+
+
+def test_a_damaged_last_checkpoint_of_a_refit_costs_no_best_one(copied):
+    refit = copied / "refits" / "ce-seed1"
+    flip(refit / "last" / "weights.safetensors")
+    found = examine(copied)
+    assert len(found) == 1
+    mend(copied, found)
+    assert examine(copied) == []
+    assert (refit / "best" / "manifest.json").exists() and not (refit / "last").exists()
+    assert (copied / "summary.json").exists()
+
+
+def test_what_mlflow_takes_for_running_is_told_to_have_stopped(copied):
+    client = MlflowClient(tracking_uri=read_json(copied / "sweep.json")["tracking"])
+    ids = read_json(copied / "mlflow.json")
+    (copied / "summary.json").unlink()
+    with contextlib.closing(sqlite3.connect(copied / "study.db")) as database, database:
+        database.execute("update trials set state = 'RUNNING' where number = 2 and study_id = 1")
+    for run in ("small", "small/trial-002"):
+        client.update_run(ids[run], status="RUNNING")
+    found = [finding for finding in examine(copied) if "MLflow says" in finding.what]
+    assert [finding.what for finding in found] == ["MLflow says that small, small/trial-002 run"]
+    mend(copied, found)
+    for run in ("small", "small/trial-002"):
+        told = client.get_run(ids[run])
+        assert (told.info.status, told.data.tags["richkd.state"]) == ("KILLED", "stopped")
+    assert not any("MLflow" in text for text in texts(copied))
 
 
 def test_trials_that_nobody_runs_are_found_and_resume_goes_on_with_them(copied):
@@ -154,23 +187,3 @@ def test_a_worker_that_outlived_its_cluster_is_found_and_killed(copied):
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-
-
-def test_the_status_of_a_finished_sweep_counts_what_the_study_and_the_folders_hold(swept):
-    answer, _ = swept
-    from pathlib import Path
-
-    folder = Path(answer["sweep"])
-    found = status(folder)
-    studies = [
-        optuna.load_study(study_name=name, storage=f"sqlite:///{folder / 'study.db'}")
-        for name in ("richkd", "kd")
-    ]
-    states = [trial.state.name.lower() for study in studies for trial in study.trials]
-    assert found["trials"] == {name: states.count(name) for name in set(states)} | {"of": 8}
-    assert found["refits"] == {"finished": 10, "begun": 0, "of": 10}
-    assert (found["state"], found["driver"], found["unsent"]) == ("finished", None, 0)
-    assert found["best"]["val_top1"] == answer["best"]["val_top1"]
-    assert 0 < found["hours"] < 1
-    json.dumps(found)
-    assert max(map(len, lines(found))) < 120

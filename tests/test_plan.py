@@ -194,21 +194,28 @@ SERVER, RUNNING = "http://mlflow:5000", Path("/srv/runs")
 )
 def test_a_state_that_would_be_lost_is_refused_on_several_machines(state, word, monkeypatch):
     monkeypatch.setattr(places.tempfile, "gettempdir", lambda: "/tmp")
-    (told,) = unsafe(2, Path(state), SERVER, MOUNTS, "/srv/runs")
+    (told,) = unsafe(2, Path(state), SERVER, MOUNTS, {})
     assert told.startswith("sweep.state must outlive")
     assert word in told
     assert "set sweep.state" in told
-    assert unsafe(1, Path(state), SERVER, MOUNTS, "/srv/runs") == []
+    assert unsafe(1, Path(state), SERVER, MOUNTS, {}) == []
 
 
 def test_a_database_of_one_machine_and_an_unseen_storage_are_refused_on_several():
     database = "sqlite:////srv/mlflow.db"
-    told = unsafe(3, RUNNING, database, MOUNTS, "/srv/runs", ["10.0.0.2"])
-    assert [line.split()[0] for line in told] == ["tracking.uri", "storage"]
+    unseen = {
+        "storage": (Path("/srv/runs"), ["10.0.0.2"]),
+        "cache": (Path("/srv/cache"), ["10.0.0.3"]),
+    }
+    told = unsafe(3, RUNNING, database, MOUNTS, unseen)
+    assert [line.split()[0] for line in told] == ["tracking.uri", "storage", "cache"]
     assert "http://HOST:5000" in told[0]
-    assert "10.0.0.2" in told[1]
-    assert unsafe(1, RUNNING, database, MOUNTS, "/srv/runs") == []
-    assert unsafe(3, RUNNING, SERVER, MOUNTS, "/srv/runs") == []
+    assert "/srv/runs is not by 10.0.0.2" in told[1]
+    assert "/srv/cache is not by 10.0.0.3" in told[2] and "teacher.checkpoint" in told[2]
+    seen = {field: (folder, []) for field, (folder, _) in unseen.items()}
+    assert unsafe(3, RUNNING, SERVER, MOUNTS, seen) == []
+    assert unsafe(1, RUNNING, database, MOUNTS, {}) == []
+    assert unsafe(3, RUNNING, SERVER, MOUNTS, {}) == []
 
 
 def test_the_mounts_of_this_machine_have_its_root():
@@ -248,7 +255,7 @@ def server():
 def test_a_server_is_asked_for_its_health(server, status, why):
     server.status = status
     found = Tracker.probe(f"http://me:secret@127.0.0.1:{server.server_port}/")
-    assert server.asked == ["/health"]
+    assert server.asked == ["/api/2.0/mlflow/experiments/search?max_results=1"]
     assert found is None if why is None else why in found
 
 
@@ -263,18 +270,18 @@ def test_a_closed_port_is_told():
         port = once.getsockname()[1]
     assert "refused" in Tracker.probe(f"http://127.0.0.1:{port}")
     with pytest.raises(ConfigError, match="cannot be used .*refused.*HOST:PORT"):
-        plans.machines_of(f"127.0.0.1:{port}")
+        places.machines_of(f"127.0.0.1:{port}")
 
 
 def test_a_port_behind_which_is_no_ray_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(plans, "ASK", 1.0)
+    monkeypatch.setattr(places, "ASK", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         with pytest.raises(ConfigError, match="did not answer within 1 s"):
-            plans.machines_of(f"127.0.0.1:{silent.getsockname()[1]}")
+            places.machines_of(f"127.0.0.1:{silent.getsockname()[1]}")
 
 
 def test_a_cluster_says_what_it_has(cluster):
-    (found,) = plans.machines_of(ray.get_runtime_context().gcs_address)
+    (found,) = places.machines_of(ray.get_runtime_context().gcs_address)
     assert found["CPU"] == 2
 
 
@@ -282,7 +289,7 @@ def test_a_folder_is_looked_for_on_the_machines_of_a_cluster_and_nothing_stays_i
     cluster, tmp_path
 ):
     address = ray.get_runtime_context().gcs_address
-    assert plans.unseen(address, tmp_path / "not" / "yet") == []  # a single machine sees its own
+    assert places.unseen(address, tmp_path / "not" / "yet") == []  # a single machine sees its own
     assert list(tmp_path.iterdir()) == []
 
 
@@ -397,14 +404,20 @@ def test_a_storage_that_is_an_address_is_asked_for_by_its_own_probe(here, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_on_two_machines_what_one_alone_can_use_is_refused_with_its_mend(here, monkeypatch):
+def test_on_two_machines_what_one_alone_can_use_is_refused_with_its_mend(
+    here, cache_root, monkeypatch
+):
     monkeypatch.setattr(plans, "machines_of", lambda _: [{"CPU": 4.0}, {"CPU": 2.0}])
     asked = []
-    monkeypatch.setattr(plans, "unseen", lambda *of: asked.append(of) or ["10.0.0.2"])
+    monkeypatch.setattr(places, "unseen", lambda *of: asked.append(of) or ["10.0.0.2"])
     found = plans.plan(here, address="head:6379")
     fields = [line.split()[0] for line in found["mistakes"]]
-    assert fields == ["sweep.state", "tracking.uri", "storage"]  # tests lie among temporary files
-    assert asked == [("head:6379", Path("runs"))]
+    # tests lie among temporary files, and train their teacher
+    assert fields == ["sweep.state", "tracking.uri", "storage", "cache"]
+    assert [(address, folder.name) for address, folder in asked] == [
+        ("head:6379", "runs"),
+        ("head:6379", cache_root.name),
+    ]
     assert found["side_by_side"] == 6
     assert found["cluster"] == {"machines": 2, "CPU": 6, "GPU": 0}
 

@@ -4,6 +4,7 @@ import json
 import sqlite3
 from pathlib import Path
 
+import optuna
 import pytest
 from audit import audit, rows_of, trials_of
 from mlflow.tracking import MlflowClient
@@ -192,6 +193,75 @@ def test_a_sweep_ends_when_its_hours_are_used_up_and_goes_on_with_more(
     assert audit(folder, uri) == {"trials": 4, "refits": 5}
 
 
+@pytest.mark.timeout(240)
+def test_with_other_settings_trials_that_ran_begin_anew_and_the_record_agrees(
+    cluster, miniature, cache_root, tmp_path
+):
+    words = ("sweep.hours=0.001", "train.epochs=30", "sweep.scheduler=none", "refit.seeds=1")
+    words += ("sweep.trials=2",)
+    with pytest.raises(Stopped, match="sweep.hours=0.001"):
+        start(tmp_path, cache_root, *words)
+    folder, uri = tmp_path / "runs" / "own", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    before = {
+        name for name, (trial, _) in trials_of(folder).items() if trial.state.name == "RUNNING"
+    }
+    assert before
+    layers = Layers.from_list(read_json(folder / "sweep.json")["layers"])
+    other = layers.over("", {"train.epochs": 3, "sweep.hours": 1.0})
+    answer = sweeps.start(other, resume=True, changed=True)
+    assert answer["failed"] == 0
+    trials = trials_of(folder)
+    failed = {name for name, (trial, _) in trials.items() if trial.state.name == "FAIL"}
+    assert failed == before
+    again = {trial.user_attrs.get("retry_of") for trial, _ in trials.values()} - {None}
+    assert again == {trials[name][0].number for name in failed}
+    assert audit(folder, uri) == {"trials": 4 + len(failed), "refits": 5}
+    assert read_json(folder / "sweep.json")["changes"][0]["found"] == ["train.epochs: 30 -> 3"]
+
+
+def test_a_name_that_a_run_has_is_no_sweeps(cluster, miniature, cache_root, tmp_path):
+    (tmp_path / "runs" / "own").mkdir(parents=True)
+    (tmp_path / "runs" / "own" / "run.json").write_text("{}")
+    with pytest.raises(ConfigError, match="sweep.name=own is taken: .* holds a run"):
+        start(tmp_path, cache_root)
+
+
+def test_a_study_of_that_name_in_a_shared_database_is_not_adopted(
+    swept, cluster, miniature, cache_root, tmp_path
+):
+    study = f"sqlite:///{Path(swept[0]['sweep']) / 'study.db'}"
+    names = optuna.get_all_study_names(study)
+    assert names == ["richkd", "kd"]
+    shared = f"sqlite:///{tmp_path / 'shared.db'}"
+    for name in names:
+        optuna.copy_study(
+            from_study_name=name,
+            from_storage=study,
+            to_storage=shared,
+            to_study_name=f"own/{name}",
+        )
+    with pytest.raises(ConfigError, match="sweep.study has trials of that name"):
+        start(tmp_path, cache_root, f"sweep.study={shared}")
+
+
+def test_a_budget_that_is_used_up_is_told_before_anything_is_prepared(copied, planned, monkeypatch):
+    monkeypatch.undo()
+    (copied / "summary.json").unlink()
+    layers = Layers.from_list(read_json(copied / "sweep.json")["layers"])
+    write_json(copied / "spent.json", {"seconds": 7200.0, "gpu_seconds": 0.0})
+    with pytest.raises(Stopped, match="--add-hours 1"):
+        sweeps.start(layers.over("", {"sweep.hours": 2.0}), resume=True)
+    assert not (copied / "summary.json").exists()
+
+
+def test_another_tracker_may_be_given_to_a_sweep_that_goes_on(copied, planned):
+    (copied / "summary.json").unlink()
+    layers = Layers.from_list(read_json(copied / "sweep.json")["layers"])
+    other = "sqlite:////elsewhere/mlflow.db"
+    sweeps.start(layers.over("", {"tracking.uri": other}), resume=True)
+    assert planned[0]["asked"]["tracking"] == other
+
+
 def test_two_drivers_of_one_sweep_are_one_too_many(copied):
     (copied / "summary.json").unlink()
     with locked(copied), pytest.raises(ConfigError, match="is working on small"):
@@ -208,7 +278,6 @@ def test_changed_code_is_shown_and_needs_leave(copied, planned):
     assert planned == []
     sweeps.go_on(copied, changed=True)
     assert planned[0]["asked"]["changes"][0]["found"][0].startswith("richkd/distill.py: ")
-    assert not planned[0]["anew"]
 
 
 def test_changed_settings_are_shown_and_need_leave(copied, planned):
@@ -221,7 +290,6 @@ def test_changed_settings_are_shown_and_need_leave(copied, planned):
     with pytest.raises(ConfigError, match="train.lr: 0.05 -> 0.01; go back to that, or say"):
         sweeps.start(other, **launch)
     sweeps.start(other, changed=True, **launch)
-    assert planned[1]["anew"]
     assert planned[1]["sweep"].base.train.lr == 0.01
 
 

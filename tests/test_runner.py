@@ -9,7 +9,8 @@ from ray.tune.search import Searcher
 
 from richkd.command import Stop
 from richkd.errors import ConfigError, Interrupted
-from tune.runner import RESTARTS, Deaths, JobScheduler, JobSearcher, death_of
+from tune import runner
+from tune.runner import PROCESS_RESTARTS, Deaths, Guard, JobScheduler, JobSearcher, death_of
 from tune.settings import Resources, fit
 from tune.sweep import is_full
 
@@ -18,7 +19,9 @@ SHARED = {"workers": 1, "each": {"CPU": 1}, "threads": 1, "scratch": "scratch"}
 
 def running(name: str, failures: int = 0) -> SimpleNamespace:
     """Return what Tune hands over of a trial."""
-    return SimpleNamespace(config={"id": name}, num_failures=failures, max_failures=RESTARTS)
+    return SimpleNamespace(
+        config={"id": name}, num_failures=failures, max_failures=PROCESS_RESTARTS
+    )
 
 
 class Broken:
@@ -186,7 +189,7 @@ def test_a_run_that_gets_on_may_lose_its_process_as_often_as_it_likes():
 
     some = running("trial-000", failures=7)
     JobScheduler(Heard(), Stop()).on_trial_result(None, some, {"run/epoch": 1})
-    assert some.max_failures == 7 + RESTARTS
+    assert some.max_failures == 7 + PROCESS_RESTARTS
 
 
 DIED = (
@@ -198,8 +201,12 @@ DIED = (
 @pytest.mark.parametrize(
     ("reason", "allowed", "what"),
     [
-        ("its worker process has died. Worker exit type: SYSTEM_ERROR", RESTARTS, "process"),
-        ("its node has died. Node Id: 0123", RESTARTS + 1, "machine"),
+        (
+            "its worker process has died. Worker exit type: SYSTEM_ERROR",
+            PROCESS_RESTARTS,
+            "process",
+        ),
+        ("its node has died. Node Id: 0123", PROCESS_RESTARTS + 1, "machine"),
     ],
 )
 def test_the_loss_of_a_machine_is_not_held_against_a_run(tmp_path, reason, allowed, what):
@@ -241,3 +248,55 @@ def test_a_death_counts_only_if_the_run_is_not_started_anew(tmp_path, again, end
     JobScheduler(agenda, Stop()).on_trial_error(None, some)
     assert len(heard) == ends
     assert all(why.kind == "lost" for *_, why in heard)
+
+
+class Agenda:
+    """What a guard tells of."""
+
+    def __init__(self) -> None:
+        self.running, self.error = {}, None
+
+    def broke(self, error: Exception) -> None:
+        """Hear of an error."""
+        self.error = self.error or error
+
+
+def guard(monkeypatch, nodes: list, fits) -> tuple[Guard, list[float]]:
+    """Return a guard over a cluster of these nodes, and its clock."""
+    now = [0.0]
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(runner, "alive", lambda: nodes)
+    return Guard(Agenda(), None, 0, fits), now
+
+
+def test_a_cluster_that_is_gone_ends_the_sweep_resumably(monkeypatch):
+    nodes = ["one"]
+    watch, now = guard(monkeypatch, nodes, lambda: None)
+    now[0] += 6
+    assert not watch.stop_all()
+    nodes.clear()
+    now[0] += 6
+    assert watch.stop_all()
+    assert watch.agenda.error.exit_code == 75
+    assert "the Ray cluster is gone" in str(watch.agenda.error)
+
+
+def test_a_cluster_without_room_for_a_run_is_waited_for_and_not_for_ever(monkeypatch):
+    full = [False]
+
+    def fits() -> None:
+        if full[0]:
+            raise ConfigError("no room")
+
+    watch, now = guard(monkeypatch, ["head"], fits)
+    full[0] = True
+    for _ in range(100):
+        now[0] += 5.9
+        assert not watch.stop_all()
+    full[0] = False  # an autoscaler has found a machine
+    now[0] += 6
+    assert not watch.stop_all()
+    full[0] = True
+    now[0] += 601
+    assert watch.stop_all()
+    assert "room for a run" in str(watch.agenda.error)

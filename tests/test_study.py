@@ -248,16 +248,22 @@ def test_a_search_that_is_given_more_trials_goes_on_from_the_last_one(databases)
     assert all(params not in before for _, params, _ in given)
 
 
-def test_trials_that_ran_begin_anew_when_their_settings_have_changed(databases):
+def test_a_trial_that_ran_with_other_settings_is_put_on_the_list_again(databases):
     storage = databases()
     search = open_search(storage, trials=2, points=POINTS)
     asked = [search.ask(), search.ask()]
+    assert not search.stale(0, "first") and not search.stale(1, "first")
     search.epoch(0, 1, 50.0)
     succeed(search, 1, 90.0)
+    same = open_search(storage, trials=2, points=POINTS)
+    assert not same.stale(same.ask()[0], "first")
     again = open_search(storage, trials=2, points=POINTS)
-    again.begin_anew()
+    assert again.stale(again.ask()[0], "second")
+    # a driver that is killed here has told nobody yet: the trial is run once too often, and none is lost
+    fail(again, 0, "error")
     number, *rest = again.ask()
     assert (number, rest, again.newest(number)) == (2, list(asked[0][1:]), 0)
+    assert not again.stale(number, "second")
     assert again.failures() == {}
     assert again.ask() is None
 

@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 import ray.tune
 import torch
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, NodeDiedError
 from ray.train import ControllerError, WorkerGroupError
 from torch import distributed
 
-from richkd import distill, record
+from richkd import checkpoint, distill, record
 from richkd.config import build, read, to_dict
 from richkd.errors import DataError, NonFiniteError
 from tune import trial as trials
-from tune.trial import RESTARTS, UNSURE, trial
+from tune.trial import UNSURE, WORKER_RESTARTS, trial
 from tune.watchdog import Watchdog, hangs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -294,10 +294,10 @@ GONE = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer 
 @pytest.mark.parametrize(
     ("failures", "attempts", "found"),
     [
-        ({0: GONE, 1: DIED}, RESTARTS + 1, "lost"),
-        ({0: GONE}, RESTARTS + 1, "lost"),
-        ({0: distributed.DistBackendError("NCCL"), 1: DIED}, RESTARTS + 1, "lost"),
-        ({0: ValueError("of the death"), 1: DIED}, RESTARTS + 1, "lost"),
+        ({0: GONE, 1: DIED}, WORKER_RESTARTS + 1, "lost"),
+        ({0: GONE}, WORKER_RESTARTS + 1, "lost"),
+        ({0: distributed.DistBackendError("NCCL"), 1: DIED}, WORKER_RESTARTS + 1, "lost"),
+        ({0: ValueError("of the death"), 1: DIED}, WORKER_RESTARTS + 1, "lost"),
         ({0: GONE, 1: NO_GPU_MEMORY}, 1, "memory"),
         ({0: DataError("no labels"), 1: GONE}, 1, "error"),
         ({0: GONE, 1: ValueError("a mistake")}, 1, "error"),
@@ -319,6 +319,47 @@ def test_workers_are_started_anew_only_if_one_of_them_died(
     (said,) = reports
     assert said["class"] == found
     assert (tmp_path / "run" / "error.txt").exists() == ("a mistake" in said["failed"])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "death", "attempts"),
+    [
+        (
+            [0, *range(1, 11)] + [10] * 9,
+            DIED,
+            10 + WORKER_RESTARTS + 1,
+        ),  # it gets on for ten epochs
+        ([0] * 30, NodeDiedError("The node has died."), None),
+    ],
+)
+def test_workers_that_get_on_or_lose_their_machine_are_started_as_often_as_need_be(
+    reports, monkeypatch, tmp_path, epochs, death, attempts
+):
+    reached, count = iter(epochs), [0]
+
+    def fit(job: dict, name: str) -> None:
+        count[0] += 1
+        if attempts is None and count[0] == 20:
+            return
+        raise WorkerGroupError("what the workers said", {0: death})
+
+    monkeypatch.setattr(trials, "_fit", fit)
+    monkeypatch.setattr(trials, "_newest", lambda _: next(reached))
+    trial(job_of(tmp_path / "run", workers=2))
+    assert count[0] == (attempts or 20)
+    assert [said["class"] for said in reports] == (["lost"] if attempts else [])
+
+
+def test_a_run_whose_checkpoint_is_damaged_begins_again_and_ends_the_same(reports, tmp_path):
+    trial(job_of(tmp_path / "whole"))
+    trial(job_of(tmp_path / "run"))
+    path = tmp_path / "run" / "last" / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    reports.clear()
+    trial(job_of(tmp_path / "run"))
+    assert "finished" in reports[-1]
+    weights = [checkpoint.load(tmp_path / name / "last").weights for name in ("whole", "run")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def test_a_controller_that_is_lost_is_started_anew(reports, monkeypatch, tmp_path):

@@ -8,6 +8,7 @@
     python -m tune resume --add-trials 16             # or give a finished one more to do
     python -m tune retry --class lost                 # try failed trials again
     python -m tune sync                               # send MLflow what it has missed
+    python -m tune doctor                             # what faults left behind
     python -m tune train resources.workers=2          # one distillation over two workers
     python -m tune scale resources.workers=1,2        # images per second over so many workers
     python -m tune best --copy-to student             # the best checkpoint, verified
@@ -166,7 +167,7 @@ def retry(arguments: argparse.Namespace) -> Done:
     """Try failed trials again, and go on."""
     from tune.sweep import More
 
-    kinds = arguments.__dict__["class"] or ",".join(RETRIED)
+    kinds = vars(arguments)["class"] or ",".join(RETRIED)
     return _go_on(arguments, More(retry=tuple(kinds.split(","))))
 
 
@@ -201,6 +202,7 @@ def status(arguments: argparse.Namespace) -> Done:
 def doctor(arguments: argparse.Namespace) -> Done:
     """Find, and mend, what faults left behind."""
     folder = _one_sweep(arguments.words)
+    from tune.best import called
     from tune.doctor import examine, mend
 
     found = examine(folder, arguments.address)
@@ -209,10 +211,10 @@ def doctor(arguments: argparse.Namespace) -> Done:
     left = found
     if arguments.fix:
         mend(folder, found)
-        left = examine(folder)
+        left = examine(folder, arguments.address)
     mended = len(found) - len(left)
     curable = sum(finding.mend is not None for finding in left)
-    hint = f"; mend {curable}: python -m tune doctor {folder.name} --fix" if curable else ""
+    hint = f"; mend {curable}: python -m tune doctor {called(folder)} --fix" if curable else ""
     say(f"{folder.name}: {len(found)} found, {mended} mended{hint}")
     answer = {"found": [finding.what for finding in found], "mended": mended}
     return Done(answer | {"left": [finding.what for finding in left]})
@@ -292,7 +294,7 @@ CLUSTER = {
 
 CHANGED = {"changed": "go on though code or settings have changed since the sweep began"}
 RETRIED = ("error", "lost", "hung", "metric")  # classes whose cause may have gone
-EXISTING = "[SWEEP] [storage=FOLDER]"
+EXISTING = "[SWEEP] [storage=FOLDER] [sweep.state=FOLDER]"
 
 VERBS = {
     "plan": Verb(
@@ -340,7 +342,10 @@ VERBS = {
         run=doctor,
         help="find what faults left behind",
         words=EXISTING,
-        flags={"fix": "mend what can be mended", "address=HOST:PORT": "look at a Ray cluster, too"},
+        flags={
+            "fix": "mend what can be mended",
+            "address=HOST:PORT": "of a Ray cluster: find what it keeps for drivers that ended",
+        },
     ),
     "sync": Verb(
         run=sync,

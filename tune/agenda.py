@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from optuna.trial import TrialState
 
-from richkd.config import Config
+from richkd.config import Config, digest
 from richkd.errors import ConfigError
 from tune.study import Failure, Search, settings_of
 
@@ -139,15 +139,26 @@ class Agenda:
                     search.tell(number, TrialState.FAIL, {}, why)
                     self.failed[f"trial-{search.label(number)}"] = why
                     continue
+                if search.stale(number, digest(job.config)):
+                    self._over(job, search, Failure("error", "the settings changed while it ran"))
+                    continue
                 job = replace(job, heard=search.newest(number))
                 if 0 < job.heard < job.config.train.epochs and search.stops_here(number):
-                    search.tell(number, TrialState.PRUNED, {})
-                    for listener in self.listeners:
-                        listener.started(job)
-                        listener.ended(job, "pruned", {})
+                    self._over(job, search, None)
                     continue
                 return job
         return None
+
+    def _over(self, job: Job, search: Search, why: Failure | None) -> None:
+        """End a trial that an earlier driver left, where it is: pruned, or failed and tried again."""
+        state, name, metrics = TrialState.PRUNED, "pruned", {}
+        if why is not None:
+            state, name = TrialState.FAIL, "failed"
+            metrics = {"error": why.text, "failure": why.kind}
+        search.tell(job.number, state, metrics, why)
+        for listener in self.listeners:
+            listener.started(job)
+            listener.ended(job, name, metrics)
 
     def _next_refit(self) -> Job | None:
         self._collect()

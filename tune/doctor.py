@@ -8,26 +8,31 @@ stays: a file that no longer is what it was, a process that outlived its driver.
 """
 
 import contextlib
-import json
 import os
+import platform
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from richkd import checkpoint
-from richkd.config import Layers
 from richkd.errors import ConfigError, CorruptError
 from richkd.files import read_record
+from richkd.record import rows_of
+from tune.best import called
 from tune.budget import spent
 from tune.driver import OWNER, locked, owner_of, works
-from tune.status import SEARCHES, unsent
-from tune.sweep import Sweep, open_searches
+from tune.logbook import CLOSE_SECONDS
+from tune.places import machines_of
+from tune.status import unsent
+from tune.sweep import Sweep, asked_of, open_searches
+from tune.tracking import Tracker
 
 PROC = Path("/proc")
-MANY = 10_000  # what the cluster is asked for, at most
+LIMIT = 10_000  # what the cluster is asked for, at most
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +65,11 @@ def examine(folder: Path, address: str | None = None) -> list[Finding]:
         who = f"pid {owner['pid']}" if owner else "a driver"
         raise ConfigError(f"{who} works on {folder.name}; the doctor comes when it has ended.")
     ended: set[Path] = set()
+    runs = folder
+    with contextlib.suppress(ConfigError, CorruptError):
+        runs = Sweep(folder, asked_of(folder)[1]).runs
     findings = [*_lock(folder), *_records(folder), *_study(folder, ended)]
-    findings += [*_runs(folder, ended), *_strays()]
+    findings += [*_runs(runs, folder, ended), *_strays()]
     return findings + (list(_groups(address)) if address is not None else [])
 
 
@@ -76,8 +84,9 @@ def mend(folder: Path, findings: list[Finding]) -> None:
 def _lock(folder: Path) -> Iterator[Finding]:
     if (owner := owner_of(folder)) is not None:
         path = folder / OWNER
+        died = "died" if owner["host"] == platform.node() else "may have died"
         yield Finding(
-            what=f"the driver with pid {owner['pid']} on {owner['host']} died, and left its name",
+            what=f"the driver with pid {owner['pid']} on {owner['host']} {died}, and left its name",
             advice="it is removed; if that machine is another one, make sure that nothing runs there",
             mend=partial(path.unlink, missing_ok=True),
         )
@@ -87,7 +96,7 @@ def _records(folder: Path) -> Iterator[Finding]:
     """Look at the records that belong to the sweep as a whole."""
     restore = "restore it from a copy; without it the sweep cannot go on"
     with _told("sweep.json", restore) as found:
-        read_record(folder / "sweep.json", "layers", "tracking")
+        asked_of(folder)
     yield from found
     with _told("spent.json", "restore it, or remove it: then sweep.hours counts from 0") as found:
         spent(folder / "spent.json")
@@ -99,7 +108,7 @@ def _records(folder: Path) -> Iterator[Finding]:
     if count := unsent(folder / "spool.jsonl"):
         yield Finding(
             what=f"MLflow has not got {count} messages",
-            advice=f"python -m tune sync {folder.name}",
+            advice=f"python -m tune sync {called(folder)}",
         )
     for path in folder.rglob(".*.tmp"):
         yield Finding(
@@ -112,14 +121,14 @@ def _records(folder: Path) -> Iterator[Finding]:
 def _study(folder: Path, ended: set[Path]) -> Iterator[Finding]:
     """Look at the study: trials that say they run, though no driver does. Fills in the folders of those that ended."""
     try:
-        asked = read_record(folder / "sweep.json", "layers", "tracking")
-        sweep = Sweep(folder, Layers.from_list(asked["layers"]))
+        asked, layers = asked_of(folder)
+        sweep = Sweep(folder, layers)
         if sweep.settings.sweep.study is None and not (folder / "study.db").exists():
             if (sweep.runs / "trials").exists():
                 yield Finding(what="study.db is missing", advice="restore it from a copy")
             return
-        searches = open_searches(sweep, SEARCHES, sweep.settings.sweep.trials)
-    except (ConfigError, CorruptError, TypeError) as error:
+        searches = open_searches(sweep, sweep.settings.sweep.trials)
+    except (ConfigError, CorruptError) as error:
         yield Finding(what=f"the study cannot be read: {error}", advice="restore it from a copy")
         return
     for search in searches:
@@ -130,58 +139,80 @@ def _study(folder: Path, ended: set[Path]) -> Iterator[Finding]:
     left = [
         f"trial-{search.label(trial.number)}" for search in searches for trial in search.left_over
     ]
+    open_ = [] if (folder / "summary.json").exists() else [*left, *_begun(sweep.runs)]
     if left:
         yield Finding(
             what=f"no driver runs {', '.join(left)}, though the study says so",
-            advice=f"python -m tune resume {folder.name} goes on with them, each from its newest checkpoint",
+            advice=f"python -m tune resume {called(folder)} goes on with them, each from its newest checkpoint",
+        )
+    tracker = Tracker(folder, Tracker.recall(asked["tracking"]))
+    if running := tracker.running([folder.name, *(f"{folder.name}/{job}" for job in open_)]):
+        yield Finding(
+            what=f"MLflow says that {', '.join(running)} run{'s' * (len(running) == 1)}",
+            advice="it is told that they were stopped",
+            mend=partial(_stop, folder, asked, running),
         )
 
 
-def _runs(folder: Path, ended: set[Path]) -> Iterator[Finding]:
+def _runs(runs: Path, folder: Path, ended: set[Path]) -> Iterator[Finding]:
     """Look at each run: its record, its metrics, its checkpoints."""
-    for run in sorted({path.parent for path in folder.rglob("run.json")}):
+    for run in sorted({path.parent for path in runs.rglob("run.json")}):
         if "superseded" in run.parts:
             continue
-        name = str(run.relative_to(folder))
         over = run in ended or run.parent in ended
-        advice = "its run begins again, and ends the same"
-        if over:
-            advice = "it is removed; the study has the result of its trial"
-
-        def remove(part: str, run: Path = run, over: bool = over) -> None:
-            path = run / part if over else run
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-        with _told(f"{name}/run.json", advice) as found:
-            read_record(run / "run.json", "digest")
-        yield from (replace(each, mend=partial(remove, "run.json")) for each in found)
-        with _told(f"{name}/metrics.jsonl", "its whole lines are kept") as found:
-            _lines(run / "metrics.jsonl")
-        yield from (
-            replace(each, mend=partial(_keep_lines, run / "metrics.jsonl")) for each in found
-        )
-        for part in ("last", "best"):
-            if checkpoint.exists(run / part):
-                with _told(f"{name}/{part}", advice) as found:
-                    checkpoint.verify(run / part)
-                yield from (replace(each, mend=partial(remove, part)) for each in found)
+        parts = {"run.json": partial(read_record, run / "run.json", "digest")}
+        if checkpoint.exists(run / "best"):
+            parts["best"] = partial(checkpoint.verify, run / "best")
+        if checkpoint.exists(run / "last"):
+            parts["last"] = partial(_follow, run)
+        for part, look in parts.items():
+            spared = over or (part == "last" and _tested(run))
+            advice = "its run begins again, and ends the same"
+            if spared:
+                advice = "it is removed: nobody goes on from it"
+            with _told(f"{run.relative_to(runs)}/{part}", advice) as found:
+                look()
+            mend = partial(_remove, run / part) if spared else partial(_begin_again, run, folder)
+            yield from (replace(each, mend=mend) for each in found)
 
 
-def _lines(path: Path) -> None:
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            json.loads(line)
-        except ValueError as error:
-            raise CorruptError(f"{path} has a torn line: {line[:40]!r}") from error
+def _begun(runs: Path) -> list[str]:
+    """Return the refits that have begun and are not over."""
+    folders = (path.parent for path in sorted(runs.glob("refits/*-seed*/run.json")))
+    return [f"refit-{run.name}" for run in folders if not _tested(run)]
 
 
-def _keep_lines(path: Path) -> None:
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            json.loads(line)
-            kept.append(f"{line}\n")
-    path.write_text("".join(kept))
+def _stop(folder: Path, asked: dict[str, Any], running: list[str]) -> None:
+    """Tell MLflow that runs have stopped."""
+    experiment = Sweep(folder, asked_of(folder)[1]).settings.tracking.experiment
+    tracker = Tracker(folder, Tracker.recall(asked["tracking"]), experiment)
+    tracker.start()
+    for run in running:
+        tracker.tag(run, {"richkd.state": "stopped"})
+        tracker.finish(run, "KILLED")
+    tracker.close(CLOSE_SECONDS)
+
+
+def _follow(run: Path) -> None:
+    """Raise CorruptError unless a run could go on."""
+    rows_of(run, checkpoint.verify(run / "last")["meta"])
+
+
+def _tested(run: Path) -> bool:
+    """Whether a run has read its test rows, so that it is over."""
+    with contextlib.suppress(CorruptError):
+        return "test/top1" in read_record(run / "run.json").get("metrics", {})
+    return False
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _begin_again(run: Path, folder: Path) -> None:
+    """Let a resume run it anew, be the sweep finished or not."""
+    shutil.rmtree(run, ignore_errors=True)
+    (folder / "summary.json").unlink(missing_ok=True)
 
 
 def _strays() -> Iterator[Finding]:
@@ -208,13 +239,15 @@ def orphans() -> list[tuple[int, str]]:
 
 def _groups(address: str) -> Iterator[Finding]:
     """Look for resources of a cluster that are kept for drivers that have ended."""
+    machines_of(address)  # Ray itself would wait a minute for one that does not answer
     import ray
     from ray.util.placement_group import PlacementGroup
     from ray.util.state import list_jobs, list_placement_groups
 
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    jobs = {job.job_id for job in list_jobs(limit=MANY) if job.status == "RUNNING"}
-    for group in list_placement_groups(limit=MANY, detail=True):
+    if not ray.is_initialized():
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    jobs = {job.job_id for job in list_jobs(limit=LIMIT) if job.status == "RUNNING"}
+    for group in list_placement_groups(limit=LIMIT, detail=True):
         if group.state == "REMOVED" or group.is_detached or group.creator_job_id in jobs:
             continue
         known = PlacementGroup(ray.PlacementGroupID.from_hex(group.placement_group_id))

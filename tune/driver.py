@@ -35,7 +35,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     lock = FileLock(folder / "lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # who only asks whether it is held holds it for an instant
     except Timeout:
         raise _taken(folder, owner_of(folder)) from None
     try:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,10 @@ from tune.environment import PROJECT
 
 VOLATILE = ("tmpfs", "ramfs", "overlay")  # file systems that end with a machine or a container
 JOB = "working_dir_files"  # Ray's folder of what a job brought
+MENDS = {
+    "storage": ", or to an address such as s3://BUCKET/FOLDER",
+    "cache": ", or bring a teacher (teacher.checkpoint): trained on each of them it would have other bits",
+}
 REACH, ASK = 5.0, 30.0  # seconds that a cluster may take to be reached, and to be asked
 PATIENCE = 60.0  # seconds that the machines of a cluster may take to look at a folder
 ASKED = """
@@ -45,8 +49,7 @@ def unsafe(
     state: Path,
     tracking: str,
     mounts: Sequence[tuple[Path, str]],
-    storage: str,
-    unseen: Sequence[str] = (),
+    unseen: Mapping[str, tuple[Path, Sequence[str]]],
 ) -> list[str]:
     """Return what a sweep on several machines would lose, or could not share, a line each with its mend.
 
@@ -55,8 +58,7 @@ def unsafe(
         state: Folder of study, spool and lock.
         tracking: MLflow's address.
         mounts: Place and type of each file system.
-        storage: Folder or address of run folders.
-        unseen: Machines that cannot see `storage`.
+        unseen: Folder that all must see, by its key, and the machines that do not.
     """
     if machines < 2:
         return []
@@ -81,46 +83,48 @@ def unsafe(
             f"tracking.uri must be a server where a sweep runs on {machines} machines but is {tracking}; start "
             "`mlflow server` and set tracking.uri=http://HOST:5000."
         )
-    if unseen:
-        told.append(
-            f"storage must be seen by all {machines} machines but {storage} is not by {', '.join(unseen)}; set it to a "
-            "folder on a shared file system, or to an address such as s3://BUCKET/FOLDER."
-        )
+    for field, (folder, blind) in unseen.items():
+        if blind:
+            told.append(
+                f"{field} must be seen by all {machines} machines but {folder} is not by {', '.join(blind)}; set it to a folder "
+                f"on a shared file system{MENDS[field]}."
+            )
     return told
 
 
 def check(
-    machines: int, address: str | None, state: Path, tracking: str, storage: str, *, shared: bool
+    machines: int, address: str | None, state: Path, tracking: str, shared: Mapping[str, Path]
 ) -> list[str]:
-    """Return what `unsafe` says of a sweep, after the other machines have looked for its storage.
+    """Return what `unsafe` says of a sweep, after the other machines have looked for what all must see.
 
     Args:
         machines: How many there are.
         address: Of their cluster.
         state: As `unsafe` takes it.
         tracking: As `unsafe` takes it.
-        storage: As `unsafe` takes it.
-        shared: Whether `storage` is an address, which needs no look.
+        shared: Folders that all must see, by key.
 
     Raises:
         ConfigError: If the cluster does not answer.
     """
-    blind = [] if machines < 2 or shared else unseen(address, Path(storage))
-    return unsafe(machines, state, tracking, mounts(), storage, blind)
+    looked = {}
+    if machines > 1:
+        looked = {field: (folder, unseen(address, folder)) for field, folder in shared.items()}
+    return unsafe(machines, state, tracking, mounts(), looked)
 
 
 def machines_of(address: str | None) -> list[dict[str, float]]:
-    """Return CPUs and GPUs of each living machine of a cluster, or of this machine where there is no address.
+    """Return CPUs and GPUs of each living machine of a cluster, or of this machine where none is named.
 
     Raises:
         ConfigError: If the cluster cannot be reached: in REACH seconds a port, in ASK seconds what is behind it.
     """
-    if address in (None, "local"):
+    if (address or os.environ.get("RAY_ADDRESS") or "local") == "local":
         return [{"CPU": os.cpu_count() or 1, "GPU": estimate.gpus()}]
     return _asked(address, "[node.resources for node in nodes.alive()]", ASK)
 
 
-def unseen(address: str, folder: Path) -> list[str]:
+def unseen(address: str | None, folder: Path) -> list[str]:
     """Return the names of the machines of a cluster that do not see the nearest folder to `folder` that exists.
 
     Raises:
@@ -129,17 +133,26 @@ def unseen(address: str, folder: Path) -> list[str]:
     return _asked(address, "nodes.probe(Path(sys.argv[2]))", 2 * PATIENCE, str(nearest(folder)))
 
 
-def _asked(address: str, question: str, seconds: float, *arguments: str) -> Any:
+def unusable(address: str | None, reason: str) -> ConfigError:
+    """Return the error of a Ray cluster that cannot be used."""
+    field = f"--address {address}" if address else f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"
+    return ConfigError(
+        f"{field} cannot be used ({reason}); give HOST:PORT of a running Ray cluster, or none."
+    )
+
+
+def _asked(address: str | None, question: str, seconds: float, *arguments: str) -> Any:
     """Return what a cluster answers.
 
     A process of its own asks, since Ray itself would wait more than a minute for a cluster that does not answer.
     """
-    host, _, port = address.rpartition(":")
+    place = address or os.environ["RAY_ADDRESS"]
+    host, _, port = place.rpartition(":")
     try:
         if port.isdigit() and "/" not in host:
             socket.create_connection((host, int(port)), REACH).close()
         asked = subprocess.run(
-            [sys.executable, "-c", ASKED.format(question), address, *arguments],
+            [sys.executable, "-c", ASKED.format(question), place, *arguments],
             capture_output=True,
             text=True,
             timeout=seconds,
@@ -152,6 +165,4 @@ def _asked(address: str, question: str, seconds: float, *arguments: str) -> Any:
         reason = " ".join((said[-1] if said else str(error)).split())[:200]
         if isinstance(error, subprocess.TimeoutExpired):
             reason = f"it did not answer within {seconds:g} s"
-        raise ConfigError(
-            f"--address {address} cannot be used ({reason}); give HOST:PORT of a running Ray cluster, or none."
-        ) from error
+        raise unusable(address, reason) from error

@@ -19,6 +19,7 @@ from richkd.config import Config, Layers, build, mistakes, read
 from richkd.errors import ConfigError, Interrupted, RichkdError
 from richkd.files import NO_SPACE, check_writable, nearest
 from richkd.progress import stoppable
+from tune.best import called
 from tune.costs import cramped, folders_of, in_bytes, measured, side_by_side
 from tune.display import Display
 from tune.places import check, machines_of
@@ -55,7 +56,6 @@ def plan(
     typos, machines, task, found = list(told), [], None, {}
     with Display("plan") as display:
         progress = stoppable(display.progress, stop or Stop())
-        address = address or os.environ.get("RAY_ADDRESS")
         with _into(told):
             machines = machines_of(address)
             slots, each = side_by_side(sweep, machines)
@@ -78,8 +78,7 @@ def plan(
             address,
             state_of(sweep.settings, sweep.base),
             tracking,
-            sweep.base.storage,
-            shared=sweep.store is not None,
+            sweep.shared,
         )
     return found | {"mistakes": list(dict.fromkeys(told))}
 
@@ -143,7 +142,7 @@ def unanswered(sweep: Sweep, tracking: str) -> list[str]:
     name = sweep.settings.sweep.name
     if name is not None and (sweep.folder / "sweep.json").exists():
         told.append(
-            f"sweep.name={name} is taken: {sweep.folder} holds a sweep; go on with it (python -m tune resume {name}), "
+            f"sweep.name={name} is taken: {sweep.folder} holds a sweep; go on with it (python -m tune resume {called(sweep.folder)}), "
             "or choose another."
         )
     for field, path in folders_of(sweep).items():

@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,20 @@ from richkd import cache
 from richkd.command import Stop, say
 from richkd.config import to_dict
 from richkd.errors import ConfigError, Interrupted, Stopped
+from richkd.progress import Progress
 from tune.agenda import Agenda, Job
 from tune.budget import Budget
 from tune.environment import PROJECT
-from tune.nodes import share
+from tune.nodes import alive, share
+from tune.places import unusable
 from tune.settings import Resources, fit
 from tune.store import Store
 from tune.study import Failure
 from tune.trial import trial as trainable
 
-RESTARTS = 3  # of a run whose process died, without an epoch in between
+PROCESS_RESTARTS = 3  # of a run whose process died, without an epoch in between
 LOOK_SECONDS = 5.0  # between two looks at the cluster
+ROOM_SECONDS = 600.0  # in which a cluster may find new machines for those that it lost
 FULL = os.strerror(errno.ENOSPC)  # where a process cannot even begin
 NODE_DIED = "its node has died"  # Ray's words for the end of an actor that shared its machine's
 PACKAGES = ("richkd", "tune")
@@ -144,7 +147,7 @@ class JobScheduler(FIFOScheduler):
         if metrics.get("epoch", before + 1) <= before and "finished" not in metrics:
             return TrialScheduler.CONTINUE  # workers that started anew do not know what arrived
         self.latest[job.id] = metrics
-        trial.max_failures = trial.num_failures + RESTARTS  # it gets on
+        trial.max_failures = trial.num_failures + PROCESS_RESTARTS  # it gets on
         if "stopped" in metrics:
             self.agenda.broke(Stopped(metrics["stopped"]))
         if metrics.keys() & {"failed", "finished", "stopped"}:
@@ -202,19 +205,28 @@ class Deaths(ray.tune.Callback):
 class Guard(ray.tune.Stopper):
     """Ends everything where it is, at its newest checkpoint, when the sweep cannot go on.
 
-    The budget is used up, the cluster is gone, or something broke that is no run's own.
+    The budget is used up, the cluster is gone or has had no room for a run for too long, or something broke that is no
+    run's own.
+
+    Args:
+        agenda: Is told of it.
+        budget: What may be spent; None: anything.
+        gpus: That a run holds.
+        fits: Raises ConfigError if the cluster, as it is now, has no room for a run.
     """
 
-    def __init__(self, agenda: Agenda, budget: Budget | None, gpus: float) -> None:
-        self.agenda, self.budget, self.gpus = agenda, budget, gpus
-        self.looked = time.monotonic()
+    def __init__(
+        self, agenda: Agenda, budget: Budget | None, gpus: float, fits: Callable[[], Any]
+    ) -> None:
+        self.agenda, self.budget, self.gpus, self.fits = agenda, budget, gpus, fits
+        self.looked = self.room = time.monotonic()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """No single trial is stopped by it."""
         return False
 
     def stop_all(self) -> bool:
-        """Look at both; Tune asks several times a second, also while nothing runs."""
+        """Look at all three; Tune asks several times a second, also while nothing runs."""
         why = None
         with guarded(self.agenda):
             used_up = self.budget and self.budget.tick(self.gpus * len(self.agenda.running))
@@ -222,11 +234,23 @@ class Guard(ray.tune.Stopper):
                 why = f"the budget is used up ({used_up})"
             elif time.monotonic() - self.looked > LOOK_SECONDS:
                 self.looked = time.monotonic()
-                if not any(node["Alive"] for node in ray.nodes()):
-                    why = "the Ray cluster is gone"
+                why = self._look()
         if why is not None:
             self.agenda.broke(Stopped(why))
         return self.agenda.error is not None
+
+    def _look(self) -> str | None:
+        """Return why the cluster cannot be used any more, None if it can."""
+        if not alive():
+            return "the Ray cluster is gone"
+        try:
+            self.fits()
+        except ConfigError:
+            if time.monotonic() - self.room > ROOM_SECONDS:
+                return "the cluster has lost the machines that have room for a run"
+        else:
+            self.room = time.monotonic()
+        return None
 
     def __getstate__(self) -> dict:
         return {}
@@ -234,8 +258,11 @@ class Guard(ray.tune.Stopper):
 
 def last_words(trial: Trial) -> str:
     """Return what Ray wrote of the newest failure of a trial, in one line."""
-    with open(trial.error_file) as file:
-        return " ".join(file.read().rpartition("Failure #")[2].split())
+    try:
+        text = Path(trial.error_file).read_text(errors="replace")
+    except (OSError, TypeError):  # on a full disk there is none
+        text = ""
+    return " ".join(text.rpartition("Failure #")[2].split())
 
 
 def death_of(words: str, times: int) -> Failure:
@@ -283,6 +310,7 @@ def run(
     seeds: int = 1,
     store: Store | None = None,
     dashboard: str | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Let Ray Tune run the agenda's jobs, each in a process that goes on to the next.
 
@@ -297,13 +325,16 @@ def run(
         seeds: Runs that make up a trial, side by side.
         store: Where run folders are kept, if not on a disk that all machines share; so are Ray's own notes.
         dashboard: Address of this machine at which a cluster that is started shows Ray's dashboard; None: nowhere.
+        progress: Told how many machines have what the cache of this one has; may raise to stop.
     """
     ours = not ray.is_initialized()
     if ours:
         try:
             context = ray.init(
                 # one that runs already has its own dashboard, or none
-                address=address if dashboard is None else "local",
+                address=(address or os.environ.get("RAY_ADDRESS", "local"))
+                if dashboard is None
+                else "local",
                 include_dashboard=dashboard is not None,
                 dashboard_host=dashboard or "127.0.0.1",
                 runtime_env=runtime_env(),
@@ -314,9 +345,7 @@ def run(
             raise Interrupted(signal.SIGTERM, "interrupted while Ray started") from left
         except (ValueError, ConnectionError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ConfigError(
-                f"--address {address} cannot be used ({reason}); give HOST:PORT of a running Ray cluster, or none."
-            ) from error
+            raise unusable(address, reason) from error
         stop.install()
         if dashboard is not None:
             say(
@@ -326,10 +355,13 @@ def run(
         for module in ("execution.experiment_state", "execution.tune_controller", "tune"):
             logging.getLogger(f"ray.tune.{module}").setLevel(logging.CRITICAL)
     try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        slots, each = fit(resources, nodes, gpu=gpu)
+
+        def fits() -> tuple[int, dict[str, float]]:
+            return fit(resources, [node.resources for node in alive()], gpu=gpu)
+
+        slots, each = fits()
         shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
-        share(cache.used())
+        share(cache.used(), progress=progress)
         path, files = str(scratch.parent), None
         if store is not None:
             path, files = store.base, store.files
@@ -360,9 +392,9 @@ def run(
                 storage_path=path,
                 storage_filesystem=files,
                 verbose=0,
-                failure_config=ray.tune.FailureConfig(max_failures=RESTARTS),
+                failure_config=ray.tune.FailureConfig(max_failures=PROCESS_RESTARTS),
                 callbacks=[Deaths()],
-                stop=Guard(agenda, budget, gpus),
+                stop=Guard(agenda, budget, gpus, fits),
             ),
         ).fit()
     finally:

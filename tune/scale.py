@@ -26,7 +26,8 @@ from richkd.progress import stoppable
 from tune.agenda import Agenda, Job, Refits
 from tune.display import Display
 from tune.driver import work
-from tune.settings import Resources, Settings, check_fits
+from tune.places import machines_of
+from tune.settings import Resources, Settings, fit
 
 EPOCHS = 6  # of each number of workers, of which the first one warms up
 TRIALS = 6  # one after the other in a process, of which the first one starts it
@@ -101,9 +102,9 @@ def scale(
     # absolute, for workers that have another environment
     config = build(layers.over("", {"cache": str(cache.root(config.cache))}))
     shares = {count: share(settings.resources, count) for count in sorted(counts)}
-    if address is None and "RAY_ADDRESS" not in os.environ:
-        for resources in shares.values():
-            check_fits(resources, {"CPU": os.cpu_count() or 1})
+    machines = machines_of(address)
+    for resources in shares.values():
+        fit(resources, machines, gpu=config.device != "cpu")
     found: list[dict[str, Any]] = []
     with Display("scale") as display, temporary(config.storage) as folder:
         progress = stoppable(display.progress, stop)

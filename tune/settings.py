@@ -46,7 +46,7 @@ class Sweep:
         in_range("sweep.seeds_per_trial", self.seeds_per_trial, 1, 1000)
         one_of("sweep.scheduler", self.scheduler, ("asha", "none"))
         expand(self, "state")
-        if self.study is not None and re.search(r"://[^/]*:[^/]*@", self.study):
+        if self.study is not None and re.search(r"://[^@]*:.*@|passw", self.study):
             raise ConfigError(
                 "sweep.study must hold no password, since it is written down; give it by the database's own way, such as "
                 "~/.pgpass or PGPASSWORD."

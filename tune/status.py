@@ -1,61 +1,66 @@
 """How a sweep stands: who works on it, what ran, what failed, what it took; asks nobody but its folder."""
 
+import platform
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from richkd.config import Layers
 from richkd.files import read_record
+from tune.best import called
 from tune.budget import spent
 from tune.display import describe
 from tune.driver import owner_of, works
 from tune.spool import Spool
 from tune.study import MAIN
-from tune.sweep import Sweep, open_searches
-
-SEARCHES = {MAIN: [], "kd": []}  # their first trials are in the study
+from tune.sweep import Sweep, asked_of, open_searches
 
 
 def status(folder: Path) -> dict[str, Any]:
     """Return how a sweep stands, as plain JSON.
 
     Returns:
-        `state` (`running`, `finished` or `stopped`), `driver` (of its lock), `trials` and `refits` (each how many in which
+        `sweep`, `folder`, `state` (`running`, `finished` or `stopped`), `driver` (of its lock; one on another machine may
+        have died, and counts as running), `trials` and `refits` (each how many in which
         state, and `of` how many), `epochs` of the runs under way, `best`, `failures` (class and text by run), `hours`,
-        `gpu_hours`, and `unsent`: how many messages MLflow has not got.
+        `gpu_hours` and their `limits`, and `unsent`: how many messages MLflow has not got.
 
     Raises:
         CorruptError: If the record or the study cannot be read.
     """
-    asked = read_record(folder / "sweep.json", "layers")
-    sweep = Sweep(folder, Layers.from_list(asked["layers"]))
+    asked, layers = asked_of(folder)
+    sweep = Sweep(folder, layers)
     wanted, more = sweep.settings.sweep, asked.get("more_trials", 0)
-    running, finished = works(folder), (folder / "summary.json").exists()
+    driver, finished = owner_of(folder), (folder / "summary.json").exists()
+    # of a driver on another machine there is only its word
+    running = works(folder) or (driver is not None and driver["host"] != platform.node())
     account = spent(folder / "spent.json")
     found: dict[str, Any] = {
         "sweep": folder.name,
         "folder": str(folder),
         "state": "running" if running else "finished" if finished else "stopped",
-        "driver": owner_of(folder),
+        "driver": driver,
         "trials": {},
         "epochs": {},
         "best": None,
         "failures": {},
         "hours": account["seconds"] / 3600,
         "gpu_hours": account["gpu_seconds"] / 3600,
-        "limits": {"hours": wanted.hours, "gpu_hours": wanted.gpu_hours},
+        "limits": {
+            name: None if limit is None else limit + asked.get(f"more_{name}", 0)
+            for name, limit in (("hours", wanted.hours), ("gpu_hours", wanted.gpu_hours))
+        },
         "unsent": unsent(folder / "spool.jsonl"),
     }
     states: Counter[str] = Counter()
     if (folder / "study.db").exists() or wanted.study is not None:
-        for search in open_searches(sweep, SEARCHES, wanted.trials + more):
+        for search in open_searches(sweep, wanted.trials + more):
             states.update(search.states())
             found["trials"]["of"] = found["trials"].get("of", 0) + search.trials
             for number, why in search.failures().items():
                 found["failures"][f"trial-{search.label(number)}"] = list(why)
             for trial in search.left_over:
                 label = search.label(trial.number)
-                found["epochs"][f"trial-{label}"] = epochs_of(sweep.runs / "trials" / label)
+                found["epochs"][f"trial-{label}"] = max(trial.intermediate_values, default=0)
             best = search.best()
             if search.name == MAIN and best is not None:
                 found["best"] = {
@@ -79,13 +84,6 @@ def unsent(spool: Path) -> int:
     return len(Spool(spool).waiting()) if spool.exists() else 0
 
 
-def epochs_of(folder: Path) -> int:
-    """Return how many epochs a run has behind it."""
-    paths = [folder / "metrics.jsonl", *folder.glob("seed*/metrics.jsonl")]
-    counts = [len(path.read_text().splitlines()) for path in paths if path.exists()]
-    return min(counts, default=0)
-
-
 def lines(found: dict[str, Any]) -> list[str]:
     """Return a status as lines for the terminal."""
 
@@ -99,8 +97,11 @@ def lines(found: dict[str, Any]) -> list[str]:
     driver, best = found["driver"], found["best"]
     said = [line("sweep", f"{found['sweep']}, {found['state']}")]
     if driver:
+        there = "" if driver["host"] == platform.node() else ", which cannot be looked at from here"
         said.append(
-            line("driver", f"pid {driver['pid']} on {driver['host']}, since {driver['since']}")
+            line(
+                "driver", f"pid {driver['pid']} on {driver['host']}, since {driver['since']}{there}"
+            )
         )
     said += [line("trials", counts(found["trials"])), line("refits", counts(found["refits"]))]
     if found["epochs"]:
@@ -123,9 +124,9 @@ def lines(found: dict[str, Any]) -> list[str]:
         said.append(
             line(
                 "MLflow",
-                f"lacks {found['unsent']} messages; send them: python -m tune sync {found['sweep']}",
+                f"lacks {found['unsent']} messages; send them: python -m tune sync {called(Path(found['folder']))}",
             )
         )
     if found["state"] == "stopped":
-        said.append(line("go on", f"python -m tune resume {found['sweep']}"))
+        said.append(line("go on", f"python -m tune resume {called(Path(found['folder']))}"))
     return said

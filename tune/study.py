@@ -173,25 +173,33 @@ class Search:
             if "failure" in trial.user_attrs and trial.number not in again
         }
 
-    def begin_anew(self) -> None:
-        """Let trials that an earlier driver left begin anew, as new ones: their settings have changed."""
-        left, self.left_over = self.left_over, []
-        for trial in left:
-            why = Failure("error", "the settings changed while it ran")
-            self.running[trial.number] = Trial(self.study, trial._trial_id)
-            self.tell(trial.number, TrialState.FAIL, {}, why)
-            attrs = {"settings": settings_of(trial), "retry_of": trial.number}
-            self.study.enqueue_trial(trial.params, user_attrs=attrs)
-        self.trials += len(left)
+    def stale(self, number: int, stamp: str) -> bool:
+        """Whether a trial has run with other settings than those of the digest `stamp`, which it is to run with now.
+
+        If so it is put on the list again, as a new one; the caller has to end it.
+        """
+        trial = self.running[number]
+        before = trial.user_attrs.get("stamp")
+        if before is None:
+            trial.set_user_attr("stamp", stamp)
+        if before in (None, stamp):
+            return False
+        self._again(
+            trial
+        )  # before it is ended: a kill in between makes one trial too many, and none is lost
+        return True
+
+    def _again(self, trial: FrozenTrial | Trial) -> None:
+        attrs = {"settings": settings_of(trial), "retry_of": trial.number}
+        self.study.enqueue_trial(trial.params, user_attrs=attrs)
+        self.trials += 1
 
     def retry(self, kinds: Collection[str]) -> int:
         """Put failed trials of these kinds on the list again, as new ones; return how many."""
         trials = self.study.get_trials(deepcopy=False)
         failed = [number for number, why in self.failures().items() if why.kind in kinds]
         for number in failed:
-            attrs = {"settings": settings_of(trials[number]), "retry_of": number}
-            self.study.enqueue_trial(trials[number].params, user_attrs=attrs)
-        self.trials += len(failed)
+            self._again(trials[number])
         return len(failed)
 
     def leading(self, count: int) -> list[int]:

@@ -34,7 +34,7 @@ from richkd.config import (
     to_dict,
 )
 from richkd.data import load
-from richkd.errors import ConfigError, CorruptError, RichkdError
+from richkd.errors import ConfigError, CorruptError, RichkdError, Stopped
 from richkd.files import (
     check_writable,
     make_folder,
@@ -156,6 +156,14 @@ class Sweep:
             store=self._address("trials", search.label(number)),
         )
 
+    @property
+    def shared(self) -> dict[str, Path]:
+        """Folders that all machines must see, by key."""
+        found = {} if self.store is not None else {"storage": self.runs.parent}
+        if not self.base.teacher.brought:  # it is trained into the cache, by whoever needs it first
+            found["cache"] = Path(self.cache)
+        return found
+
     def _address(self, kind: str, name: str) -> str | None:
         return None if self.store is None else f"{self.store.url}/{kind}/{name}"
 
@@ -173,7 +181,8 @@ class Sweep:
             folder=self.runs / "refits" / f"{label}-seed{seed}",
             config=config,
             params={key: shown[key] for key in keys} | {"seed": seed},
-            store=self._address("refits", f"{label}-seed{seed}"),
+            # with the settings, since nobody sets aside what lies on a store
+            store=self._address("refits", f"{label}-seed{seed}-{digest(config)}"),
         )
 
 
@@ -287,6 +296,17 @@ class More:
             one_of("--class", kind, get_args(Kind))
 
 
+def asked_of(folder: Path) -> tuple[dict[str, Any], Layers]:
+    """Return what `sweep.json` says, and the layers in it; a CorruptError if it cannot be read."""
+    asked = read_record(folder / "sweep.json", "layers", "tracking")
+    try:
+        return asked, Layers.from_list(asked["layers"])
+    except TypeError as error:
+        raise CorruptError(
+            f"{folder / 'sweep.json'} holds no layers that can be read; restore it, or start a new sweep."
+        ) from error
+
+
 def go_on(
     folder: Path,
     *,
@@ -309,13 +329,8 @@ def go_on(
     Raises:
         ConfigError: If code or settings have changed without leave; says what.
     """
-    asked, more = read_record(folder / "sweep.json", "layers", "tracking"), more or More()
-    try:
-        before = Layers.from_list(asked["layers"])
-    except TypeError as error:
-        raise CorruptError(
-            f"{folder / 'sweep.json'} holds no layers that can be read; restore it, or start a new sweep."
-        ) from error
+    (known, before), more = asked_of(folder), more or More()
+    asked, given = known, layers
     layers = layers or before
     resettled = differences(_decisive(before), _decisive(layers))
     longer = build(layers, Settings).sweep.trials > build(before, Settings).sweep.trials
@@ -332,8 +347,8 @@ def go_on(
         )
     if found:
         entry = {"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "found": found}
-        asked |= {"changes": [*asked.get("changes", []), entry]}
-    asked |= {"layers": _written(layers), "fingerprint": now}
+        asked = asked | {"changes": [*asked.get("changes", []), entry]}
+    asked = asked | {"layers": _written(layers), "fingerprint": now}
     sweep = Sweep(folder, layers)
     _check_more(sweep.settings.sweep, more)
     asked |= {
@@ -342,9 +357,10 @@ def go_on(
         "more_gpu_hours": asked.get("more_gpu_hours", 0.0) + more.gpu_hours,
     }
     tracking = Tracker.recall(asked["tracking"])
-    return carry_out(
-        sweep, asked, tracking, new=False, retry=more.retry, anew=bool(resettled), **launch
-    )
+    if given is not None and (uri := sweep.settings.tracking.uri) is not None:
+        tracking = Tracker.address(uri)
+        asked |= {"tracking": public(tracking)}
+    return carry_out(sweep, asked, tracking, new=False, retry=more.retry, known=known, **launch)
 
 
 def _decisive(layers: Layers) -> dict[str, Any]:
@@ -375,8 +391,8 @@ def carry_out(
     tracking: str,
     *,
     new: bool,
+    known: dict[str, Any] | None = None,
     retry: tuple[str, ...] = (),
-    anew: bool = False,
     address: str | None = None,
     dashboard: str | None = None,
     stop: Stop | None = None,
@@ -388,8 +404,8 @@ def carry_out(
         asked: What `sweep.json` says, or will say.
         tracking: Address of MLflow, with its credentials.
         new: Whether the folder is made here.
+        known: What `sweep.json` said when `asked` was made of it; None if there was none.
         retry: Kinds of failed trials that are tried again.
-        anew: Whether trials that were running begin anew, since their settings have changed.
         address: Of a Ray cluster.
         dashboard: As `runner.run` takes it.
         stop: Says whether a signal came.
@@ -405,13 +421,15 @@ def carry_out(
         check_writable(sweep.runs, "storage")
     else:
         sweep.store.probe()
-    check_place(sweep, tracking, address or os.environ.get("RAY_ADDRESS"))
+    check_place(sweep, tracking, address)
     wanted = sweep.settings.sweep
     budget = Budget(
         folder / "spent.json",
         _sum(wanted.hours, asked.get("more_hours", 0.0)),
         _sum(wanted.gpu_hours, asked.get("more_gpu_hours", 0.0)),
     )
+    if not new and budget.used_up():
+        raise Stopped(f"the budget is used up; go on with: {_command(folder, budget)}")
     with Display(folder.name) as display:
         display.line(f"sweep {folder.name} in {short(folder)}")
         first = prepare(sweep, stoppable(display.progress, stop))
@@ -420,7 +438,15 @@ def carry_out(
             if new:
                 if (folder / "sweep.json").exists():  # of another start, a moment ago
                     raise _exists(folder)
+                if (folder / "run.json").exists():
+                    raise ConfigError(
+                        f"sweep.name={folder.name} is taken: {folder} holds a run; choose another."
+                    )
                 write_atomic(folder / "config.yaml", dump(sweep.base).encode())
+            elif read_record(folder / "sweep.json") != known:
+                raise ConfigError(
+                    f"{folder.name} was gone on with by another driver meanwhile; run the same command again."
+                )
             write_json(folder / "sweep.json", asked)
             (folder / "summary.json").unlink(missing_ok=True)
             logbook = Logbook(folder, tracking, sweep.settings.tracking.experiment)
@@ -429,10 +455,12 @@ def carry_out(
                 with resumable(logbook.close, lambda: _command(folder, budget)):
                     dataset = load(sweep.base.data, cache.root(sweep.base.cache))
                     logbook.open(sweep.settings, sweep.base, sweep.space, environment(), dataset)
-                    searches = open_searches(sweep, first, trials)
+                    searches = open_searches(sweep, trials, first)
+                    if new and any(search.ended or search.left_over for search in searches):
+                        raise ConfigError(
+                            f"sweep.name={folder.name} is taken: sweep.study has trials of that name; choose another."
+                        )
                     for search in searches:
-                        if anew:
-                            search.begin_anew()
                         search.retry(retry)
                     agenda = agenda_of(sweep, searches, display, logbook)
                     display.follow(agenda)
@@ -447,6 +475,7 @@ def carry_out(
                         budget=budget,
                         seeds=wanted.seeds_per_trial,
                         store=sweep.store,
+                        progress=stoppable(display.progress, stop),
                     )
                     result = conclude(sweep, agenda, logbook, budget)
             finally:
@@ -461,8 +490,7 @@ def check_place(sweep: Sweep, tracking: str, address: str | None) -> None:
     """Raise ConfigError if a run fits nowhere, or where several machines would lose the sweep's state or not share it."""
     machines = machines_of(address)
     fit(sweep.settings.resources, machines, gpu=sweep.base.device != "cpu")
-    storage, shared = sweep.base.storage, sweep.store is not None
-    if told := check(len(machines), address, sweep.folder, tracking, storage, shared=shared):
+    if told := check(len(machines), address, sweep.folder, tracking, sweep.shared):
         raise ConfigError(" ".join(told))
 
 
@@ -478,13 +506,15 @@ def _command(folder: Path, budget: Budget) -> str:
     return line
 
 
-def open_searches(sweep: Sweep, first: dict[str, list[Point]], trials: int) -> list[Search]:
+def open_searches(
+    sweep: Sweep, trials: int, first: dict[str, list[Point]] | None = None
+) -> list[Search]:
     """Return the search of the method and that of plain distillation, as far as the study's database knows them.
 
     Args:
         sweep: The sweep.
-        first: The first trials of each.
         trials: Of each.
+        first: The first trials of each, which may be in the study already; None: they are.
 
     Raises:
         CorruptError: If the database is damaged, or is gone though trials ran.
@@ -507,7 +537,7 @@ def open_searches(sweep: Sweep, first: dict[str, list[Point]], trials: int) -> l
                 label,
                 storage,
                 space,
-                first[label],
+                first[label] if first else [],
                 trials if space else 1,  # nothing to search: one trial says it all
                 wanted.startup,
                 pruner(wanted),

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from richkd import checkpoint
-from richkd.config import Layers
 from richkd.distill import mean
 from richkd.errors import CorruptError, Stopped
 from richkd.files import read_record
@@ -19,7 +18,7 @@ from tune.best import find_sweep
 from tune.driver import locked
 from tune.logbook import tested
 from tune.spool import Spool
-from tune.sweep import Sweep
+from tune.sweep import Sweep, asked_of
 from tune.tracking import SPOOL, Tracker
 
 
@@ -38,7 +37,7 @@ def sync(folder: Path) -> dict[str, Any]:
         folder: Of a sweep or of a run of `tune train`, on which nobody works.
 
     Returns:
-        `operations` that waited, `points` that were missing beside them, and the runs `unopened` in MLflow.
+        `folder`, `operations` that waited, `points` that were missing beside them, and the runs `unopened` in MLflow.
 
     Raises:
         ConfigError: If a driver works on it, or the environment lacks the password of MLflow.
@@ -50,8 +49,8 @@ def sync(folder: Path) -> dict[str, Any]:
             spool = Spool(folder / SPOOL)
             waiting, address = spool.waiting(), spool.address
         if (folder / "sweep.json").exists():
-            asked = read_record(folder / "sweep.json", "layers", "tracking")
-            sweep = Sweep(folder, Layers.from_list(asked["layers"]))
+            asked, layers = asked_of(folder)
+            sweep = Sweep(folder, layers)
             runs, seeds = sweep.runs, sweep.settings.sweep.seeds_per_trial
             experiment = sweep.settings.tracking.experiment
             address = {"uri": asked["tracking"], "experiment": experiment}

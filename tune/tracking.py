@@ -51,6 +51,7 @@ LAST_PAUSE = 15.0  # seconds, at most
 PATIENCE = 5.0  # seconds that `close` waits for an MLflow that fails, or says nothing
 FLUSH_SECONDS = 2.0  # what is put waits this long for more
 OPERATIONS = 100  # that are sent between two notes of how far it has come
+LISTED = "/api/2.0/mlflow/experiments/search?max_results=1"
 PROBE_SECONDS = 5.0  # that a server may take to say that it is well
 METRICS_PER_BATCH = 900  # MLflow takes 1000 entities a call, tags included
 PARAMS_PER_BATCH = 100  # MLflow's own limit
@@ -171,13 +172,13 @@ class Tracker:
     def probe(uri: str) -> str | None:
         """Return why MLflow cannot be used at an absolute address, None if it answers, or cannot be asked so simply.
 
-        A server is asked for its health and may take PROBE_SECONDS, a file is opened; nothing is written.
+        A server is asked for an experiment and may take PROBE_SECONDS, a file is opened; nothing is written.
         """
         try:
             if uri.startswith(("http://", "https://")):
                 # urllib takes no credentials there
                 where = re.sub(r"//[^/]*@", "//", uri).rstrip("/")
-                urllib.request.urlopen(f"{where}/health", timeout=PROBE_SECONDS).close()
+                urllib.request.urlopen(where + LISTED, timeout=PROBE_SECONDS).close()
             elif uri.startswith("sqlite:///"):
                 path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
                 check_writable(path.parent, "tracking.uri")
@@ -185,6 +186,8 @@ class Tracker:
                     with contextlib.closing(sqlite3.connect(path)) as database:
                         database.execute("PRAGMA schema_version")
         except urllib.error.HTTPError as error:
+            if error.code == 403:
+                return "it answers 403: it takes no request to this host; see `mlflow server --allowed-hosts`"
             return None if error.code < 500 else f"it answers {error.code} {error.reason}"
         except (OSError, ValueError, HTTPException, sqlite3.Error) as error:
             return _reason(error)
@@ -192,14 +195,30 @@ class Tracker:
             return str(error)
         return None
 
+    def running(self, runs: Iterable[str]) -> list[str]:
+        """Return those of the runs that MLflow says are running; none if it does not answer."""
+        _set_waits()
+        from mlflow.tracking import MlflowClient
+
+        client, found = MlflowClient(tracking_uri=self.uri), []
+        for run in runs:
+            if (run_id := self.run_id(run)) is None:
+                continue
+            try:
+                info = client.get_run(run_id).info
+            except Exception:  # of MLflow, its store or the network
+                return []
+            if info.status == "RUNNING":
+                found.append(run)
+        return found
+
     def start(self) -> None:
         """Start the thread, which imports MLflow and opens the experiment; returns at once.
 
         Raises:
             OSError: If the spool cannot be written.
         """
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        _set_waits()
         os.environ.pop("MLFLOW_RUN_ID", None)  # would be used instead of new runs
         self._spool = Spool(self.folder / SPOOL)
         # where it is to be sent, for `sync`
@@ -732,6 +751,11 @@ class _Steps(dict[str, set[int]]):
     def __missing__(self, key: str) -> set[int]:
         self[key] = self.read(key)
         return self[key]
+
+
+def _set_waits() -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def _of_others(record: logging.LogRecord) -> bool:

@@ -9,7 +9,6 @@ A run folder is what `python -m richkd distill` leaves; the driver's `mlflow.jso
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from tune.display import Display
 from tune.driver import locked, resumable, work
 from tune.environment import environment
 from tune.logbook import CLOSE_SECONDS, STATUS, ending, opening, shown, tested
-from tune.settings import Settings, check_fits
+from tune.places import machines_of
+from tune.settings import Settings, fit
 from tune.tracking import Tracker
 
 
@@ -120,8 +120,7 @@ def train(
     config = build(layers)
     # absolute, for workers that have another environment
     config = build(layers.over("", {"cache": str(cache.root(config.cache))}))
-    if address is None and "RAY_ADDRESS" not in os.environ:
-        check_fits(settings.resources, {"CPU": os.cpu_count() or 1})
+    fit(settings.resources, machines_of(address), gpu=config.device != "cpu")
     Tracker.address(settings.tracking.uri)  # refused now, if at all
     folder = folder.resolve()
     with Display(folder.name) as display:

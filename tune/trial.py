@@ -1,6 +1,7 @@
 """One trial: in a process that goes on to the next, or shared by several workers of Ray Train."""
 
 import gc
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from tune.store import Store, mirrored, names
 from tune.watchdog import give_up, hangs
 from tune.worker import work, worker
 
+NODE_DIED = "node has died"  # Ray's words
 HANGS = 2  # of a run without progress, after which it is not started again
-RESTARTS = 3  # of the workers of a trial, after one of them died
+WORKER_RESTARTS = 3  # of the workers of a trial, after one of them died
 UNSURE = 3  # epochs of which reports can be on their way when a worker dies: two, and one to spare
 SETTLE = 0.5  # seconds for Tune to hand on the report that it has just taken
 
@@ -31,6 +33,8 @@ def trial(job: dict[str, Any]) -> None:
             the seconds without a step after which a worker has hung; `workers`, `each` (what Ray is to give each of
             them) and `scratch`, a folder of Ray's own; `store`, where the run folder is kept, if not in `folder`.
     """
+    from richkd.record import clear_damaged
+
     folder, said = Path(job["folder"]), None
 
     def report(metrics: dict[str, Any]) -> None:
@@ -38,9 +42,11 @@ def trial(job: dict[str, Any]) -> None:
 
     try:
         if job["workers"] > 1:
+            clear_damaged(folder, job["seeds"])
             said = _shared(job)
         else:
             with mirrored(job, report) as (here, told):
+                clear_damaged(Path(here["folder"]), job["seeds"])
                 if (said := _hung(here)) is None:
                     work(here, told)
     except Exception as error:
@@ -86,21 +92,30 @@ def _shared(job: dict[str, Any]) -> dict[str, str] | None:
     from ray.train import ControllerError, WorkerGroupError
 
     folder, heard = Path(job["folder"]), job["heard"]
-    begun = _newest(job)
-    for left in reversed(range(RESTARTS + 1)):
+    begun = reached = _newest(job)
+    deaths = 0  # since there was progress
+    for attempt in itertools.count():
         if (said := _hung(job)) is not None:
             return said
         try:
-            _fit(job | {"heard": heard}, f"{job['id']}-{left}")
+            _fit(job | {"heard": heard}, f"{job['id']}-{attempt}")
             return None
         except (WorkerGroupError, ControllerError, RayError) as error:
             if (said := raised(error, folder)) is not None:
                 return said
-        if (now := _newest(job)) > begun:  # all before have been reported once
+            each = [error, *getattr(error, "worker_failures", {}).values()]
+            # the loss of a machine is not held against the run
+            lost = any(NODE_DIED in str(one) for one in each)
+        now = _newest(job)
+        if now > begun:  # all before have been reported once
             heard = max(heard, now - UNSURE)
+        deaths = 0 if now > reached else deaths
+        reached, deaths = now, deaths + (not lost)
+        if deaths > WORKER_RESTARTS:
+            break
     times, path = hangs(folder)
     where = f"; where one hung: {path}" if times else ""
-    return {"failed": f"its workers died {RESTARTS + 1} times{where}", "class": "lost"}
+    return {"failed": f"its workers died {deaths} times{where}", "class": "lost"}
 
 
 def _newest(job: dict[str, Any]) -> int:
