@@ -55,7 +55,11 @@ class Group:
         """
         if self.size == 1:
             return student
-        return nn.parallel.DistributedDataParallel(student, gradient_as_bucket_view=True)
+        # unused ones are looked for, since then no bucket is laid out anew after the first step: a run that is gone on with
+        # adds up in the order of the straight one
+        return nn.parallel.DistributedDataParallel(
+            student, gradient_as_bucket_view=True, find_unused_parameters=True
+        )
 
     def total(self, values: Tensor) -> Tensor:
         """Return the sum of `values` over the workers."""

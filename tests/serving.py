@@ -87,7 +87,10 @@ class Server:
 
 @contextlib.contextmanager
 def served(place: Path) -> Iterator[Server]:
-    """Serve a database in a folder; the server has answered once."""
+    """Serve a database in a folder; the server has answered once.
+
+    MLflow keeps the first one that a process serves: later ones are served the same.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
@@ -100,7 +103,7 @@ def served(place: Path) -> Iterator[Server]:
         found = Server()
         # migrated before: the first request would wait for it
         MlflowClient(f"sqlite:///{place}/mlflow.db").search_experiments()
-        MlflowClient(found.uri).create_experiment("first")
+        MlflowClient(found.uri).search_experiments()
         yield found
         found.close()
         set_tracking_uri(None)  # the server has set it for the whole process

@@ -24,6 +24,7 @@ import pytest
 import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from serving import Server, served
 
 from richkd.command import Stop, main
 from richkd.config import CONF, build, digest, find_layer, read, read_layer
@@ -227,7 +228,7 @@ def test_a_cluster_of_our_own_shows_a_dashboard_only_where_it_was_asked_to(
     with pytest.raises(ConfigError, match="not started"):
         runner.run(SimpleNamespace(), Stop(), Resources(), tmp_path, gpu=False, **cluster)
     assert asked["include_dashboard"] is (host is not None)
-    assert asked["address"] == (None if host is None else "local")
+    assert asked["address"] == "local"
     assert asked["dashboard_host"] == "127.0.0.1"
 
 
@@ -328,6 +329,13 @@ def head() -> Iterator[Head]:
         yield Head(address, f"http://127.0.0.1:{dashboard}", folders)
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    """MLflow's server."""
+    with served(tmp_path_factory.mktemp("server")) as found:
+        yield found
+
+
 @pytest.fixture
 def settings(miniature, cache_root, tmp_path) -> list[str]:
     """What every run on another machine needs to be told: where things lie."""
@@ -338,7 +346,7 @@ def settings(miniature, cache_root, tmp_path) -> list[str]:
 
 
 @pytest.mark.timeout(180)
-def test_a_job_ships_the_code_without_the_data_and_sweeps(head, settings, tmp_path):
+def test_a_job_ships_the_code_without_the_data_and_sweeps(head, server, settings, tmp_path):
     project = tmp_path / "project"
     for name in ("richkd", "tune", "conf"):
         shutil.copytree(ROOT / name, project / name)
@@ -353,13 +361,18 @@ def test_a_job_ships_the_code_without_the_data_and_sweeps(head, settings, tmp_pa
         (project / name).write_bytes(bytes(1000))
     # a job may set what our driver sets, too, and then says what holds
     shipped = yaml.safe_load((CLUSTER / "runtime_env.yaml").read_text())
-    shipped["env_vars"] = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}
+    (tmp_path / "tmp").mkdir()
+    shipped["env_vars"] = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+        "TMPDIR": str(tmp_path / "tmp"),  # what lies beside it is no temporary folder then
+    }
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(shipped))
     job = subprocess.run(
         [
             *(RAY, "job", "submit", "--address", head.dashboard),
             *("--runtime-env", str(tmp_path / "job.yaml"), "--working-dir", ".", "--"),
             *("python", "-m", "tune", "sweep", "my.yaml", *SMALL, *settings, "sweep.name=job"),
+            f"tracking.uri={server.uri}",  # of several machines
         ],
         cwd=project,
         env=ELSEWHERE,

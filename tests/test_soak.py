@@ -5,12 +5,15 @@ run. The table that is printed at the end says how many faults there were, how m
 work was done twice.
 """
 
+import contextlib
 import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -266,6 +269,7 @@ def test_a_node_is_lost_with_its_trials(
     found = audit(drive.folder, server.uri)
     assert found == ({"trials": 8, "refits": 5} if workers == 1 else {"trials": 2, "refits": 5})
     assert read_json(drive.folder / "summary.json")["failed"] == 0
+    assert " died; " in drive.told  # the node had runs on it
     if workers == 1:
         for name, (_, run) in trials_of(drive.folder).items():
             straight(run, tmp_path / name)
@@ -312,3 +316,59 @@ def test_the_disk_is_full(place, cache_root, tmp_path, ledger):
         ledger.add("a full disk (exit 75)", 1, 1, drive.redone, drive.seconds())
     finally:
         subprocess.run(["umount", "-l", runs], check=True)
+
+
+def test_runs_on_an_object_store_outlive_their_driver(place, cache_root, tmp_path, ledger):
+    from moto.server import ThreadedMotoServer
+
+    bucket = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    bucket.start()
+    host, port = bucket.get_host_and_port()
+    try:
+        urllib.request.urlopen(
+            urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT")
+        ).close()
+        drive = Drive(
+            place,
+            *("storage=s3://bucket/sweeps", f"sweep.state={place / 'runs'}", "sweep.trials=2"),
+            *("sweep.startup=2", "sweep.space.clip.prompts=null"),
+            AWS_ENDPOINT_URL=f"http://{host}:{port}",
+            AWS_REGION="us-east-1",
+            AWS_ACCESS_KEY_ID="AKIDOFATEST",
+            AWS_SECRET_ACCESS_KEY="SECRETOFATEST",
+            AWS_EC2_METADATA_DISABLED="true",
+            RICHKD_CACHE=str(cache_root),
+        )
+
+        def heard() -> int:
+            study = drive.folder / "study.db"
+            if not study.exists():
+                return 0
+            with contextlib.closing(sqlite3.connect(study)) as database:
+                try:
+                    (count,) = database.execute(
+                        "select count(*) from trial_intermediate_values"
+                    ).fetchone()
+                except sqlite3.OperationalError:  # it is being made
+                    return 0
+            return count
+
+        drive.start()
+        drive.until(lambda: heard() >= 4)
+        os.kill(drive.process.pid, signal.SIGKILL)
+        assert drive.end() == -signal.SIGKILL
+        drive.start()
+        assert drive.end() == 0, drive.told
+        summary = read_json(drive.folder / "summary.json")
+        assert (summary["failed"], summary["trials"]) == (0, 4)
+        assert heard() == 4 * EPOCHS
+        for name, (trial, _) in trials_of(drive.folder).items():
+            assert list(trial.intermediate_values) == list(range(1, EPOCHS + 1)), name
+        verified = command("best", "soak", "--json", cwd=place, **drive.more)
+        out, told = verified.communicate(timeout=120)
+        assert verified.returncode == 0, told
+        assert json.loads(out.splitlines()[-1])["verified"]
+        assert not list(drive.folder.glob("trials/*"))  # they are on the store alone
+    finally:
+        bucket.stop()
+    ledger.add("kill -9 of the driver, runs on S3", 1, 1, 0.0, 0.0)

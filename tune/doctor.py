@@ -145,8 +145,11 @@ def _study(folder: Path, ended: set[Path]) -> Iterator[Finding]:
             what=f"no driver runs {', '.join(left)}, though the study says so",
             advice=f"python -m tune resume {called(folder)} goes on with them, each from its newest checkpoint",
         )
-    tracker = Tracker(folder, Tracker.recall(asked["tracking"]))
-    if running := tracker.running([folder.name, *(f"{folder.name}/{job}" for job in open_)]):
+    runs = [folder.name, *(f"{folder.name}/{job}" for job in open_)]
+    running: list[str] = []
+    with contextlib.suppress(ConfigError, CorruptError):  # of the address, and of `mlflow.json`
+        running = Tracker(folder, Tracker.recall(asked["tracking"])).running(runs)
+    if running:
         yield Finding(
             what=f"MLflow says that {', '.join(running)} run{'s' * (len(running) == 1)}",
             advice="it is told that they were stopped",

@@ -134,8 +134,11 @@ def unseen(address: str | None, folder: Path) -> list[str]:
 
 
 def unusable(address: str | None, reason: str) -> ConfigError:
-    """Return the error of a Ray cluster that cannot be used."""
-    field = f"--address {address}" if address else f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"
+    """Return the error of a Ray cluster that cannot be used, or not be started where none is named."""
+    there = os.environ.get("RAY_ADDRESS")
+    if not address and not there:
+        return ConfigError(f"Ray cannot be started on this machine ({reason}); mend that first.")
+    field = f"--address {address}" if address else f"RAY_ADDRESS={there}"
     return ConfigError(
         f"{field} cannot be used ({reason}); give HOST:PORT of a running Ray cluster, or none."
     )

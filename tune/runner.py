@@ -343,7 +343,7 @@ def run(
             )
         except SystemExit as left:  # Ray's handler, in place until ours is again
             raise Interrupted(signal.SIGTERM, "interrupted while Ray started") from left
-        except (ValueError, ConnectionError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise unusable(address, reason) from error
         stop.install()
