@@ -38,16 +38,19 @@ def cluster():
 
     from tune.runner import ENVIRONMENT
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": ENVIRONMENT},
-    )
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": ENVIRONMENT},
+        )
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -361,3 +361,17 @@ def test_a_restart_ends_a_trial_that_was_to_stop_and_runs_it_no_further():
     assert again.next().id not in (best.id, other.id)
     assert log.ends == [(other.id, "pruned")]
     assert again.searches[0].states()["PRUNED"] == 1
+
+
+def test_trials_that_diverge_are_counted_and_never_the_best_under_early_stopping():
+    script = Script(scheduler="asha")
+    diverged = ("trial-000", "trial-002", "trial-kd-000")
+    script.failing = {name: Failure("nan", "loss is nan at step 3 of epoch 1") for name in diverged}
+    agenda, log = script.agenda()
+    script.drive(agenda)
+    assert sorted(agenda.failed) == sorted(diverged)
+    assert {why.kind for why in agenda.failed.values()} == {"nan"}
+    assert not {name for name, _ in log.epochs} & set(diverged)
+    assert agenda.searches[0].best().number not in (0, 2)
+    states = agenda.searches[0].states()
+    assert states["FAIL"] == 2 and sum(states.values()) == 4

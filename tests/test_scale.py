@@ -100,6 +100,7 @@ def reached(host: str, port: int) -> bool:
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.soak
 def test_scaling_is_measured_with_the_dashboard_on_loopback_and_nothing_is_kept(
     miniature, cache_root, tmp_path
 ):

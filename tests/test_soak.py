@@ -293,6 +293,40 @@ def test_the_tracker_fails_and_returns(server, place, cache_root, tmp_path, ledg
     ledger.add(f"tracker: {fault}, for 20 epochs", 1, 1, 0.0, drive.seconds())
 
 
+def test_kills_and_an_outage_at_random_moments(server, place, cache_root, tmp_path, ledger):
+    seed = random.SystemRandom().randrange(1_000_000)
+    moments = random.Random(seed)
+    print(f"seed {seed}")  # shown if it fails
+    words = (f"tracking.uri={server.uri}", "tracking.experiment=random")
+    drive = Drive(place, *words, RICHKD_CACHE=str(cache_root))
+    drive.start()
+    faults = ["driver", "process", "tracker", "driver", "process"]
+    moments.shuffle(faults)
+    for k, fault in enumerate(faults):
+        drive.until(lambda k=k: drive.written() >= 3 + 9 * k)
+        time.sleep(moments.uniform(0, 0.5))
+        if fault == "driver":
+            drive.kill(drive.process.pid, drive.runs())
+            assert drive.end() == -signal.SIGKILL
+            drive.start()
+        elif fault == "tracker":
+            server.break_(moments.choice(["closed", "hanging", "500"]))
+        else:
+            pids: list[tuple[int, Path]] = []
+
+            def holders(pids=pids) -> bool:
+                pids[:] = [(pid, run) for run in drive.runs() if (pid := holder(run)) is not None]
+                return bool(pids)
+
+            drive.until(holders)
+            pid, run = moments.choice(pids)
+            drive.kill(pid, [run])
+    server.mend()
+    drive.finish()
+    check(drive, server.uri, tmp_path)
+    ledger.add(f"five of these at random (seed {seed})", 5, 5, drive.redone, drive.seconds())
+
+
 def test_the_disk_is_full(place, cache_root, tmp_path, ledger):
     runs = place / "runs"
     runs.mkdir()

@@ -326,7 +326,8 @@ def test_a_name_is_not_used_twice(swept):
     ("signum", "storage", "moment"),
     [
         (signal.SIGINT, "runs", "trials/*/metrics.jsonl"),
-        (signal.SIGTERM, "other place", "study.db"),  # Ray is starting
+        # Ray is starting
+        pytest.param(signal.SIGTERM, "other place", "study.db", marks=pytest.mark.soak),
     ],
 )
 def test_a_signal_stops_a_sweep_and_the_line_that_it_prints_finishes_it(

@@ -327,7 +327,7 @@ def test_workers_are_started_anew_only_if_one_of_them_died(
         (
             [0, *range(1, 11)] + [10] * 9,
             DIED,
-            10 + WORKER_RESTARTS + 1,
+            10 + WORKER_RESTARTS,
         ),  # it gets on for ten epochs
         ([0] * 30, NodeDiedError("The node has died."), None),
     ],

@@ -28,7 +28,8 @@ def foreseen(error: BaseException) -> dict[str, str] | None:
         if isinstance(one, Stopped):  # its store cannot be reached
             return {"stopped": str(one)}
         if _is_memory(one):
-            told = f"{_told(one)}; lower train.batch_size, or let fewer trials share the device."
+            first = ". ".join(_told(one).split(". ")[:2])  # torch goes on for a paragraph
+            told = f"{first}; lower train.batch_size, or let fewer trials share the device."
             return {"failed": told, "class": "memory"}
     if isinstance(error, RichkdError):
         found = "nan" if isinstance(error, NonFiniteError) else "error"
