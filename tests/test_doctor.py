@@ -23,6 +23,13 @@ from tune.spool import Spool
 from tune.status import lines, status
 
 
+@pytest.fixture(autouse=True)
+def nobody(monkeypatch, request):
+    """No process of another test's Ray is met, but where processes are looked for."""
+    if "outlived" not in request.node.name:
+        monkeypatch.setattr(doctor, "orphans", lambda: [])
+
+
 def texts(folder) -> list[str]:
     return [finding.what for finding in examine(folder)]
 

@@ -22,7 +22,8 @@ def test_the_status_of_a_finished_sweep_counts_what_the_study_and_the_folders_ho
         optuna.load_study(study_name=name, storage=f"sqlite:///{folder / 'study.db'}")
         for name in ("richkd", "kd")
     ]
-    states = [trial.state.name.lower() for study in studies for trial in study.trials]
+    words = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
+    states = [words[trial.state.name] for study in studies for trial in study.trials]
     assert found["trials"] == {name: states.count(name) for name in set(states)} | {"of": 8}
     assert found["refits"] == {"finished": 10, "begun": 0, "of": 10}
     assert (found["state"], found["driver"], found["unsent"]) == ("finished", None, 0)

@@ -167,8 +167,17 @@ def retry(arguments: argparse.Namespace) -> Done:
     """Try failed trials again, and go on."""
     from tune.sweep import More
 
-    kinds = vars(arguments)["class"] or ",".join(RETRIED)
-    return _go_on(arguments, More(retry=tuple(kinds.split(","))))
+    kinds = tuple((vars(arguments)["class"] or ",".join(RETRIED)).split(","))
+    more, folder = More(retry=kinds), _one_sweep(arguments.words)
+    from tune.status import status as look
+
+    found = look(folder)
+    if not any(kind in kinds for kind, _ in found["failures"].values()):
+        say(
+            f"{folder.name}: no trial has failed by {', '.join(kinds)}; there is nothing to try again"
+        )
+        return Done(found)
+    return _go_on(arguments, more)
 
 
 def _go_on(arguments: argparse.Namespace, more: "More") -> Done:
@@ -207,7 +216,8 @@ def doctor(arguments: argparse.Namespace) -> Done:
 
     found = examine(folder, arguments.address)
     for finding in found:
-        say(f"{finding.what}\n    {finding.advice}")
+        later = "with --fix " if finding.mend is not None and not arguments.fix else ""
+        say(f"{finding.what}\n    {later}{finding.advice}")
     left = found
     if arguments.fix:
         mend(folder, found)

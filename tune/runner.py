@@ -397,6 +397,8 @@ def run(
                 stop=Guard(agenda, budget, gpus, fits),
             ),
         ).fit()
+        for job in list(agenda.running.values()):  # of which Tune had not heard when it ended
+            agenda.ended(job, {}, None)
     finally:
         # a cluster of our own ends with the process: `ray.shutdown` would undo our signal handlers now
         shutil.rmtree(scratch, ignore_errors=True)

@@ -11,8 +11,10 @@ from tune.budget import spent
 from tune.display import describe
 from tune.driver import owner_of, works
 from tune.spool import Spool
-from tune.study import MAIN
+from tune.study import MAIN, settings_of
 from tune.sweep import Sweep, asked_of, open_searches
+
+WORDS = {"complete": "finished", "fail": "failed"}  # as the summary and MLflow call it
 
 
 def status(folder: Path) -> dict[str, Any]:
@@ -66,9 +68,11 @@ def status(folder: Path) -> dict[str, Any]:
                 found["best"] = {
                     "trial": f"trial-{search.label(best.number)}",
                     "val_top1": best.value,
-                    "params": best.params,
+                    "settings": settings_of(best),
                 }
-    found["trials"] = {name.lower(): count for name, count in states.items()} | found["trials"]
+    words = WORDS | ({} if running else {"running": "begun"})
+    named = {words.get(name.lower(), name.lower()): count for name, count in states.items()}
+    found["trials"] = named | found["trials"]
     records = [read_record(path) for path in sweep.runs.glob("refits/*-seed*/run.json")]
     done = sum("test/top1" in record.get("metrics", {}) for record in records)
     found["refits"] = {
@@ -97,7 +101,9 @@ def lines(found: dict[str, Any]) -> list[str]:
     driver, best = found["driver"], found["best"]
     said = [line("sweep", f"{found['sweep']}, {found['state']}")]
     if driver:
-        there = "" if driver["host"] == platform.node() else ", which cannot be looked at from here"
+        there = ", which died" if found["state"] != "running" else ""
+        if driver["host"] != platform.node():
+            there = ", which cannot be looked at from here"
         said.append(
             line(
                 "driver", f"pid {driver['pid']} on {driver['host']}, since {driver['since']}{there}"
@@ -111,7 +117,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         said.append(
             line(
                 "best",
-                f"{best['trial']}, {best['val_top1']:.2f} % on validation: {describe(best['params'])}",
+                f"{best['trial']}, {best['val_top1']:.2f} % on validation: {describe(best['settings'])}",
             )
         )
     for run, (kind, text) in found["failures"].items():
@@ -119,8 +125,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     for name, used in (("hours", found["hours"]), ("gpu hours", found["gpu_hours"])):
         limit = found["limits"][name.replace(" ", "_")]
         if used or limit:
-            said.append(line(name, f"{used:.2f}" + (f" of {limit:g}" if limit else "")))
-    if found["unsent"]:
+            said.append(line(name, f"{used:.3g}" + (f" of {limit:.3g}" if limit else "")))
+    if found["unsent"] and found["state"] != "running":
         said.append(
             line(
                 "MLflow",
@@ -128,5 +134,10 @@ def lines(found: dict[str, Any]) -> list[str]:
             )
         )
     if found["state"] == "stopped":
-        said.append(line("go on", f"python -m tune resume {called(Path(found['folder']))}"))
+        more = "".join(
+            f" --add-{name.replace('_', '-')} 1"
+            for name, limit in found["limits"].items()
+            if limit is not None and found[name] >= limit
+        )
+        said.append(line("go on", f"python -m tune resume {called(Path(found['folder']))}{more}"))
     return said
