@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from richkd import cache, distill
+from richkd import distill
 from richkd.command import Stop
 from richkd.config import Config, Layers, build, is_url
 from richkd.errors import RichkdError
@@ -27,7 +27,7 @@ from tune.agenda import Agenda, Job, Refits
 from tune.display import Display
 from tune.driver import work
 from tune.places import machines_of
-from tune.settings import Resources, Settings, fit
+from tune.settings import Resources, Settings, fit, for_workers
 
 EPOCHS = 6  # of each number of workers, of which the first one warms up
 TRIALS = 6  # one after the other in a process, of which the first one starts it
@@ -98,9 +98,7 @@ def scale(
         Interrupted: On a signal.
     """
     settings, stop = build(layers, Settings), stop or Stop()
-    config = build(layers)
-    # absolute, for workers that have another environment
-    config = build(layers.over("", {"cache": str(cache.root(config.cache))}))
+    config = for_workers(layers)
     shares = {count: share(settings.resources, count) for count in sorted(counts)}
     machines = machines_of(address)
     for resources in shares.values():
@@ -125,8 +123,8 @@ def scale(
                 address=address,
                 dashboard=dashboard,
             )
-            for reason in agenda.failed.values():
-                raise RichkdError(f"the run of {name} failed: {reason}")
+            for why in agenda.failed.values():
+                raise RichkdError(f"the run of {name} failed: {why.text}")
             return clock
 
         display.line(HEAD)

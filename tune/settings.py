@@ -6,7 +6,8 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from richkd.config import Config, check_name, expand, flatten, in_range, one_of
+from richkd import cache
+from richkd.config import Config, Layers, build, check_name, expand, flatten, in_range, one_of
 from richkd.config import digest as config_digest
 from richkd.errors import ConfigError
 
@@ -117,6 +118,11 @@ class Settings:
     warmstart: Warmstart = field(default_factory=Warmstart)
     resources: Resources = field(default_factory=Resources)
     tracking: Tracking = field(default_factory=Tracking)
+
+
+def for_workers(layers: Layers) -> Config:
+    """Return the config of a run with an absolute cache, for workers that have another environment."""
+    return build(layers.over("", {"cache": str(cache.root(build(layers).cache))}))
 
 
 def check_fits(resources: Resources, cluster: dict[str, float]) -> None:

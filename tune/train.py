@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from richkd import cache, checkpoint, distill
+from richkd import checkpoint, distill
 from richkd.command import Stop
 from richkd.config import Config, Layers, build, digest, dump, flatten, to_dict
 from richkd.errors import RichkdError
@@ -26,7 +26,7 @@ from tune.driver import locked, resumable, work
 from tune.environment import environment
 from tune.logbook import CLOSE_SECONDS, STATUS, ending, opening, shown, tested
 from tune.places import machines_of
-from tune.settings import Settings, fit
+from tune.settings import Settings, fit, for_workers
 from tune.tracking import Tracker
 
 
@@ -117,9 +117,7 @@ def train(
         Stopped: If it was interrupted; resumable.
     """
     settings, stop = build(layers, Settings), stop or Stop()
-    config = build(layers)
-    # absolute, for workers that have another environment
-    config = build(layers.over("", {"cache": str(cache.root(config.cache))}))
+    config = for_workers(layers)
     fit(settings.resources, machines_of(address), gpu=config.device != "cpu")
     Tracker.address(settings.tracking.uri)  # refused now, if at all
     folder = folder.resolve()
