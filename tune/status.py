@@ -7,12 +7,11 @@ from typing import Any
 
 from richkd.files import read_record
 from tune.best import called
-from tune.budget import spent
 from tune.display import describe
 from tune.driver import owner_of, works
 from tune.spool import Spool
 from tune.study import MAIN, settings_of
-from tune.sweep import Sweep, asked_of, open_searches
+from tune.sweep import Sweep, asked_of, budget_of, going_on, open_searches
 
 WORDS = {"complete": "finished", "fail": "failed"}  # as the summary and MLflow call it
 
@@ -24,7 +23,7 @@ def status(folder: Path) -> dict[str, Any]:
         `sweep`, `folder`, `state` (`running`, `finished` or `stopped`), `driver` (of its lock; one on another machine may
         have died, and counts as running), `trials` and `refits` (each how many in which
         state, and `of` how many), `epochs` of the runs under way, `best`, `failures` (class and text by run), `hours`,
-        `gpu_hours` and their `limits`, and `unsent`: how many messages MLflow has not got.
+        `gpu_hours` and their `limits`, `go_on` (the line that does, if it is stopped), and `unsent`: how many messages MLflow has not got.
 
     Raises:
         CorruptError: If the record or the study cannot be read.
@@ -35,7 +34,7 @@ def status(folder: Path) -> dict[str, Any]:
     driver, finished = owner_of(folder), (folder / "summary.json").exists()
     # of a driver on another machine there is only its word
     running = works(folder) or (driver is not None and driver["host"] != platform.node())
-    account = spent(folder / "spent.json")
+    budget = budget_of(sweep, asked)
     found: dict[str, Any] = {
         "sweep": folder.name,
         "folder": str(folder),
@@ -45,12 +44,10 @@ def status(folder: Path) -> dict[str, Any]:
         "epochs": {},
         "best": None,
         "failures": {},
-        "hours": account["seconds"] / 3600,
-        "gpu_hours": account["gpu_seconds"] / 3600,
-        "limits": {
-            name: None if limit is None else limit + asked.get(f"more_{name}", 0)
-            for name, limit in (("hours", wanted.hours), ("gpu_hours", wanted.gpu_hours))
-        },
+        "hours": budget.seconds / 3600,
+        "gpu_hours": budget.gpu_seconds / 3600,
+        "limits": {"hours": budget.hours, "gpu_hours": budget.gpu_hours},
+        "go_on": None if running or finished else going_on(folder, budget),
         "unsent": unsent(folder / "spool.jsonl"),
     }
     states: Counter[str] = Counter()
@@ -133,11 +130,6 @@ def lines(found: dict[str, Any]) -> list[str]:
                 f"lacks {found['unsent']} messages; send them: python -m tune sync {called(Path(found['folder']))}",
             )
         )
-    if found["state"] == "stopped":
-        more = "".join(
-            f" --add-{name.replace('_', '-')} 1"
-            for name, limit in found["limits"].items()
-            if limit is not None and found[name] >= limit
-        )
-        said.append(line("go on", f"python -m tune resume {called(Path(found['folder']))}{more}"))
+    if found["go_on"]:
+        said.append(line("go on", found["go_on"]))
     return said

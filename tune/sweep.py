@@ -423,13 +423,9 @@ def carry_out(
         sweep.store.probe()
     check_place(sweep, tracking, address)
     wanted = sweep.settings.sweep
-    budget = Budget(
-        folder / "spent.json",
-        _sum(wanted.hours, asked.get("more_hours", 0.0)),
-        _sum(wanted.gpu_hours, asked.get("more_gpu_hours", 0.0)),
-    )
+    budget = budget_of(sweep, asked)
     if not new and budget.used_up():
-        raise Stopped(f"the budget is used up; go on with: {_command(folder, budget)}")
+        raise Stopped(f"the budget is used up; go on with: {going_on(folder, budget)}")
     with Display(folder.name) as display:
         display.line(f"sweep {folder.name} in {short(folder)}")
         first = prepare(sweep, stoppable(display.progress, stop))
@@ -452,7 +448,7 @@ def carry_out(
             logbook = Logbook(folder, tracking, sweep.settings.tracking.experiment)
             trials = wanted.trials + asked.get("more_trials", 0)
             try:
-                with resumable(logbook.close, lambda: _command(folder, budget)):
+                with resumable(logbook.close, lambda: going_on(folder, budget)):
                     dataset = load(sweep.base.data, cache.root(sweep.base.cache))
                     logbook.open(sweep.settings, sweep.base, sweep.space, environment(), dataset)
                     searches = open_searches(sweep, trials, first)
@@ -494,11 +490,17 @@ def check_place(sweep: Sweep, tracking: str, address: str | None) -> None:
         raise ConfigError(" ".join(told))
 
 
-def _sum(limit: float | None, more: float) -> float | None:
-    return None if limit is None else limit + more
+def budget_of(sweep: Sweep, asked: dict[str, Any]) -> Budget:
+    """Return what a sweep may take: what its settings say, and what `sweep.json` says that it was given since."""
+    wanted = sweep.settings.sweep
+    limits = {
+        name: None if limit is None else limit + asked.get(f"more_{name}", 0.0)
+        for name, limit in (("hours", wanted.hours), ("gpu_hours", wanted.gpu_hours))
+    }
+    return Budget(sweep.folder / "spent.json", **limits)
 
 
-def _command(folder: Path, budget: Budget) -> str:
+def going_on(folder: Path, budget: Budget) -> str:
     """Return the line that goes on with a sweep; one whose time is up needs more of it."""
     line = f"python -m tune resume {called(folder)}"
     for name in budget.used_up():
