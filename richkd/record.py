@@ -212,6 +212,17 @@ def seed_folders(folder: Path, seeds: int) -> list[Path]:
     return [folder] if seeds == 1 else [folder / f"seed{k}" for k in range(seeds)]
 
 
+def is_tested(folder: Path) -> bool:
+    """Whether a run has read its test rows, which is the last that it does; a CorruptError if `run.json` is damaged."""
+    path = folder / "run.json"
+    return path.exists() and "test/top1" in read_record(path).get("metrics", {})
+
+
+def check_last(folder: Path) -> None:
+    """Raise CorruptError unless `last/` and the metrics of the epochs up to it are as they were written."""
+    rows_of(folder, checkpoint.verify(folder / "last")["meta"])
+
+
 def clear_damaged(folder: Path, seeds: int) -> None:
     """Remove the run folders of a job of which a checkpoint or a line is not as it was written: they begin again.
 
@@ -219,11 +230,10 @@ def clear_damaged(folder: Path, seeds: int) -> None:
     """
     for place in seed_folders(folder, seeds):
         try:
-            for part in ("best", "last"):
-                if checkpoint.exists(place / part):
-                    meta = checkpoint.verify(place / part)["meta"]
-                    if part == "last":
-                        rows_of(place, meta)
+            if checkpoint.exists(place / "best"):
+                checkpoint.verify(place / "best")
+            if checkpoint.exists(place / "last"):
+                check_last(place)
         except CorruptError:
             shutil.rmtree(place)
 

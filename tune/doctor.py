@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from richkd import checkpoint
 from richkd.errors import ConfigError, CorruptError
 from richkd.files import read_record
-from richkd.record import rows_of
+from richkd.record import check_last, is_tested
 from tune.best import called
 from tune.budget import spent
 from tune.driver import OWNER, locked, owner_of, works
@@ -145,15 +144,20 @@ def _study(folder: Path, ended: set[Path]) -> Iterator[Finding]:
             what=f"no driver runs {', '.join(left)}, though the study says so",
             advice=f"python -m tune resume {called(folder)} goes on with them, each from its newest checkpoint",
         )
+
+    def tracker() -> Tracker:
+        experiment = sweep.settings.tracking.experiment
+        return Tracker(folder, Tracker.recall(asked["tracking"]), experiment)
+
     runs = [folder.name, *(f"{folder.name}/{job}" for job in open_)]
     running: list[str] = []
     with contextlib.suppress(ConfigError, CorruptError):  # of the address, and of `mlflow.json`
-        running = Tracker(folder, Tracker.recall(asked["tracking"])).running(runs)
+        running = tracker().running(runs)
     if running:
         yield Finding(
             what=f"MLflow says that {', '.join(running)} run{'s' * (len(running) == 1)}",
             advice="it is told that they were stopped",
-            mend=partial(_stop, folder, asked, running),
+            mend=partial(_stop, tracker(), running),
         )
 
 
@@ -167,7 +171,7 @@ def _runs(runs: Path, folder: Path, ended: set[Path]) -> Iterator[Finding]:
         if checkpoint.exists(run / "best"):
             parts["best"] = partial(checkpoint.verify, run / "best")
         if checkpoint.exists(run / "last"):
-            parts["last"] = partial(_follow, run)
+            parts["last"] = partial(check_last, run)
         for part, look in parts.items():
             spared = over or (part == "last" and _tested(run))
             advice = "its run begins again, and ends the same"
@@ -185,10 +189,8 @@ def _begun(runs: Path) -> list[str]:
     return [f"refit-{run.name}" for run in folders if not _tested(run)]
 
 
-def _stop(folder: Path, asked: dict[str, Any], running: list[str]) -> None:
+def _stop(tracker: Tracker, running: list[str]) -> None:
     """Tell MLflow that runs have stopped."""
-    experiment = Sweep(folder, asked_of(folder)[1]).settings.tracking.experiment
-    tracker = Tracker(folder, Tracker.recall(asked["tracking"]), experiment)
     tracker.start()
     for run in running:
         tracker.tag(run, {"richkd.state": "stopped"})
@@ -196,15 +198,10 @@ def _stop(folder: Path, asked: dict[str, Any], running: list[str]) -> None:
     tracker.close(CLOSE_SECONDS)
 
 
-def _follow(run: Path) -> None:
-    """Raise CorruptError unless a run could go on."""
-    rows_of(run, checkpoint.verify(run / "last")["meta"])
-
-
 def _tested(run: Path) -> bool:
-    """Whether a run has read its test rows, so that it is over."""
+    """Whether a run is over, as far as its record can be read."""
     with contextlib.suppress(CorruptError):
-        return "test/top1" in read_record(run / "run.json").get("metrics", {})
+        return is_tested(run)
     return False
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from richkd.files import read_record
+from richkd.record import is_tested
 from tune.best import called
 from tune.display import describe
 from tune.driver import owner_of, works
@@ -70,11 +70,11 @@ def status(folder: Path) -> dict[str, Any]:
     words = WORDS | ({} if running else {"running": "begun"})
     named = {words.get(name.lower(), name.lower()): count for name, count in states.items()}
     found["trials"] = named | found["trials"]
-    records = [read_record(path) for path in sweep.runs.glob("refits/*-seed*/run.json")]
-    done = sum("test/top1" in record.get("metrics", {}) for record in records)
+    refits = [path.parent for path in sweep.runs.glob("refits/*-seed*/run.json")]
+    done = sum(map(is_tested, refits))
     found["refits"] = {
         "finished": done,
-        "begun": len(records) - done,
+        "begun": len(refits) - done,
         "of": len(sweep.labels) * sweep.settings.refit.seeds,
     }
     return found

@@ -44,6 +44,7 @@ from richkd.files import (
 )
 from richkd.methods import METHODS
 from richkd.progress import Progress, stoppable
+from richkd.record import is_tested
 from tune.agenda import Agenda, Job, Refits
 from tune.best import called
 from tune.budget import Budget
@@ -569,10 +570,6 @@ def agenda_of(sweep: Sweep, searches: list[Search], display: Display, logbook: L
         for name, student in STUDENTS.items()
     ]
 
-    def finished(job: Job) -> bool:
-        path = job.folder / "run.json"
-        return path.exists() and "test/top1" in read_record(path).get("metrics", {})
-
     def refit(of: Refits, seed: int, settings: dict[str, Any]) -> Job:
         job = sweep.refit(of, seed, settings)
         path = job.folder / "run.json"
@@ -587,7 +584,7 @@ def agenda_of(sweep: Sweep, searches: list[Search], display: Display, logbook: L
         sweep.settings.refit.seeds,
         trial_of=sweep.trial,
         refit_of=refit,
-        finished=finished,
+        finished=lambda job: is_tested(job.folder),
         listeners=[Brought(), display, logbook],
     )
 
