@@ -9,57 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import holder
+from small import Script, holder
 
 from richkd import checkpoint, distill
 from richkd.command import Stop
-from richkd.config import Config, build, read
+from richkd.config import build, read
 from tune import runner
-from tune.agenda import Job
 from tune.settings import Resources
-from tune.study import Failure
 
 EPOCHS = 6
-
-
-class Script:
-    """An agenda of given configs, and how each of them ended."""
-
-    def __init__(self, configs: dict[str, Config], folder: Path) -> None:
-        self.left = [
-            Job(id=name, kind="trial", method="ce", number=k, folder=folder / name, config=config)
-            for k, (name, config) in enumerate(configs.items())
-        ]
-        self.total, self.stopping, self.error = len(self.left), False, None
-        self.running: dict[str, Job] = {}
-        self.epochs: dict[str, list[int]] = {name: [] for name in configs}
-        self.ends: dict[str, tuple[dict, Failure | None]] = {}
-
-    def next(self) -> Job | None:
-        """Give out a job."""
-        job = self.left.pop(0) if self.left else None
-        if job is not None:
-            self.running[job.id] = job
-        return job
-
-    @property
-    def over(self) -> bool:
-        """Whether all have ended."""
-        return not self.left and not self.running
-
-    def epoch(self, job: Job, metrics: dict) -> bool:
-        """Hear of an epoch."""
-        self.epochs[job.id].append(metrics["epoch"])
-        return True
-
-    def ended(self, job: Job, metrics: dict, failure: Failure | None) -> None:
-        """Hear of an end."""
-        del self.running[job.id]
-        self.ends[job.id] = (metrics, failure)
-
-    def broke(self, error: Exception) -> None:
-        """Hear of an error of the driver."""
-        raise error
 
 
 class Killer(threading.Thread):

@@ -111,6 +111,19 @@ class Drive:
         self.redone += sum(map(self.lost, runs))
         os.kill(pid, signal.SIGKILL)
 
+    def kill_one(self, moments: random.Random) -> int:
+        """Kill the process of one of the runs under way, and return which it was."""
+        found: list[tuple[int, Path]] = []
+
+        def running() -> bool:
+            found[:] = [(pid, run) for run in self.runs() if (pid := holder(run)) is not None]
+            return bool(found)
+
+        self.until(running)
+        pid, run = moments.choice(found)
+        self.kill(pid, [run])
+        return pid
+
     def end(self, seconds: float = 200) -> int:
         """Wait for the driver and return its exit code."""
         out, self.told = self.process.communicate(timeout=seconds)
@@ -178,16 +191,7 @@ def test_three_kills_of_trial_processes(place, cache_root, tmp_path, ledger):
     for epochs in (3, 12, 25):
         drive.until(lambda epochs=epochs: drive.written() >= epochs)
         time.sleep(moments.uniform(0, 0.3))
-        found: list[tuple[int, Path]] = []
-
-        def running(found=found) -> bool:
-            found[:] = [(pid, run) for run in drive.runs() if (pid := holder(run)) is not None]
-            return bool(found)
-
-        drive.until(running)
-        pid, run = moments.choice(found)
-        drive.kill(pid, [run])
-        killed.add(pid)
+        killed.add(drive.kill_one(moments))
     drive.finish()
     assert len(killed) == 3
     assert drive.told.count("its process died; it goes on from its newest checkpoint") >= 1
@@ -312,15 +316,7 @@ def test_kills_and_an_outage_at_random_moments(server, place, cache_root, tmp_pa
         elif fault == "tracker":
             server.break_(moments.choice(["closed", "hanging", "500"]))
         else:
-            pids: list[tuple[int, Path]] = []
-
-            def holders(pids=pids) -> bool:
-                pids[:] = [(pid, run) for run in drive.runs() if (pid := holder(run)) is not None]
-                return bool(pids)
-
-            drive.until(holders)
-            pid, run = moments.choice(pids)
-            drive.kill(pid, [run])
+            drive.kill_one(moments)
     server.mend()
     drive.finish()
     check(drive, server.uri, tmp_path)

@@ -15,15 +15,15 @@ import ray
 import ray.tune
 from mlflow.tracking import MlflowClient
 from ray.tune.schedulers import FIFOScheduler
+from small import Script
 
 from richkd import load_student
 from richkd.command import Stop
-from richkd.config import Config, build, read
+from richkd.config import build, read
 from richkd.errors import ConfigError, CorruptError, Interrupted
 from tune import runner
 from tune.agenda import Job
 from tune.settings import Resources
-from tune.study import Failure
 from tune.train import train
 
 EPOCHS = 6
@@ -155,45 +155,12 @@ def test_a_run_that_is_interrupted_before_it_began_is_begun_anew(cluster, overri
         train(layers, tmp_path / "early", command="the same", resume=True)
 
 
-class Script:
-    """An agenda of three jobs: one is stopped after an epoch, one cannot be run, one runs to its end."""
-
-    def __init__(self, config: Config, folder: Path) -> None:
-        bad = replace(config, data=replace(config.data, labelled_per_class=1000))
-        self.left = [
-            Job(id=name, kind="trial", method="ce", number=k, folder=folder / name, config=each)
-            for k, (name, each) in enumerate(
-                {"stopped": config, "failed": bad, "finished": config}.items()
-            )
-        ]
-        self.total, self.stopping, self.error = len(self.left), False, None
-        self.running: dict[str, Job] = {}
-        self.ends: dict[str, tuple[dict, Failure | None]] = {}
-
-    def next(self) -> Job | None:
-        """Give out a job."""
-        job = self.left.pop(0) if self.left else None
-        if job is not None:
-            self.running[job.id] = job
-        return job
-
-    @property
-    def over(self) -> bool:
-        """Whether all have ended."""
-        return not self.left and not self.running
+class Stopping(Script):
+    """An agenda of which a job is stopped after an epoch."""
 
     def epoch(self, job: Job, metrics: dict) -> bool:
         """Hear of an epoch."""
-        return job.id != "stopped"
-
-    def ended(self, job: Job, metrics: dict, failure: Failure | None) -> None:
-        """Hear of an end."""
-        del self.running[job.id]
-        self.ends[job.id] = (metrics, failure)
-
-    def broke(self, error: Exception) -> None:
-        """Hear of an error of the driver."""
-        raise error
+        return super().epoch(job, metrics) and job.id != "stopped"
 
 
 @pytest.mark.timeout(240)
@@ -201,7 +168,8 @@ def test_trials_of_several_workers_give_back_what_they_took_however_they_end(
     cluster, overrides, tmp_path
 ):
     config = build(read([*overrides, "method.name=ce", "train.epochs=2"]))
-    script = Script(config, tmp_path)
+    bad = replace(config, data=replace(config.data, labelled_per_class=1000))
+    script = Stopping({"stopped": config, "failed": bad, "finished": config}, tmp_path)
     runner.run(script, Stop(), Resources(workers=2), tmp_path / ".ray", gpu=False, address=None)
     assert script.ends["stopped"][0]["epoch"] == 1
     assert "finished" not in script.ends["stopped"][0]
