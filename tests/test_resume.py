@@ -242,6 +242,9 @@ def test_a_study_of_that_name_in_a_shared_database_is_not_adopted(
         )
     with pytest.raises(ConfigError, match="sweep.study has trials of that name"):
         start(tmp_path, cache_root, f"sweep.study={shared}")
+    assert not (
+        tmp_path / "runs" / "own" / "sweep.json"
+    ).exists()  # nothing is in the way of the next try
 
 
 def test_a_budget_that_is_used_up_is_told_before_anything_is_prepared(copied, planned, monkeypatch):

@@ -424,7 +424,7 @@ def carry_out(
         sweep.store.probe()
     check_place(sweep, tracking, address)
     wanted = sweep.settings.sweep
-    budget = budget_of(sweep, asked)
+    trials, budget = wanted.trials + asked.get("more_trials", 0), budget_of(sweep, asked)
     if not new and budget.used_up():
         raise Stopped(f"the budget is used up; go on with: {going_on(folder, budget)}")
     with Display(folder.name) as display:
@@ -439,6 +439,13 @@ def carry_out(
                     raise ConfigError(
                         f"sweep.name={folder.name} is taken: {folder} holds a run; choose another."
                     )
+                if wanted.study is not None and any(
+                    search.ended or search.left_over
+                    for search in open_searches(sweep, trials, first)
+                ):
+                    raise ConfigError(
+                        f"sweep.name={folder.name} is taken: sweep.study has trials of that name; choose another."
+                    )
                 write_atomic(folder / "config.yaml", dump(sweep.base).encode())
             elif read_record(folder / "sweep.json") != known:
                 raise ConfigError(
@@ -447,16 +454,11 @@ def carry_out(
             write_json(folder / "sweep.json", asked)
             (folder / "summary.json").unlink(missing_ok=True)
             logbook = Logbook(folder, tracking, sweep.settings.tracking.experiment)
-            trials = wanted.trials + asked.get("more_trials", 0)
             try:
                 with resumable(logbook.close, lambda: going_on(folder, budget)):
                     dataset = load(sweep.base.data, cache.root(sweep.base.cache))
                     logbook.open(sweep.settings, sweep.base, sweep.space, environment(), dataset)
                     searches = open_searches(sweep, trials, first)
-                    if new and any(search.ended or search.left_over for search in searches):
-                        raise ConfigError(
-                            f"sweep.name={folder.name} is taken: sweep.study has trials of that name; choose another."
-                        )
                     for search in searches:
                         search.retry(retry)
                     agenda = agenda_of(sweep, searches, display, logbook)
