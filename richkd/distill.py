@@ -90,9 +90,8 @@ def open_task(config: Config, progress: Progress | None = None, beside: Task | N
         raise ConfigError("device=cuda but this machine has no usable GPU; use device=cpu.")
     device = torch.device(name)
     if device.type == "cuda":
-        torch.backends.cudnn.deterministic = (
-            True  # a run that is gone on with ends as the straight one
-        )
+        # a run that is gone on with ends as the straight one
+        torch.backends.cudnn.deterministic = True
     dataset = load(config.data, cache.root(config.cache), progress)
     return Task(
         dataset=dataset,

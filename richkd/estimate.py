@@ -251,10 +251,9 @@ def teacher_pace(config: Config, task: Task, folder: Path, *, seconds: float) ->
 
 def unseen(config: Config, task: Task) -> list[Lack]:
     """Return which images the zero-shot teachers that have a share have not looked at, by model."""
-    first, found = 1 - sum(each.weight for each in config.clip.extra), []
-    shares = [(config.clip, first), *((each, each.weight) for each in config.clip.extra)]
-    for given, share in shares:
-        if given.logits is not None or share <= 1e-9:
+    found = []
+    for _, given, _ in teachers.shares(config.clip):
+        if given.logits is not None:
             continue
         clip = zeroshot.load(
             given.model, given.pretrained, given.file, device=task.device, root=task.cache

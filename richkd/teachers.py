@@ -246,17 +246,20 @@ def open_clip_teachers(
     progress: Progress | None,
 ) -> list[ClipTeacher]:
     """Return the zero-shot teacher and those beside it, with their shares; ones without a share are not opened."""
-    first = 1 - sum(each.weight for each in config.extra)
-    wanted = {"clip": (config, first)}
-    wanted |= {f"clip.extra[{k}]": (each, each.weight) for k, each in enumerate(config.extra)}
     return [
         replace(
             open_clip_teacher(each, dataset, device, cache_root, progress, field=field),
             weight=weight,
         )
-        for field, (each, weight) in wanted.items()
-        if weight > 1e-9
+        for field, each, weight in shares(config)
     ]
+
+
+def shares(config: Clip) -> list[tuple[str, ZeroShot, float]]:
+    """Return the key of each zero-shot teacher that has a share, the teacher, and its share of their logits."""
+    first = 1 - sum(each.weight for each in config.extra)
+    extra = [(f"clip.extra[{k}]", each, each.weight) for k, each in enumerate(config.extra)]
+    return [one for one in (("clip", config, first), *extra) if one[2] > 1e-9]
 
 
 def open_clip_teacher(

@@ -125,16 +125,6 @@ def for_workers(layers: Layers) -> Config:
     return build(layers.over("", {"cache": str(cache.root(build(layers).cache))}))
 
 
-def check_fits(resources: Resources, cluster: dict[str, float]) -> None:
-    """Raise ConfigError if not even one trial fits into the CPUs of a cluster."""
-    wanted, there = resources.workers * resources.cpus_per_worker, cluster.get("CPU", 0)
-    if wanted > there:
-        raise ConfigError(
-            f"resources.workers={resources.workers} with resources.cpus_per_worker={resources.cpus_per_worker} must fit "
-            f"into the cluster's {there:g} CPUs but take {wanted}; lower one of them."
-        )
-
-
 def fit(
     resources: Resources, nodes: list[dict[str, float]], *, gpu: bool
 ) -> tuple[int, dict[str, float]]:
@@ -149,7 +139,12 @@ def fit(
         ConfigError: If not even one fits.
     """
     cluster = {what: sum(node.get(what, 0) for node in nodes) for what in ("CPU", "GPU")}
-    check_fits(resources, cluster)
+    wanted = resources.workers * resources.cpus_per_worker
+    if wanted > cluster["CPU"]:
+        raise ConfigError(
+            f"resources.workers={resources.workers} with resources.cpus_per_worker={resources.cpus_per_worker} must fit "
+            f"into the cluster's {cluster['CPU']:g} CPUs but take {wanted}; lower one of them."
+        )
     each: dict[str, float] = {"CPU": resources.cpus_per_worker}
     places = [int(node.get("CPU", 0) // resources.cpus_per_worker) for node in nodes]
     if sum(places) < resources.workers:

@@ -25,6 +25,7 @@ from richkd import checkpoint
 from richkd.config import check_storage
 from richkd.errors import ConfigError, CorruptError, Stopped
 from richkd.files import own_folder, sync, write_synced
+from richkd.record import seed_folders
 
 MANIFEST = checkpoint.MANIFEST
 BEFORE, AFTER = ("config.yaml", "metrics.jsonl"), ("run.json",)  # the checkpoints, by their order
@@ -54,9 +55,8 @@ class Store:
         check_storage(url)
         self.url = url.rstrip("/")
         self.base = self.url.removeprefix("s3://")
-        self.sent: dict[
-            str, bytes
-        ] = {}  # SHA-256 of the small files that lie there as this process sent them
+        # SHA-256 of the small files that lie there as this process sent them
+        self.sent: dict[str, bytes] = {}
         server = urlsplit(
             os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
         )
@@ -310,7 +310,7 @@ def mirrored(job: dict[str, Any], report: Report) -> Iterator[tuple[dict[str, An
 
 def names(seeds: int) -> list[str]:
     """Return what the runs of a job are called in its folder."""
-    return [f"seed{k}" for k in range(seeds)] if seeds > 1 else [""]
+    return [place.name for place in seed_folders(Path(), seeds)]
 
 
 def bring(url: str, name: str, folder: Path) -> bool:
