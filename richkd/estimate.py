@@ -30,6 +30,8 @@ BURSTS = 5  # of steps that are timed
 ROWS = 2048  # of a pass that is timed
 WRITES = 3  # pairs of epochs whose writing is timed
 PICTURES = 16  # that CLIP is timed on
+LATENCY_SECONDS = 0.5
+LATENCY_TIMES = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +83,27 @@ def gpus() -> int:
 def size(config: Config, task: Task) -> int:
     """Return how many parameters the student has."""
     return sum(each.numel() for each in distill.initial_student(config, task.dataset).parameters())
+
+
+@torch.inference_mode()
+def latency(config: Config, task: Task) -> float:
+    """Return the milliseconds in which the student answers for one image here, on `device` and one thread.
+
+    It is the median of LATENCY_SECONDS of answers, at least LATENCY_TIMES of them, after as many to warm up: a mean
+    would hold what else the machine did. Untrained weights take as long as trained ones.
+    """
+    student = distill.open_student(config, task).eval()
+    image = torch.zeros(1, task.dataset.channels, *task.dataset.size, device=task.device)
+    image = image.to(memory_format=torch.channels_last)
+    taken: list[float] = []
+    with threads(1):
+        for _ in range(LATENCY_TIMES):
+            student(image).cpu()
+        while sum(taken) < LATENCY_SECONDS or len(taken) < LATENCY_TIMES:
+            began = time.perf_counter()
+            student(image).cpu()  # which waits for a GPU, too
+            taken.append(time.perf_counter() - began)
+    return 1000 * statistics.median(taken)
 
 
 def plain(config: Config) -> Config:

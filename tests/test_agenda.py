@@ -9,17 +9,18 @@ from optuna.distributions import FloatDistribution
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from richkd.config import Config, Train
+from richkd.config import Config, Fusion, Train
 from richkd.errors import ConfigError, Stopped
 from tune.agenda import Agenda, Job, Refits
 from tune.scheduler import pruner
 from tune.settings import Sweep
+from tune.space import Space
 from tune.study import Failure, Search
 from tune.warmstart import Point
 
 EPOCHS = 4
 CONFIG = Config(train=Train(epochs=EPOCHS))
-SPACE = {"fusion.alpha": FloatDistribution(0, 1)}
+SPACE = Space({"fusion.alpha": FloatDistribution(0, 1)})
 ALPHAS = {"richkd": (0.7, 1.0, 0.4, 0.2), "kd": (0.1, 0.9)}
 
 
@@ -100,8 +101,9 @@ class Script:
     def job(self, name: str, kind: str, method: str, number: int, settings: dict) -> Job:
         """Return a job, and write down its settings."""
         self.settings[name] = settings
+        config = replace(CONFIG, fusion=Fusion(alpha=settings.get("fusion.alpha", 0.7)))
         return Job(
-            id=name, kind=kind, method=method, number=number, folder=Path(name), config=CONFIG
+            id=name, kind=kind, method=method, number=number, folder=Path(name), config=config
         )
 
     def top1(self, job: Job, epoch: int) -> float:

@@ -198,7 +198,9 @@ class Known:
 
     total, before, stopping = 72, 5, False
     searches = (
-        SimpleNamespace(best=lambda: SimpleNamespace(value=92.75, number=3), label="{:03d}".format),
+        SimpleNamespace(
+            best=lambda: SimpleNamespace(values=[92.75], number=3), label="{:03d}".format
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from richkd.config import Config, Layers, build, read
 from richkd.errors import ConfigError
 from tune.settings import Settings
-from tune.space import of_baseline, read_space
+from tune.space import Space, read_space
 
 
 def resolve(settings: dict[str, Any]) -> Config:
@@ -34,7 +34,7 @@ def resolve(settings: dict[str, Any]) -> Config:
     ],
 )
 def test_each_distribution_is_optunas(key, entry, distribution):
-    assert read_space({key: entry}, resolve) == {key: distribution}
+    assert read_space({key: entry}, resolve) == Space({key: distribution})
 
 
 def test_the_space_of_the_embedded_default_is_read():
@@ -51,7 +51,7 @@ def test_the_space_of_the_embedded_default_is_read():
         ("loss.temprature", {"uniform": [1, 2]}, "did you mean loss.temperature?"),
         ("nothing", {"choice": [1]}, "there is no key nothing"),
         ("loss", {"uniform": [1, 2]}, "is a section"),
-        ("fusion.alpha", {"unifrom": [0, 1]}, "uniform, loguniform, int, choice"),
+        ("fusion.alpha", {"unifrom": [0, 1]}, "uniform, loguniform, int, logint, choice"),
         ("fusion.alpha", {"uniform": [0, 1], "int": [0, 1]}, "one of"),
         ("fusion.alpha", {}, "one of"),
         ("fusion.alpha", 0.5, "one of"),
@@ -93,8 +93,8 @@ def test_one_bad_key_among_good_ones_is_the_one_named():
 
 def test_plain_distillation_is_searched_without_fusion_and_clip():
     keys = ("fusion.alpha", "clip.prompts", "clip.scale", "loss.temperature", "train.lr")
-    space = {key: FloatDistribution(0.1, 1.0) for key in keys}
-    assert list(of_baseline(space)) == ["loss.temperature", "train.lr"]
+    space = Space({key: FloatDistribution(0.1, 1.0) for key in keys})
+    assert list(space.of_baseline()) == ["loss.temperature", "train.lr"]
 
 
 @pytest.mark.parametrize("key", ["seed", "method.name", "data.seed", "data.validation", "storage"])

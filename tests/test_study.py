@@ -12,14 +12,17 @@ from optuna.trial import TrialState
 
 from tune.scheduler import pruner
 from tune.settings import Sweep
+from tune.space import Space
 from tune.study import Failure, Search, settings_of
 from tune.warmstart import Point
 
-SPACE = {
-    "fusion.alpha": FloatDistribution(0, 1),
-    "loss.temperature": FloatDistribution(0.5, 8, log=True),
-    "clip.prompts": CategoricalDistribution(("digits", "digits-bad")),
-}
+SPACE = Space(
+    {
+        "fusion.alpha": FloatDistribution(0, 1),
+        "loss.temperature": FloatDistribution(0.5, 8, log=True),
+        "clip.prompts": CategoricalDistribution(("digits", "digits-bad")),
+    }
+)
 POINTS = [
     Point(
         params={"fusion.alpha": 0.7, "loss.temperature": 2.5, "clip.prompts": "digits"},
@@ -146,7 +149,7 @@ def test_a_start_that_was_cut_between_two_points_is_made_good(storage):
 def test_a_trial_that_was_cut_while_it_was_drawn_is_drawn_to_its_end(databases):
     storage = databases()
     study = optuna.create_study(study_name="richkd", storage=storage, direction="maximize")
-    cut = study.ask({"fusion.alpha": SPACE["fusion.alpha"]})
+    cut = study.ask({"fusion.alpha": SPACE.distributions["fusion.alpha"]})
     number, params, settings = open_search(storage).ask()
     assert number == cut.number
     assert set(params) == set(settings) == set(SPACE)
@@ -172,7 +175,10 @@ def test_two_searches_share_a_database_and_nothing_else(databases):
     storage = databases()
     richkd = open_search(storage, trials=2)
     kd = open_search(
-        storage, trials=2, name="kd", space={"loss.temperature": SPACE["loss.temperature"]}
+        storage,
+        trials=2,
+        name="kd",
+        space=Space({"loss.temperature": SPACE.distributions["loss.temperature"]}),
     )
     assert (richkd.ask()[0], kd.ask()[0], richkd.ask()[0]) == (0, 0, 1)
     succeed(kd, 0, 99.0)
@@ -185,7 +191,7 @@ def fail(search: Search, number: int, kind: str) -> None:
 
 
 def test_a_trial_that_does_not_fit_is_infeasible_and_the_sampler_keeps_away(storage):
-    search = open_search(storage, trials=60, space={"fusion.alpha": FloatDistribution(0, 1)})
+    search = open_search(storage, trials=60, space=Space({"fusion.alpha": FloatDistribution(0, 1)}))
     drawn = []
     while (asked := search.ask()) is not None:
         number, params, _ = asked
@@ -352,7 +358,7 @@ def test_asha_decides_as_the_papers_rule_does_in_any_order_of_arrival(storage, l
     search = open_search(
         storage,
         trials=trials,
-        space={},
+        space=Space({}),
         scheduler=Sweep(scheduler="asha", min_epochs=low, reduction=eta),
     )
     rule, order = Halving(low, eta), random.Random(low * 100 + eta)

@@ -5,10 +5,11 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from richkd.config import build, flatten, read, to_dict
 from richkd.methods import METHODS
+from tune.space import Space
 from tune.warmstart import place, printed
 
 BASE = flatten(to_dict(build(read([]))))
-TEMPERATURE = {"loss.temperature": FloatDistribution(0.5, 8.0, log=True)}
+TEMPERATURE = Space({"loss.temperature": FloatDistribution(0.5, 8.0, log=True)})
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -56,22 +57,26 @@ def test_a_place_beyond_the_bounds_is_the_nearest_bound(ratio, found):
 
 
 def test_only_the_temperature_is_divided():
-    space = {"fusion.alpha": FloatDistribution(0, 1), "loss.logit": FloatDistribution(0.5, 16)}
+    space = Space(
+        {"fusion.alpha": FloatDistribution(0, 1), "loss.logit": FloatDistribution(0.5, 16)}
+    )
     found = place(printed("richkd-l"), space, BASE, 2.0)
     assert found == {"fusion.alpha": 0.7, "loss.logit": 3.0}
 
 
 def test_a_key_that_the_setting_leaves_alone_lies_where_the_base_config_is():
-    space = {
-        "clip.prompts": CategoricalDistribution(("digits-bad", "digits")),
-        "train.lr": FloatDistribution(0.001, 1.0),
-    }
+    space = Space(
+        {
+            "clip.prompts": CategoricalDistribution(("digits-bad", "digits")),
+            "train.lr": FloatDistribution(0.001, 1.0),
+        }
+    )
     found = place(printed("richkd-l"), space, BASE, 1.0)
     assert found == {"clip.prompts": "digits", "train.lr": BASE["train.lr"]}
 
 
 def test_a_value_that_is_no_choice_lies_at_the_first_one():
-    space = {"clip.prompts": CategoricalDistribution(("digits-bad", "digits-photo"))}
+    space = Space({"clip.prompts": CategoricalDistribution(("digits-bad", "digits-photo"))})
     assert place({}, space, BASE, 1.0) == {"clip.prompts": "digits-bad"}
 
 
@@ -87,7 +92,7 @@ def test_a_value_that_is_no_choice_lies_at_the_first_one():
 )
 def test_every_place_is_one_that_the_distribution_contains(key, distribution):
     base = BASE | {"data.labelled_per_class": None}
-    found = place(printed("richkd-l"), {key: distribution}, base, 1.25)[key]
+    found = place(printed("richkd-l"), Space({key: distribution}), base, 1.25)[key]
     assert distribution._contains(distribution.to_internal_repr(found))
     if isinstance(distribution, IntDistribution):
         assert isinstance(found, int)

@@ -9,11 +9,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from richkd.config import Config, digest
 from richkd.errors import ConfigError
 from tune.study import Failure, Search, settings_of
+
+OF_A_METHOD = ("loss.", "fusion.", "clip.")  # keys in which methods differ
+STATES = {  # what Optuna's states are called here
+    TrialState.COMPLETE: "finished",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -30,6 +37,7 @@ class Job:
         params: What distinguishes it: the searched parameters, or those found.
         heard: The newest epoch that the driver knows of; 0 if none.
         store: Address of its run folder on an object store; None: `folder` is where the run writes.
+        costs: What its student costs, by objective, where a search looks at that.
     """
 
     id: str
@@ -41,15 +49,25 @@ class Job:
     params: dict[str, Any] = field(default_factory=dict)
     heard: int = 0
     store: str | None = None
+    costs: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Refits:
-    """The refits of one setting: of `search`'s best if there is one, else of fixed `settings`."""
+    """The refits of one setting: of `search`'s best if there is one, else of fixed `settings`.
+
+    Attributes:
+        method: One of STUDENTS.
+        settings: Dotted keys; laid under what a search found.
+        search: Whose best setting is refitted.
+        shared: Of another search's best what is no matter of a method, such as the student, where that is searched: methods
+            are compared on one student.
+    """
 
     method: str
     settings: dict[str, Any]
     search: Search | None = None
+    shared: Search | None = None
 
 
 class Listener(Protocol):
@@ -142,12 +160,22 @@ class Agenda:
                 if search.stale(number, digest(job.config)):
                     self._over(job, search, Failure("error", "the settings changed while it ran"))
                     continue
+                if (known := search.known(number, digest(job.config))) is not None:
+                    self._answer(job, search, known)
+                    continue
                 job = replace(job, heard=search.newest(number))
                 if 0 < job.heard < job.config.train.epochs and search.stops_here(number):
                     self._over(job, search, None)
                     continue
                 return job
         return None
+
+    def _answer(self, job: Job, search: Search, known: FrozenTrial) -> None:
+        """End a trial that has run already, under another number, without running it again."""
+        metrics = search.answer(job.number, known) | job.costs
+        for listener in self.listeners:
+            listener.started(job)
+            listener.ended(job, STATES[known.state], metrics)
 
     def _over(self, job: Job, search: Search, why: Failure | None) -> None:
         """End a trial that an earlier driver left, where it is: pruned, or failed and tried again."""
@@ -166,7 +194,7 @@ class Agenda:
 
     def _collect(self) -> None:
         """Make ready the refits whose search is over, but for those that are finished already."""
-        for refits in [r for r in self.waiting if r.search is None or r.search.over]:
+        for refits in [r for r in self.waiting if all(s.over for s in (r.search, r.shared) if s)]:
             self.waiting.remove(refits)
             settings = self.settings_of(refits)
             if settings is None:  # no trial of its search succeeded
@@ -181,12 +209,19 @@ class Agenda:
     @staticmethod
     def settings_of(refits: Refits) -> dict[str, Any] | None:
         """Return what a refit runs, None if its search found nothing."""
-        if refits.search is None:
-            return refits.settings
-        best = refits.search.best()
-        if best is None:
-            return None
-        return refits.settings | settings_of(best)
+        found = dict(refits.settings)
+        if refits.shared is not None:
+            best = refits.shared.best()
+            if best is None:
+                return None
+            own = settings_of(best)
+            found |= {key: own[key] for key in own if not key.startswith(OF_A_METHOD)}
+        if refits.search is not None:
+            best = refits.search.best()
+            if best is None:
+                return None
+            found |= settings_of(best)
+        return found
 
     @property
     def over(self) -> bool:
@@ -232,13 +267,11 @@ class Agenda:
             state = "stopped"
         else:
             state = "finished"
+        if state == "finished":
+            metrics = metrics | job.costs
         if job.kind == "trial" and state != "stopped":  # a stopped one is given out again on resume
-            states = {
-                "failed": TrialState.FAIL,
-                "pruned": TrialState.PRUNED,
-                "finished": TrialState.COMPLETE,
-            }
-            self._search(job).tell(job.number, states[state], metrics, why)
+            ended = next(key for key, name in STATES.items() if name == state)
+            self._search(job).tell(job.number, ended, metrics, why)
         for listener in self.listeners:
             listener.ended(job, state, metrics)
 

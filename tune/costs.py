@@ -18,7 +18,6 @@ from richkd.progress import Progress
 from tune.scheduler import pruner
 from tune.settings import Sweep as Wanted
 from tune.settings import fit
-from tune.space import of_baseline
 from tune.summary import STUDENTS
 from tune.sweep import Sweep, state_of
 from tune.warmstart import printed
@@ -86,15 +85,16 @@ def expected_epochs(wanted: Wanted, trials: int, epochs: int, slots: int) -> flo
     Optuna's own pruner decides, on studies in memory whose trials each have a random accuracy of their own; `slots`
     of them advance side by side.
     """
-    if wanted.scheduler == "none" or epochs <= wanted.min_epochs:
-        return float(epochs)
     from optuna import create_study
+    from optuna.pruners import NopPruner
 
-    decisions = {wanted.min_epochs * wanted.reduction**k for k in range(epochs.bit_length())}
+    rule = pruner(wanted)
+    if isinstance(rule, NopPruner) or epochs <= wanted.min_epochs:
+        return float(epochs)
     trials = min(trials, SIMULATED)  # of more the share hardly changes
     rng, spent, count = random.Random(0), 0, 0
     while count < SIMULATED:
-        study = create_study(direction="maximize", pruner=pruner(wanted))
+        study = create_study(direction="maximize", pruner=rule)
         waiting = [[study.ask(), rng.random(), 0] for _ in range(trials)]
         running: list[list] = []
         while waiting or running:
@@ -104,9 +104,11 @@ def expected_epochs(wanted: Wanted, trials: int, epochs: int, slots: int) -> flo
                 trial, value, epoch = each
                 each[2] = epoch = epoch + 1
                 spent += 1
-                if epoch in decisions:
-                    trial.report(value, epoch)
-                if epoch == epochs or (epoch in decisions and trial.should_prune()):
+                trial.report(value, epoch)
+                if epoch == epochs:
+                    study.tell(trial, value)
+                    running.remove(each)
+                elif trial.should_prune():
                     running.remove(each)
         count += trials
     return spent / count
@@ -139,9 +141,9 @@ class Runs:
 def runs_of(sweep: Sweep, slots: int) -> Runs:
     """Return what a sweep runs, where `slots` runs go on at once; searched epochs count as the most there can be."""
     wanted = sweep.settings.sweep
-    epochs = getattr(sweep.space.get("train.epochs"), "high", sweep.base.train.epochs)
+    epochs = int(sweep.space.high("train.epochs", sweep.base.train.epochs))
     trials = {sweep.base.method.name: wanted.trials}
-    trials["kd"] = wanted.trials if of_baseline(sweep.space) else 1
+    trials["kd"] = wanted.trials if sweep.space.of_baseline() else 1
     return Runs(
         trials=trials,
         epochs=epochs,
@@ -157,7 +159,7 @@ def paces_of(
     sweep: Sweep, task: Task, folder: Path, progress: Progress
 ) -> dict[str, dict[str, Pace]]:
     """Return what a run costs here, `taught` and from `labels`, by student; of several the smallest and the largest."""
-    names = getattr(sweep.space.get("student.name"), "choices", (sweep.base.student.name,))
+    names = sweep.space.choices("student.name") or (sweep.base.student.name,)
     configs = {
         name: sweep.resolve(printed(sweep.base.method.name) | {"student.name": name})
         for name in names

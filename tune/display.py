@@ -23,7 +23,9 @@ SHORT = {
     "loss.logit": "w",
     "clip.prompts": "",  # the name of a set says it
     "clip.logits": "",
+    "student.name": "",
 }
+UNITS = {"top1": "top-1, %", "latency": "latency, ms"}
 STYLES = {
     "finished": "green",
     "running": "cyan",
@@ -85,7 +87,7 @@ class Display:
         """Count this agenda's jobs, those of an earlier driver included."""
         self.agenda, search = agenda, agenda.searches[0]
         if (best := search.best()) is not None:
-            self.best = (best.value, f"trial-{search.label(best.number)}")
+            self.best = (best.values[0], f"trial-{search.label(best.number)}")
 
     def __enter__(self) -> "Display":
         if self.console.is_terminal:
@@ -135,12 +137,11 @@ class Display:
             row["top1"] = metrics["best_val_top1"]
             if job.kind == "trial" and (self.best is None or row["top1"] > self.best[0]):
                 self.best = (row["top1"], job.id)
+        known = metrics.get("duplicate_of")
         if self.live is None:
             top1 = "-" if row["top1"] is None else f"{row['top1']:.2f}"
-            seconds = time.monotonic() - row["at"]
-            self.line(
-                f"{job.id:<28} {state:<9} val {top1:>6}  {describe_job(job)}  ({seconds:.1f} s)"
-            )
+            took = f"{time.monotonic() - row['at']:.1f} s" if known is None else f"as trial {known}"
+            self.line(f"{job.id:<28} {state:<9} val {top1:>6}  {describe_job(job)}  ({took})")
 
     def header(self) -> str:
         """Return the line of counts."""
@@ -215,8 +216,13 @@ def show(result: dict[str, Any]) -> None:
             f"as found against kd tuned by as many trials: {gap['mean']:+.2f} (95 % interval {gap['low']:+.2f} to "
             f"{gap['high']:+.2f}), {gap['wins']} of {gap['n']} wins"
         )
+    if result["front"]:
+        line("")
+        line("trials that none betters in every objective, on validation; students in trials/ID/best")
+        console.print(front_table(result["front"]))
     line("")
-    line("best setting", f"{describe(best['settings'])} at clip.scale {best['scale']}")
+    settings = {key: value for key, value in best["settings"].items() if key != "clip.scale"}
+    line("best setting", f"{describe(settings)} at clip.scale {best['scale']}")
     line("", f"trial {best['trial']}, {best['val_top1']:.2f} % on validation")
     if best["origin"]:
         line("", best["origin"])
@@ -228,6 +234,21 @@ def show(result: dict[str, Any]) -> None:
         kinds = ", ".join(f"{n} {kind}" for kind, n in result["failures_by_class"].items())
         line("failed", f"{kinds}: {next(iter(result['failures'].values()))}", "red")
     line(f"{result['seconds']:.0f} s on {result['machine']['cores']} cores")
+
+
+def front_table(front: list[dict[str, Any]]) -> Table:
+    """Return the Pareto front of a search, most accurate first."""
+    table = Table(box=None, pad_edge=False)
+    objectives = [key for key in front[0] if key not in ("trial", "params", "checkpoint")]
+    for name in ("trial", *objectives):
+        table.add_column(UNITS.get(name, name), justify="left" if name == "trial" else "right")
+    table.add_column("settings")
+    for each in front:
+        cells = [
+            f"{each[name]:,.6g}" if name != "top1" else f"{each[name]:.2f}" for name in objectives
+        ]
+        table.add_row(each["trial"], *cells, Text(describe(each["params"])))
+    return table
 
 
 def short(path: str | Path) -> str:

@@ -86,6 +86,11 @@ class Logbook:
     def ended(self, job: Job, state: str, metrics: dict[str, Any]) -> None:
         """End a child run; a refit leaves its checkpoint and its test accuracy there."""
         run = self._key(job)
+        costs = {key: metrics[key] for key in job.costs if key in metrics}
+        if "duplicate_of" in metrics:  # it had no epochs of its own
+            costs["best_val_top1"] = metrics["best_val_top1"]
+        if costs:
+            self.tracker.log(run, costs, metrics["epoch"])
         if state == "finished" and job.kind == "refit":
             self.tracker.log(run, tested(metrics), job.config.train.epochs)
             self.tracker.artifacts(run, job.folder / "best", "checkpoint")
@@ -166,7 +171,8 @@ def ending(state: str, metrics: dict[str, Any]) -> dict[str, Any]:
     tags = {"richkd.state": state}
     for key in (key for key in metrics if key.startswith("identity/")):
         tags[key.replace("identity/", "richkd.")] = metrics[key]
-    return tags | {f"richkd.{key}": metrics[key] for key in ("error", "failure") if key in metrics}
+    said = ("error", "failure", "duplicate_of")
+    return tags | {f"richkd.{key}": metrics[key] for key in said if key in metrics}
 
 
 def tested(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -191,5 +197,4 @@ def _note(result: dict[str, Any], columns: dict[str, list]) -> str:
 
 
 def _say(entry: dict[str, Any]) -> str:
-    ((kind, bounds),) = entry.items()
-    return f"{kind} {bounds}"
+    return ", ".join(f"{word} {value}" for word, value in entry.items())

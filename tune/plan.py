@@ -130,9 +130,7 @@ def _without_consequences(told: list[str], typos: list[str]) -> list[str]:
 
 def choices(sweep: Sweep) -> list[Config]:
     """Return the configs that differ in what is looked up by name: the base, and one of each searched choice."""
-    wanted = [
-        {key: choice} for key in NAMED for choice in getattr(sweep.space.get(key), "choices", ())
-    ]
+    wanted = [{key: choice} for key in NAMED for choice in sweep.space.choices(key)]
     return [sweep.resolve(settings) for settings in (printed(sweep.base.method.name), *wanted)]
 
 

@@ -12,6 +12,7 @@ from richkd.config import digest as config_digest
 from richkd.errors import ConfigError
 
 MANY = 1_000_000
+OBJECTIVES = ("top1", "parameters", "latency")  # validation accuracy goes up, the others down
 # change no result, but for how many there are
 UNHASHED = (
     *("resources.", "tracking.", "sweep.name", "sweep.state", "sweep.study"),
@@ -26,8 +27,11 @@ class Sweep:
     name: str | None = None  # folder and parent run; None: <data>-<student>-<yymmdd-hhmmss>
     trials: int = 16  # of the method, and as many again for its baseline kd
     startup: int = 4  # trials drawn at random before the sampler learns; Optuna's 10 is most of 16
-    scheduler: str = "asha"  # asha | none
-    min_epochs: int = 4  # epochs before the first decision of asha
+    objectives: tuple[str, ...] = (
+        "top1",
+    )  # and parameters or latency of a student that is searched
+    scheduler: str = "asha"  # asha | median | none; with several objectives none
+    min_epochs: int = 4  # epochs before the first decision of asha or median
     reduction: int = 3  # asha lets one in `reduction` trials pass a decision
     hours: float | None = None  # of wall time, resumed ones counted in; None: until all is done
     gpu_hours: float | None = None  # of GPUs held by runs, likewise
@@ -45,7 +49,14 @@ class Sweep:
         in_range("sweep.hours", self.hours, 1e-4, 1e6)
         in_range("sweep.gpu_hours", self.gpu_hours, 1e-4, 1e6)
         in_range("sweep.seeds_per_trial", self.seeds_per_trial, 1, 1000)
-        one_of("sweep.scheduler", self.scheduler, ("asha", "none"))
+        one_of("sweep.scheduler", self.scheduler, ("asha", "median", "none"))
+        for objective in self.objectives:
+            one_of("sweep.objectives", objective, OBJECTIVES)
+        if self.objectives[:1] != ("top1",) or len(set(self.objectives)) < len(self.objectives):
+            raise ConfigError(
+                f"sweep.objectives must be top1, and then each of {', '.join(OBJECTIVES[1:])} once at most, but are "
+                f"{', '.join(self.objectives) or 'none'}; begin with top1."
+            )
         expand(self, "state")
         if self.study is not None and re.search(r"://[^@]*:.*@|passw", self.study):
             raise ConfigError(
@@ -70,11 +81,9 @@ class Refit:
 class Warmstart:
     """Where the first trials come from."""
 
-    sources: tuple[str, ...] = ("paper",)
-
-    def __post_init__(self) -> None:
-        for source in self.sources:
-            one_of("warmstart.sources", source, ("paper",))
+    sources: tuple[str, ...] = (
+        "paper",
+    )  # `paper`, and sweeps: a name, a folder or an MLflow run id
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

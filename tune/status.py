@@ -64,7 +64,7 @@ def status(folder: Path) -> dict[str, Any]:
             if search.name == MAIN and best is not None:
                 found["best"] = {
                     "trial": f"trial-{search.label(best.number)}",
-                    "val_top1": best.value,
+                    "val_top1": best.values[0],
                     "settings": settings_of(best),
                 }
     words = WORDS | ({} if running else {"running": "begun"})

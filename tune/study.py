@@ -5,7 +5,7 @@ finished (never asked again), what was running (given out again under its number
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import optuna
@@ -32,6 +32,8 @@ class Failure(NamedTuple):
 class Search:
     """A study of `trials` trials in all, over `space`, the `points` first.
 
+    With several objectives there is no best trial but a front of them; `best` is the most accurate.
+
     Args:
         name: Study name, which is also the label of its trials.
         storage: Database of the sweep's studies.
@@ -42,6 +44,7 @@ class Search:
         pruner: Early stopping.
         seed: Of the sampler; a resumed search draws anew, not the same points again.
         prefix: Of its name in a database that several sweeps share.
+        objectives: Of OBJECTIVES, top1 first.
     """
 
     def __init__(
@@ -55,22 +58,25 @@ class Search:
         pruner: optuna.pruners.BasePruner,
         seed: int,
         prefix: str = "",
+        objectives: Sequence[str] = ("top1",),
     ) -> None:
-        self.name, self.space = name, space
+        self.name, self.space, self.objectives = name, space, tuple(objectives)
         self.study = optuna.create_study(
             study_name=prefix + name,
             storage=storage,
             load_if_exists=True,
-            direction="maximize",
+            directions=["maximize", *["minimize"] * (len(self.objectives) - 1)],
             pruner=pruner,
         )
+        self.storage = storage
         known = self.study.get_trials(deepcopy=False)
         self.trials = trials + sum("retry_of" in trial.user_attrs for trial in known)
         self.study.sampler = optuna.samplers.TPESampler(
             seed=seed + len(known), n_startup_trials=startup
         )
         for point in points[len(known) : trials]:  # all of them, unless a start was cut short
-            self.study.enqueue_trial(point.params, user_attrs={"settings": point.settings})
+            attrs = {"settings": point.settings, "source": point.source}
+            self.study.enqueue_trial(point.params, user_attrs=attrs)
         self.left_over = [trial for trial in known if trial.state == TrialState.RUNNING]
         self.heard = {trial.number: set(trial.intermediate_values) for trial in self.left_over}
         self.doomed = {trial.number for trial in self.left_over if "pruned_at" in trial.user_attrs}
@@ -84,14 +90,11 @@ class Search:
         """Return number, place in the space and settings of the next trial, None if all were given out."""
         if self.left_over:
             trial = Trial(self.study, self.left_over.pop(0)._trial_id)
-            for key, distribution in self.space.items():
-                trial._suggest(
-                    key, distribution
-                )  # gives what it has; a kill can leave a few undrawn
         elif self.given < self.trials:
-            trial = self.study.ask(self.space)
+            trial = self.study.ask()
         else:
             return None
+        self.space.draw(trial)  # of one that was left over, what a kill left undrawn
         self.running[trial.number] = trial
         return trial.number, dict(trial.params), settings_of(trial)
 
@@ -107,17 +110,26 @@ class Search:
 
     def stops_here(self, number: int) -> bool:
         """Whether a trial that an earlier driver left should stop where it is: that driver had no time to say so."""
-        return number in self.doomed or self.running[number].should_prune()
+        return number in self.doomed or self._should_prune(self.running[number])
 
     def epoch(self, number: int, epoch: int, value: float) -> bool:
         """Hear of an epoch's validation accuracy; return whether the trial should stop here."""
         trial = self.running[number]
         if epoch not in self.heard.get(number, ()):  # it goes on from a checkpoint before it
-            trial.report(value, epoch)
-        if trial.should_prune():
+            self._report(trial, epoch, value)
+        if self._should_prune(trial):
             trial.set_user_attr("pruned_at", epoch)  # asked again, the pruner would let it pass
             return True
         return False
+
+    def _report(self, trial: Trial, epoch: int, value: float) -> None:
+        if len(self.objectives) == 1:
+            trial.report(value, epoch)
+        else:  # where Optuna's own way refuses, since it serves early stopping alone
+            self.storage.set_trial_intermediate_value(trial._trial_id, epoch, value)
+
+    def _should_prune(self, trial: Trial) -> bool:
+        return len(self.objectives) == 1 and trial.should_prune()
 
     def tell(
         self, number: int, state: TrialState, metrics: dict[str, Any], why: Failure | None = None
@@ -130,7 +142,7 @@ class Search:
         Args:
             number: Of the trial.
             state: How it ended.
-            metrics: Its last ones.
+            metrics: Its last ones, and of a complete one what it costs, by objective.
             why: Why it failed, if it did; kept for `failures`.
         """
         trial = self.running.pop(number)
@@ -141,8 +153,42 @@ class Search:
             if why.kind == "memory":
                 trial.set_constraint("memory", 1.0)
                 state = TrialState.PRUNED
-        value = metrics["best_val_top1"] if state == TrialState.COMPLETE else None
-        self.study.tell(trial, value, state)
+        values = None
+        if state == TrialState.COMPLETE:
+            costs = self.objectives[1:]
+            values = [metrics["best_val_top1"], *[metrics[each] for each in costs]]
+        self.study.tell(trial, values, state)
+
+    def known(self, number: int, stamp: str) -> FrozenTrial | None:
+        """Return the trial that has ended with the settings of the digest `stamp`, None if this one is the first.
+
+        A failed one does not count: it says nothing, and may be tried again.
+        """
+        states = (TrialState.COMPLETE, TrialState.PRUNED)
+        for trial in self.study.get_trials(deepcopy=False, states=states):
+            same = trial.user_attrs.get("stamp") == stamp and trial.number != number
+            if same and not trial.user_attrs.keys() & {"failure", "duplicate_of"}:
+                return trial
+        return None
+
+    def answer(self, number: int, known: FrozenTrial) -> dict[str, Any]:
+        """End a trial as one with the same settings has ended, and return what it would have reported last."""
+        trial = self.running[number]
+        trial.set_user_attr("duplicate_of", known.number)
+        for epoch, value in known.intermediate_values.items():
+            if epoch not in self.heard.get(number, ()):
+                self._report(trial, epoch, value)
+        complete = known.state == TrialState.COMPLETE
+        heard = known.intermediate_values.values()
+        metrics = {
+            "duplicate_of": known.number,
+            "epoch": max(known.intermediate_values, default=0),
+            "best_val_top1": known.values[0] if complete else max(heard, default=None),
+            "best_val_loss": known.user_attrs["val_loss"],
+            **dict(zip(self.objectives[1:], known.values[1:] if complete else (), strict=False)),
+        }
+        self.tell(number, known.state, metrics)
+        return metrics
 
     @property
     def over(self) -> bool:
@@ -157,7 +203,16 @@ class Search:
     def ranked(self) -> list[FrozenTrial]:
         """Return the complete trials, highest validation accuracy first, ties by lower loss."""
         complete = self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-        return sorted(complete, key=lambda t: (-t.value, t.user_attrs["val_loss"], t.number))
+        return sorted(complete, key=lambda t: (-t.values[0], t.user_attrs["val_loss"], t.number))
+
+    def front(self) -> list[FrozenTrial]:
+        """Return the trials that no other one betters in every objective, each setting once, most accurate first."""
+        best = {trial.number for trial in self.study.best_trials}
+        return [t for t in self.distinct() if t.number in best]
+
+    def distinct(self) -> list[FrozenTrial]:
+        """Return `ranked` without those that were answered from another one's result."""
+        return [trial for trial in self.ranked() if "duplicate_of" not in trial.user_attrs]
 
     def best(self) -> FrozenTrial | None:
         """Return the first of `ranked`, None if no trial is complete."""
@@ -207,9 +262,10 @@ class Search:
         stopped = [
             (-trial.intermediate_values[max(trial.intermediate_values)], trial.number)
             for trial in self.study.get_trials(deepcopy=False, states=[TrialState.PRUNED])
-            if trial.intermediate_values and "failure" not in trial.user_attrs
+            if trial.intermediate_values
+            and not trial.user_attrs.keys() & {"failure", "duplicate_of"}
         ]
-        numbers = [trial.number for trial in self.ranked()]
+        numbers = [trial.number for trial in self.distinct()]
         return (numbers + [number for _, number in sorted(stopped)])[:count]
 
     def states(self) -> dict[str, int]:

@@ -10,15 +10,18 @@ What is finished is read from the study and from the run folders, never from Ray
 """
 
 import contextlib
+import itertools
+import json
 import os
 import platform
 import time
+import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from richkd import cache, distill, fusion
+from richkd import cache, distill, estimate, fusion
 from richkd.command import Stop
 from richkd.config import (
     UNHASHED,
@@ -45,8 +48,9 @@ from richkd.files import (
 from richkd.methods import METHODS
 from richkd.progress import Progress, stoppable
 from richkd.record import is_tested
-from tune.agenda import Agenda, Job, Refits
-from tune.best import called
+from richkd.teachers import FusedTeacher
+from tune.agenda import OF_A_METHOD, Agenda, Job, Refits
+from tune.best import called, find_sweep
 from tune.budget import Budget
 from tune.display import Display, short, show
 from tune.driver import is_full, locked, resumable, work
@@ -58,17 +62,18 @@ from tune.settings import MANY, Settings, fit
 from tune.settings import UNHASHED as UNHASHED_SWEEP
 from tune.settings import Sweep as SweepSettings
 from tune.settings import digest as sweep_digest
-from tune.space import of_baseline, read_space
+from tune.space import read_space
 from tune.store import Store, bring
 from tune.study import MAIN, Kind, Search, settings_of
 from tune.summary import STUDENTS, columns, read_refits, summarise, winner
 from tune.tracking import Tracker, public
-from tune.warmstart import Point, place, printed
+from tune.warmstart import PAPER, Outside, Point, place, printed, within
 
 # names that are looked up when a run starts: each choice is tried before any trial
 NAMED = ("student.name", "teacher.name", "clip.prompts", "clip.logits")
-OF_A_METHOD = ("loss.", "fusion.", "clip.")
+WARM = 5  # trials of each search that a sweep takes from one before it
 LEADING = 5  # trials that the link to MLflow's comparison shows; more would make it very long
+STUDENTS_FILE = "students.json"  # what each student costs, where a search looks at that
 # what `show` reads of a summary
 SUMMARY = (
     "best",
@@ -77,6 +82,7 @@ SUMMARY = (
     "failed",
     "failures",
     "failures_by_class",
+    "front",
     "seconds",
     "machine",
 )
@@ -106,10 +112,17 @@ class Sweep:
                 "(kd is tuned beside it), or `python -m richkd distill` for a single run."
             )
         self.space = read_space(self.settings.sweep.space, self.resolve)
+        self.costs: dict[str, dict[str, float]] = {}  # of each student, by objective
         if not self.space:
             raise ConfigError(
                 "sweep.space is empty but a sweep searches something; name keys as conf/digits.yaml does, or run "
                 "`python -m richkd distill` for a single run."
+            )
+        beside = self.settings.sweep.objectives[1:]
+        if beside and not any(key.startswith("student.") for key in self.space):
+            raise ConfigError(
+                f"sweep.objectives has {', '.join(beside)} but no student is searched, and so all trials cost the same; add "
+                "sweep.space.student.name={choice: [...]}, or leave them out."
             )
         for key in self.settings.sweep.settings:
             if not key.startswith(OF_A_METHOD):
@@ -155,6 +168,7 @@ class Sweep:
             config=config,
             params={key: shown[key] for key in params},
             store=self._address("trials", search.label(number)),
+            costs=self.costs.get(student_of(config), {}),
         )
 
     @property
@@ -173,7 +187,8 @@ class Sweep:
         student, label = STUDENTS[refits.method], self.labels[refits.method]
         config = self.resolve(settings | {"seed": seed}, student.method or self.base.method.name)
         shown = flatten(to_dict(config))
-        keys = [key for key in self.space if key in settings or student.method is None]
+        space = self.space if student.method is None else self.space.of_baseline()
+        keys = [key for key in space.active(shown) if key in settings or student.method is None]
         return Job(
             id=f"refit-{label}-seed{seed}",
             kind="refit",
@@ -187,33 +202,54 @@ class Sweep:
         )
 
 
-def prepare(sweep: Sweep, progress: Progress) -> dict[str, list[Point]]:
+def prepare(sweep: Sweep, progress: Progress, *, new: bool) -> dict[str, list[Point]]:
     """Make what all trials share, and return the first trials of each search.
 
     Whatever cannot be used, such as a prompt set without a placeholder, is refused here and not in the trials.
-    The paper's setting is run as printed, with T of the fused logits; where the search's T is relative to the
-    task teacher's, its place in the space depends on how wide both spread here.
+
+    Args:
+        sweep: The sweep; what its students cost is noted in it, where that is looked at.
+        progress: Told how far it is.
+        new: Whether it begins; one that goes on has its first trials, and does without the sweeps that they came from.
     """
-    paper = printed(sweep.base.method.name)
-    plain = printed("kd") | {"fusion.alpha": 1.0}
-    config = sweep.resolve(paper)
+    earlier = {
+        source: earlier_points(sweep, source)
+        for source in sweep.settings.warmstart.sources
+        if new and source != PAPER
+    }
+    config = sweep.resolve(printed(sweep.base.method.name))
     task = distill.open_task(config)
     distill.initial_student(config, task.dataset)
     teacher = distill.open_teacher(config, task, progress)
     for key in NAMED:
-        for choice in getattr(sweep.space.get(key), "choices", ()):
+        for choice in sweep.space.choices(key):
             each = sweep.resolve({key: choice})
             distill.initial_student(each, task.dataset)
             distill.open_teacher(each, task, progress)
-    if "paper" not in sweep.settings.warmstart.sources:
-        return {MAIN: [], "kd": []}
+    sweep.costs = costs_of(sweep, task, progress)
+    first: dict[str, list[Point]] = {MAIN: [], "kd": []}
+    for source in sweep.settings.warmstart.sources:
+        found = paper_points(sweep, task, teacher) if source == PAPER else earlier.get(source, {})
+        for label, points in found.items():
+            known = [point.settings for point in first[label]]
+            first[label] += [point for point in points if point.settings not in known]
+    return first
+
+
+def paper_points(sweep: Sweep, task: distill.Task, teacher: FusedTeacher) -> dict[str, list[Point]]:
+    """Return the paper's setting and plain distillation, run as printed, with T of the fused logits.
+
+    Where the search's T is relative to the task teacher's, its place in the space depends on how wide both spread here.
+    """
+    paper = printed(sweep.base.method.name)
+    plain = printed("kd") | {"fusion.alpha": 1.0}
     ratio = 1.0
     if sweep.resolve(sweep.settings.sweep.settings).loss.temperature_of == "task":
         rows = task.split.transfer
         fused, alone = teacher.fused("train")[rows], teacher.task.train[rows]
         ratio = fusion.spread(fused) / fusion.spread(alone)
     base = flatten(to_dict(sweep.base))
-    kd_space = of_baseline(sweep.space)
+    kd_space = sweep.space.of_baseline()
     return {
         MAIN: [
             Point(params=place(paper, sweep.space, base, ratio), settings=paper),
@@ -221,6 +257,82 @@ def prepare(sweep: Sweep, progress: Progress) -> dict[str, list[Point]]:
         ],
         "kd": [Point(params=place(plain, kd_space, base, 1.0), settings=printed("kd"))],
     }
+
+
+def earlier_points(sweep: Sweep, source: str) -> dict[str, list[Point]]:
+    """Return the best trials of an earlier sweep as far as they lie in the space of this one; the others are named.
+
+    Settings alone are taken over, no results: they are run again.
+
+    Args:
+        sweep: The sweep that begins.
+        source: Name, folder or MLflow run id of the earlier one.
+
+    Raises:
+        ConfigError: If there is no such sweep, or it has no trial that lies in the space.
+    """
+    try:
+        folder = find_sweep(source, sweep.folder.parent)
+    except ConfigError as error:
+        raise ConfigError(f"warmstart.sources={source}: {error}") from error
+    asked, layers = asked_of(folder)
+    before = Sweep(folder, layers)
+    trials = before.settings.sweep.trials + asked.get("more_trials", 0)
+    paper = PAPER in sweep.settings.warmstart.sources
+    points: dict[str, list[Point]] = {MAIN: [], "kd": []}
+    outside = []
+    for search in open_searches(before, trials):
+        method = before.base.method.name if search.name == MAIN else search.name
+        space = sweep.space if search.name == MAIN else sweep.space.of_baseline()
+        asked_for = sweep.settings.sweep.settings
+        fixed = flatten(to_dict(sweep.resolve(asked_for, None if search.name == MAIN else "kd")))
+        for trial in search.distinct()[:WARM]:
+            settings = settings_of(trial)
+            if paper and settings in (printed(method), printed("kd") | {"fusion.alpha": 1.0}):
+                continue  # it is among the first trials already
+            job = before.trial(search, trial.number, trial.params, settings)
+            ran, name = flatten(to_dict(job.config)), f"{folder.name}/{job.id}"
+            searched = {**before.settings.sweep.settings, **settings}
+            try:
+                found = within(space, fixed, ran, searched)
+            except Outside as error:
+                outside.append(f"{name} ({error})")
+            else:
+                points[search.name].append(Point(params=found, settings=found, source=name))
+    if outside:
+        left_out = f"outside the space of this sweep, and left out: {'; '.join(outside)}"
+        warnings.warn(f"warmstart.sources={source}: {left_out}.", stacklevel=2)
+    if not points[MAIN]:
+        raise ConfigError(
+            f"warmstart.sources={source} must have a finished trial inside the space of this sweep but has none; widen "
+            "sweep.space, or leave it out."
+        )
+    return points
+
+
+def student_of(config: Config) -> str:
+    """Return what tells students of different cost apart."""
+    return json.dumps(asdict(config.student), sort_keys=True)
+
+
+def costs_of(sweep: Sweep, task: distill.Task, progress: Progress) -> dict[str, dict[str, float]]:
+    """Return what each student that can be drawn costs, by the sweep's objectives; nothing if it looks at accuracy alone.
+
+    Latency is measured here, before anything else runs, and once: trials of one student have one latency, and a sweep
+    that goes on compares with what it measured first.
+    """
+    beside, path = sweep.settings.sweep.objectives[1:], sweep.folder / STUDENTS_FILE
+    if not beside or path.exists():
+        return read_record(path) if beside else {}
+    keys = [key for key in sweep.space if key.startswith("student.")]
+    drawn = list(itertools.product(*(sweep.space.choices(key) for key in keys)))
+    found = {}
+    for k, values in enumerate(drawn):
+        progress("students", k, len(drawn))
+        config = sweep.resolve(dict(zip(keys, values, strict=True)))
+        costs = {"parameters": estimate.size, "latency": estimate.latency}
+        found[student_of(config)] = {name: costs[name](config, task) for name in beside}
+    return found
 
 
 def state_of(settings: Settings, base: Config) -> Path:
@@ -429,7 +541,7 @@ def carry_out(
         raise Stopped(f"the budget is used up; go on with: {going_on(folder, budget)}")
     with Display(folder.name) as display:
         display.line(f"sweep {folder.name} in {short(folder)}")
-        first = prepare(sweep, stoppable(display.progress, stop))
+        first = prepare(sweep, stoppable(display.progress, stop), new=new)
         make_folder(folder, "storage")
         with locked(folder):
             if new:
@@ -452,6 +564,8 @@ def carry_out(
                     f"{folder.name} was gone on with by another driver meanwhile; run the same command again."
                 )
             write_json(folder / "sweep.json", asked)
+            if sweep.costs:
+                write_json(folder / STUDENTS_FILE, sweep.costs)
             (folder / "summary.json").unlink(missing_ok=True)
             logbook = Logbook(folder, tracking, sweep.settings.tracking.experiment)
             try:
@@ -548,8 +662,9 @@ def open_searches(
                 pruner(wanted),
                 sweep.base.seed,
                 prefix=prefix,
+                objectives=wanted.objectives,
             )
-            for label, space in ((MAIN, sweep.space), ("kd", of_baseline(sweep.space)))
+            for label, space in ((MAIN, sweep.space), ("kd", sweep.space.of_baseline()))
         ]
     except (DatabaseError, StorageInternalError) as error:
         if is_full(error):
@@ -561,6 +676,7 @@ def open_searches(
 def agenda_of(sweep: Sweep, searches: list[Search], display: Display, logbook: Logbook) -> Agenda:
     """Return the agenda: both searches, then the refits of the five students that are compared."""
     by_name = {search.name: search for search in searches}
+    shared = any(not key.startswith(OF_A_METHOD) for key in sweep.space)
     refits = [
         Refits(
             method=name,
@@ -568,6 +684,7 @@ def agenda_of(sweep: Sweep, searches: list[Search], display: Display, logbook: L
             if student.search is None
             else sweep.settings.sweep.settings,
             search=by_name.get(student.search),
+            shared=by_name[MAIN] if shared and student.search is None else None,
         )
         for name, student in STUDENTS.items()
     ]
@@ -637,11 +754,11 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, budget: Budget) -> 
         "failures_by_class": Counter(why.kind for why in agenda.failed.values()),
         "best": {
             "trial": trial.number,
-            "val_top1": trial.value,
+            "val_top1": trial.values[0],
             "params": best.params,
-            "settings": {key: shown[key] for key in (*sweep.space, "loss.temperature_of")},
+            "settings": {key: shown[key] for key in (*best.params, "loss.temperature_of")},
             "origin": origin(sweep, settings_of(trial)),
-            "scale": sweep.base.clip.scale,
+            "scale": best.config.clip.scale,
             "seed": seed,
             "checkpoint": _within(
                 sweep.runs / "refits" / f"{sweep.labels['richkd']}-seed{seed}" / "best",
@@ -649,6 +766,7 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, budget: Budget) -> 
             ),
             "recorded": {"val_top1": metrics["best_val_top1"], "test_top1": metrics["test/top1"]},
         },
+        "front": front(sweep, search),
         "leading": [f"trial-{search.label(number)}" for number in search.leading(LEADING)],
         "summary": summary,
         "seconds": budget.seconds,
@@ -658,6 +776,19 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, budget: Budget) -> 
     result["mlflow"] = logbook.conclude(result, columns(summary))
     write_json(sweep.folder / "summary.json", result)
     return located(sweep.folder, result)
+
+
+def front(sweep: Sweep, search: Search) -> list[dict[str, Any]]:
+    """Return the trials that none betters in every objective, as plain JSON; nothing with accuracy alone."""
+    if len(search.objectives) == 1:
+        return []
+    found = []
+    for trial in search.front():
+        job = sweep.trial(search, trial.number, trial.params, settings_of(trial))
+        values = dict(zip(search.objectives, trial.values, strict=True))
+        place = {} if job.store else {"checkpoint": _within(job.folder / "best", sweep.folder)}
+        found.append({"trial": job.id, **values, "params": job.params, **place})
+    return found
 
 
 def origin(sweep: Sweep, settings: dict[str, Any]) -> str | None:

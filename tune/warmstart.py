@@ -1,22 +1,29 @@
-"""The first trials of a search: settings known to be worth a try, as printed where they were printed."""
+"""The first trials of a search: settings known to be worth a try, as printed, or from a sweep before it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
 from richkd.methods import METHODS
 from tune.space import Space
 
 WEIGHTS = ("loss.ce", "loss.logit", "loss.temperature")
+PAPER = "paper"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One trial: where it lies in the search space, and what is run."""
+    """One trial: where it lies in the search space, what is run, and where it comes from."""
 
     params: dict[str, Any]
     settings: dict[str, Any]
+    source: str = PAPER
+
+
+class Outside(ValueError):
+    """What was run lies outside a space; says where."""
 
 
 def printed(method: str) -> dict[str, Any]:
@@ -29,7 +36,7 @@ def printed(method: str) -> dict[str, Any]:
 def place(
     settings: dict[str, Any], space: Space, base: dict[str, Any], ratio: float
 ) -> dict[str, Any]:
-    """Return where `settings` lie in `space`, so that the sampler learns from them.
+    """Return where `settings` lie in `space`, at its nearest bound if beyond, so that the sampler learns from them.
 
     Args:
         settings: Dotted keys as run, with T of the fused logits.
@@ -38,15 +45,66 @@ def place(
         ratio: Spread of the fused logits over that of the task teacher's, at these settings.
     """
     params = {}
-    for key, distribution in space.items():
+    for key, distribution in space.distributions.items():
         value = settings.get(key, base[key])
         if key == "loss.temperature":
             value = value / ratio
-        if isinstance(distribution, CategoricalDistribution):
-            params[key] = value if value in distribution.choices else distribution.choices[0]
-        elif not isinstance(value, int | float):  # such as clip.scale=model
-            params[key] = distribution.low
-        else:
-            nearest = min(max(value, distribution.low), distribution.high)
-            params[key] = round(nearest) if isinstance(distribution, IntDistribution) else nearest
+        params[key] = _nearest(distribution, value)
+    return {key: params[key] for key in space.active(params)}
+
+
+def _nearest(distribution: BaseDistribution, value: Any) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return value if value in distribution.choices else distribution.choices[0]
+    low, high, step = distribution.low, distribution.high, distribution.step
+    if not isinstance(value, int | float):  # such as clip.scale=model
+        return low
+    value = min(max(value, low), high)
+    if step is not None:
+        value = min(low + round((value - low) / step) * step, high)
+    return round(value) if isinstance(distribution, IntDistribution) else value
+
+
+def within(
+    space: Space, fixed: Mapping[str, Any], ran: Mapping[str, Any], searched: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return where in `space` a trial of another sweep lies.
+
+    Args:
+        space: What is searched now.
+        fixed: What all trials have where `space` leaves it alone, by dotted key.
+        ran: What the trial ran, all keys.
+        searched: Those of them that its sweep searched or set for its trials.
+
+    Raises:
+        Outside: If it cannot be run here as it was there; Optuna itself would take any value.
+    """
+    params = {}
+    for key in space.active(ran):
+        if not _holds(space.distributions[key], ran[key]):
+            raise Outside(f"{key}={ran[key]} is not in {said(space.distributions[key])}")
+        params[key] = ran[key]
+    for key in searched:
+        if key not in params and ran[key] != fixed[key]:
+            raise Outside(f"{key}={ran[key]} is not searched, and is {fixed[key]}")
     return params
+
+
+def _holds(distribution: BaseDistribution, value: Any) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    number = int if isinstance(distribution, IntDistribution) else int | float
+    if not isinstance(value, number) or not distribution.low <= value <= distribution.high:
+        return False
+    if distribution.step is None:
+        return True
+    steps = (value - distribution.low) / distribution.step
+    return abs(steps - round(steps)) < 1e-8
+
+
+def said(distribution: BaseDistribution) -> str:
+    """Return a distribution in a few words."""
+    if isinstance(distribution, CategoricalDistribution):
+        return ", ".join(map(str, distribution.choices))
+    step = f" in steps of {distribution.step:g}" if distribution.step not in (None, 1) else ""
+    return f"{distribution.low:g} to {distribution.high:g}{step}"
