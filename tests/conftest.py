@@ -59,7 +59,7 @@ def swept(cluster, miniature, cache_root, tmp_path_factory):
     from mlflow.tracking import MlflowClient
 
     from richkd.config import read
-    from tune import sweep as sweeps
+    from tune import launch as sweeps
 
     folder = tmp_path_factory.mktemp("sweep")
     uri = f"sqlite:///{folder / 'mlflow.db'}"

@@ -16,7 +16,7 @@ from mlflow.tracking import MlflowClient
 from richkd.errors import ConfigError
 from richkd.files import read_json, write_json
 from tune import doctor, driver
-from tune import sweep as sweeps
+from tune import launch as sweeps
 from tune.doctor import examine, mend
 from tune.driver import locked
 from tune.spool import Spool

@@ -13,10 +13,10 @@ from small import SMALL
 from richkd.config import Layers, read
 from richkd.errors import ConfigError, Stopped
 from richkd.files import read_json, write_json
-from tune import sweep as sweeps
+from tune import launch as sweeps
 from tune.driver import locked
+from tune.launch import More
 from tune.status import status
-from tune.sweep import More
 
 
 @pytest.fixture

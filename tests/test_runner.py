@@ -10,9 +10,9 @@ from ray.tune.search import Searcher
 from richkd.command import Stop
 from richkd.errors import ConfigError, Interrupted
 from tune import runner
+from tune.driver import is_full
 from tune.runner import PROCESS_RESTARTS, Deaths, Guard, JobScheduler, JobSearcher, death_of
 from tune.settings import Resources, fit
-from tune.sweep import is_full
 
 SHARED = {"workers": 1, "each": {"CPU": 1}, "threads": 1, "scratch": "scratch"}
 

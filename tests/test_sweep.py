@@ -21,7 +21,7 @@ from richkd.data import load
 from richkd.errors import ConfigError, CorruptError, RichkdError
 from richkd.evaluate import accuracy
 from richkd.files import read_json, write_json
-from tune import sweep as sweeps
+from tune import launch as sweeps
 from tune.best import best, find_sweep
 from tune.tracking import Tracker
 

@@ -31,7 +31,7 @@ from richkd.command import Done, Verb, main, say
 from richkd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tune.sweep import More
+    from tune.launch import More
 
 T = TypeVar("T", int, float)
 
@@ -98,7 +98,7 @@ def sweep(arguments: argparse.Namespace) -> Done:
     layers = config.read(arguments.words)
     config.build(layers)  # most mistakes are refused here, before the slow imports
     cluster = _cluster(arguments)
-    from tune.sweep import start
+    from tune.launch import start
 
     answer = start(
         layers, resume=arguments.resume, changed=arguments.changed, **cluster, stop=arguments.stop
@@ -153,7 +153,7 @@ def train(arguments: argparse.Namespace) -> Done:
 
 def resume(arguments: argparse.Namespace) -> Done:
     """Go on with a sweep, or give it more to do."""
-    from tune.sweep import More
+    from tune.launch import More
 
     more = More(
         trials=_number("add-trials", arguments.add_trials, int),
@@ -165,7 +165,7 @@ def resume(arguments: argparse.Namespace) -> Done:
 
 def retry(arguments: argparse.Namespace) -> Done:
     """Try failed trials again, and go on."""
-    from tune.sweep import More
+    from tune.launch import More
 
     kinds = tuple((vars(arguments)["class"] or ",".join(RETRIED)).split(","))
     more, folder = More(retry=kinds), _one_sweep(arguments.words)
@@ -182,7 +182,7 @@ def retry(arguments: argparse.Namespace) -> Done:
 
 def _go_on(arguments: argparse.Namespace, more: "More") -> Done:
     folder, cluster = _one_sweep(arguments.words), _cluster(arguments)
-    from tune.sweep import go_on
+    from tune.launch import go_on
 
     answer = go_on(folder, more=more, changed=arguments.changed, **cluster, stop=arguments.stop)
     return Done(answer, 3 if answer["failed"] else 0)

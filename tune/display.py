@@ -218,7 +218,9 @@ def show(result: dict[str, Any]) -> None:
         )
     if result["front"]:
         line("")
-        line("trials that none betters in every objective, on validation; students in trials/ID/best")
+        line(
+            "trials that none betters in every objective, on validation; students in trials/ID/best"
+        )
         console.print(front_table(result["front"]))
     line("")
     settings = {key: value for key, value in best["settings"].items() if key != "clip.scale"}

@@ -22,10 +22,11 @@ from richkd.progress import stoppable
 from tune.best import called
 from tune.costs import cramped, folders_of, in_bytes, measured, side_by_side
 from tune.display import Display
+from tune.first import NAMED
 from tune.places import check, machines_of
 from tune.settings import Settings
 from tune.summary import STUDENTS
-from tune.sweep import NAMED, Sweep, state_of
+from tune.sweep import Sweep, state_of
 from tune.tracking import Tracker, public
 from tune.warmstart import printed
 

@@ -159,13 +159,15 @@ def _distribution(key: str, entry: Any) -> BaseDistribution:
     steps = {"step": entry["step"]} if "step" in entry else {}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of a range that is no whole number of steps
+            warnings.simplefilter("error")  # Optuna would cut the range
             return DISTRIBUTIONS[kind](*bounds, **steps)
-    except (ValueError, TypeError, UserWarning) as error:
-        of_step = f" with step {entry['step']!r}" if steps else ""
+    except UserWarning as cut:
         raise ConfigError(
-            f"sweep.space: {key}: {kind} cannot be {bounds!r}{of_step}: {error}"
-        ) from error
+            f"sweep.space: {key}: the range of {kind} must be a whole number of steps but {bounds!r} is none of "
+            f"{entry['step']!r}; change one of them."
+        ) from cut
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"sweep.space: {key}: {kind} cannot be {bounds!r}: {error}") from error
 
 
 def _rules(key: str, when: Any, distributions: Mapping[str, BaseDistribution]) -> When:

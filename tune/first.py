@@ -1,0 +1,148 @@
+"""What comes before the trials of a sweep: what all of them share, the first settings, what students cost."""
+
+import itertools
+import warnings
+
+from richkd import distill, estimate, fusion
+from richkd.config import flatten, to_dict
+from richkd.errors import ConfigError
+from richkd.files import read_record
+from richkd.progress import Progress
+from richkd.teachers import FusedTeacher
+from tune.best import find_sweep
+from tune.study import MAIN, settings_of
+from tune.sweep import Sweep, asked_of, open_searches, student_of
+from tune.warmstart import PAPER, Outside, Point, place, printed, within
+
+# names that are looked up when a run starts: each choice is tried before any trial
+NAMED = ("student.name", "teacher.name", "clip.prompts", "clip.logits")
+WARM = 5  # trials of each search that a sweep takes from one before it
+STUDENTS_FILE = "students.json"  # what each student costs, where a search looks at that
+
+
+def prepare(sweep: Sweep, progress: Progress, *, new: bool) -> dict[str, list[Point]]:
+    """Make what all trials share, and return the first trials of each search.
+
+    Whatever cannot be used, such as a prompt set without a placeholder, is refused here and not in the trials.
+
+    Args:
+        sweep: The sweep; what its students cost is noted in it, where that is looked at.
+        progress: Told how far it is.
+        new: Whether it begins; one that goes on has its first trials, and does without the sweeps that they came from.
+    """
+    earlier = {
+        source: earlier_points(sweep, source)
+        for source in sweep.settings.warmstart.sources
+        if new and source != PAPER
+    }
+    config = sweep.resolve(printed(sweep.base.method.name))
+    task = distill.open_task(config)
+    distill.initial_student(config, task.dataset)
+    teacher = distill.open_teacher(config, task, progress)
+    for key in NAMED:
+        for choice in sweep.space.choices(key):
+            each = sweep.resolve({key: choice})
+            distill.initial_student(each, task.dataset)
+            distill.open_teacher(each, task, progress)
+    sweep.costs = costs_of(sweep, task, progress)
+    first: dict[str, list[Point]] = {MAIN: [], "kd": []}
+    for source in sweep.settings.warmstart.sources:
+        found = paper_points(sweep, task, teacher) if source == PAPER else earlier.get(source, {})
+        for label, points in found.items():
+            known = [point.settings for point in first[label]]
+            first[label] += [point for point in points if point.settings not in known]
+    return first
+
+
+def paper_points(sweep: Sweep, task: distill.Task, teacher: FusedTeacher) -> dict[str, list[Point]]:
+    """Return the paper's setting and plain distillation, run as printed, with T of the fused logits.
+
+    Where the search's T is relative to the task teacher's, its place in the space depends on how wide both spread here.
+    """
+    paper = printed(sweep.base.method.name)
+    plain = printed("kd") | {"fusion.alpha": 1.0}
+    ratio = 1.0
+    if sweep.resolve(sweep.settings.sweep.settings).loss.temperature_of == "task":
+        rows = task.split.transfer
+        fused, alone = teacher.fused("train")[rows], teacher.task.train[rows]
+        ratio = fusion.spread(fused) / fusion.spread(alone)
+    base = flatten(to_dict(sweep.base))
+    kd_space = sweep.space.of_baseline()
+    return {
+        MAIN: [
+            Point(params=place(paper, sweep.space, base, ratio), settings=paper),
+            Point(params=place(plain, sweep.space, base, 1.0), settings=plain),
+        ],
+        "kd": [Point(params=place(plain, kd_space, base, 1.0), settings=printed("kd"))],
+    }
+
+
+def earlier_points(sweep: Sweep, source: str) -> dict[str, list[Point]]:
+    """Return the best trials of an earlier sweep as far as they lie in the space of this one; the others are named.
+
+    Settings alone are taken over, no results: they are run again.
+
+    Args:
+        sweep: The sweep that begins.
+        source: Name, folder or MLflow run id of the earlier one.
+
+    Raises:
+        ConfigError: If there is no such sweep, or it has no trial that lies in the space.
+    """
+    try:
+        folder = find_sweep(source, sweep.folder.parent)
+    except ConfigError as error:
+        raise ConfigError(f"warmstart.sources={source}: {error}") from error
+    asked, layers = asked_of(folder)
+    before = Sweep(folder, layers)
+    trials = before.settings.sweep.trials + asked.get("more_trials", 0)
+    paper = PAPER in sweep.settings.warmstart.sources
+    points: dict[str, list[Point]] = {MAIN: [], "kd": []}
+    outside = []
+    for search in open_searches(before, trials):
+        method = before.base.method.name if search.name == MAIN else search.name
+        space = sweep.space if search.name == MAIN else sweep.space.of_baseline()
+        asked_for = sweep.settings.sweep.settings
+        fixed = flatten(to_dict(sweep.resolve(asked_for, None if search.name == MAIN else "kd")))
+        for trial in search.distinct()[:WARM]:
+            settings = settings_of(trial)
+            if paper and settings in (printed(method), printed("kd") | {"fusion.alpha": 1.0}):
+                continue  # it is among the first trials already
+            job = before.trial(search, trial.number, trial.params, settings)
+            ran, name = flatten(to_dict(job.config)), f"{folder.name}/{job.id}"
+            searched = {**before.settings.sweep.settings, **settings}
+            try:
+                found = within(space, fixed, ran, searched)
+            except Outside as error:
+                outside.append(f"{name} ({error})")
+            else:
+                points[search.name].append(Point(params=found, settings=found, source=name))
+    if outside:
+        left_out = f"outside the space of this sweep, and left out: {'; '.join(outside)}"
+        warnings.warn(f"warmstart.sources={source}: {left_out}.", stacklevel=2)
+    if not points[MAIN]:
+        raise ConfigError(
+            f"warmstart.sources={source} must have a finished trial inside the space of this sweep but has none; widen "
+            "sweep.space, or leave it out."
+        )
+    return points
+
+
+def costs_of(sweep: Sweep, task: distill.Task, progress: Progress) -> dict[str, dict[str, float]]:
+    """Return what each student that can be drawn costs, by the sweep's objectives; nothing if it looks at accuracy alone.
+
+    Latency is measured here, before anything else runs, and once: trials of one student have one latency, and a sweep
+    that goes on compares with what it measured first.
+    """
+    beside, path = sweep.settings.sweep.objectives[1:], sweep.folder / STUDENTS_FILE
+    if not beside or path.exists():
+        return read_record(path) if beside else {}
+    keys = [key for key in sweep.space if key.startswith("student.")]
+    drawn = list(itertools.product(*(sweep.space.choices(key) for key in keys)))
+    found = {}
+    for k, values in enumerate(drawn):
+        progress("students", k, len(drawn))
+        config = sweep.resolve(dict(zip(keys, values, strict=True)))
+        costs = {"parameters": estimate.size, "latency": estimate.latency}
+        found[student_of(config)] = {name: costs[name](config, task) for name in beside}
+    return found

@@ -1,0 +1,452 @@
+"""Run a sweep, or go on with one: a single path.
+
+python -m tune sweep                         # the embedded default
+python -m tune sweep my.yaml sweep.trials=50
+python -m tune resume                        # go on with the latest
+"""
+
+import contextlib
+import os
+import platform
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from richkd import cache
+from richkd.command import Stop
+from richkd.config import UNHASHED, Layers, build, digest, dump, flatten, in_range, one_of, to_dict
+from richkd.data import load
+from richkd.errors import ConfigError, RichkdError, Stopped
+from richkd.files import check_writable, make_folder, read_record, write_atomic, write_json
+from richkd.progress import stoppable
+from richkd.record import is_tested
+from tune.agenda import OF_A_METHOD, Agenda, Job, Refits
+from tune.best import called
+from tune.budget import Budget
+from tune.display import Display, short, show
+from tune.driver import locked, resumable, work
+from tune.environment import differences, environment, fingerprint
+from tune.first import STUDENTS_FILE, prepare
+from tune.logbook import Logbook
+from tune.places import check, machines_of
+from tune.settings import MANY, Settings, fit
+from tune.settings import UNHASHED as UNHASHED_SWEEP
+from tune.settings import Sweep as SweepSettings
+from tune.settings import digest as sweep_digest
+from tune.store import bring
+from tune.study import MAIN, Kind, Search, settings_of
+from tune.summary import STUDENTS, columns, read_refits, summarise, winner
+from tune.sweep import Sweep, asked_of, budget_of, going_on, open_searches, state_of
+from tune.tracking import Tracker, public
+from tune.warmstart import printed
+
+# names that are looked up when a run starts: each choice is tried before any trial
+NAMED = ("student.name", "teacher.name", "clip.prompts", "clip.logits")
+LEADING = 5  # trials that the link to MLflow's comparison shows; more would make it very long
+# what `show` reads of a summary
+SUMMARY = (
+    "best",
+    "summary",
+    "mlflow",
+    "failed",
+    "failures",
+    "failures_by_class",
+    "front",
+    "seconds",
+    "machine",
+)
+
+
+def start(
+    layers: Layers, *, resume: bool = False, changed: bool = False, **launch: Any
+) -> dict[str, Any]:
+    """Start the sweep that `layers` describe and carry it out.
+
+    Nothing is written before all that is asked for is known to be usable.
+
+    Args:
+        layers: Explicit settings.
+        resume: Whether a sweep of that name may be there, which then goes on.
+        changed: Whether it may go on though code or settings have changed.
+        launch: `address`, `stop` and what else `carry_out` takes of one invocation.
+    """
+    settings, base = build(layers, Settings), build(layers)
+    if resume and settings.sweep.name is None:
+        raise ConfigError("--resume goes on with a sweep by its name but sweep.name is not given.")
+    name = settings.sweep.name or time.strftime(
+        f"{base.data.source}-{base.student.name}-%y%m%d-%H%M%S"
+    )
+    folder = state_of(settings, base) / name
+    if (folder / "sweep.json").exists():
+        if resume:
+            return go_on(folder, layers=layers, changed=changed, **launch)
+        raise _exists(folder)
+    sweep, tracking = Sweep(folder, layers), Tracker.address(settings.tracking.uri)
+    asked = {
+        "name": name,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "digest": sweep_digest(settings, base),
+        "layers": _written(layers),
+        "tracking": public(tracking),
+        "fingerprint": fingerprint(),
+    }
+    return carry_out(sweep, asked, tracking, new=True, **launch)
+
+
+def _written(layers: Layers) -> list[list]:
+    """Return layers as `sweep.json` keeps them, without passwords."""
+    return [
+        [key, public(value) if key == "tracking.uri" else value, origin]
+        for key, value, origin in layers.to_list()
+    ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class More:
+    """What a sweep is given beyond what it was started with.
+
+    Attributes:
+        trials: Of each search.
+        hours: Of wall time, over `sweep.hours`.
+        gpu_hours: Likewise.
+        retry: Kinds of failed trials that are tried again.
+    """
+
+    trials: int = 0
+    hours: float = 0.0
+    gpu_hours: float = 0.0
+    retry: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        in_range("--add-trials", self.trials, 0, MANY)
+        in_range("--add-hours", self.hours, 0, 1e6)
+        in_range("--add-gpu-hours", self.gpu_hours, 0, 1e6)
+        for kind in self.retry:
+            one_of("--class", kind, get_args(Kind))
+
+
+def go_on(
+    folder: Path,
+    *,
+    layers: Layers | None = None,
+    more: More | None = None,
+    changed: bool = False,
+    **launch: Any,
+) -> dict[str, Any]:
+    """Go on with a sweep: interrupted, out of budget, or finished and given more to do.
+
+    A finished one that gets nothing more gives its summary again.
+
+    Args:
+        folder: Sweep folder.
+        layers: What is asked for now; None: what it was started with.
+        more: What it is given beyond that.
+        changed: Whether code or settings may have changed.
+        launch: As in `start`.
+
+    Raises:
+        ConfigError: If code or settings have changed without leave; says what.
+    """
+    (known, before), more = asked_of(folder), more or More()
+    asked, given = known, layers
+    layers = layers or before
+    resettled = differences(_decisive(before), _decisive(layers))
+    longer = build(layers, Settings).sweep.trials > build(before, Settings).sweep.trials
+    if (folder / "summary.json").exists() and not (resettled or longer) and more == More():
+        result = located(folder, read_record(folder / "summary.json", *SUMMARY))
+        show(result)
+        return result
+    now = fingerprint()
+    found = resettled + differences(asked.get("fingerprint", now), now)
+    if found and not changed:
+        rest = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise ConfigError(
+            f"{folder.name} must go on as it began but {'; '.join(found[:5])}{rest}; go back to that, or say --changed."
+        )
+    if found:
+        entry = {"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "found": found}
+        asked = asked | {"changes": [*asked.get("changes", []), entry]}
+    asked = asked | {"layers": _written(layers), "fingerprint": now}
+    sweep = Sweep(folder, layers)
+    _check_more(sweep.settings.sweep, more)
+    asked |= {
+        "more_trials": asked.get("more_trials", 0) + more.trials,
+        "more_hours": asked.get("more_hours", 0.0) + more.hours,
+        "more_gpu_hours": asked.get("more_gpu_hours", 0.0) + more.gpu_hours,
+    }
+    tracking = Tracker.recall(asked["tracking"])
+    if given is not None and (uri := sweep.settings.tracking.uri) is not None:
+        tracking = Tracker.address(uri)
+        asked |= {"tracking": public(tracking)}
+    return carry_out(sweep, asked, tracking, new=False, retry=more.retry, known=known, **launch)
+
+
+def _decisive(layers: Layers) -> dict[str, Any]:
+    """Return the settings that a result depends on, by dotted key."""
+    both = flatten(to_dict(build(layers))) | flatten(to_dict(build(layers, Settings)))
+    free = (*UNHASHED, *UNHASHED_SWEEP)
+    return {key: value for key, value in both.items() if not key.startswith(free)}
+
+
+def _check_more(settings: SweepSettings, more: More) -> None:
+    for name, added in (("hours", more.hours), ("gpu_hours", more.gpu_hours)):
+        if added and getattr(settings, name) is None:
+            raise ConfigError(
+                f"--add-{name.replace('_', '-')} adds to sweep.{name} but the sweep has no such limit; leave it out."
+            )
+
+
+def _exists(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"sweep {folder.name} exists already; go on with it (python -m tune resume {called(folder)}), or choose "
+        "another sweep.name."
+    )
+
+
+def carry_out(
+    sweep: Sweep,
+    asked: dict[str, Any],
+    tracking: str,
+    *,
+    new: bool,
+    known: dict[str, Any] | None = None,
+    retry: tuple[str, ...] = (),
+    address: str | None = None,
+    dashboard: str | None = None,
+    stop: Stop | None = None,
+) -> dict[str, Any]:
+    """Do what is left of a sweep and summarise it.
+
+    Args:
+        sweep: The sweep.
+        asked: What `sweep.json` says, or will say.
+        tracking: Address of MLflow, with its credentials.
+        new: Whether the folder is made here.
+        known: What `sweep.json` said when `asked` was made of it; None if there was none.
+        retry: Kinds of failed trials that are tried again.
+        address: Of a Ray cluster.
+        dashboard: As `runner.run` takes it.
+        stop: Says whether a signal came.
+
+    Raises:
+        Interrupted: On SIGINT or SIGTERM, after the running trials have stopped at a checkpoint.
+        Stopped: If the disk is full, or the budget is used up.
+        RichkdError: If no trial succeeded.
+    """
+    folder, stop = sweep.folder, stop or Stop()
+    check_writable(folder, "storage" if sweep.settings.sweep.state is None else "sweep.state")
+    if sweep.store is None:
+        check_writable(sweep.runs, "storage")
+    else:
+        sweep.store.probe()
+    check_place(sweep, tracking, address)
+    wanted = sweep.settings.sweep
+    trials, budget = wanted.trials + asked.get("more_trials", 0), budget_of(sweep, asked)
+    if not new and budget.used_up():
+        raise Stopped(f"the budget is used up; go on with: {going_on(folder, budget)}")
+    with Display(folder.name) as display:
+        display.line(f"sweep {folder.name} in {short(folder)}")
+        first = prepare(sweep, stoppable(display.progress, stop), new=new)
+        make_folder(folder, "storage")
+        with locked(folder):
+            if new:
+                if (folder / "sweep.json").exists():  # of another start, a moment ago
+                    raise _exists(folder)
+                if (folder / "run.json").exists():
+                    raise ConfigError(
+                        f"sweep.name={folder.name} is taken: {folder} holds a run; choose another."
+                    )
+                if wanted.study is not None and any(
+                    search.ended or search.left_over
+                    for search in open_searches(sweep, trials, first)
+                ):
+                    raise ConfigError(
+                        f"sweep.name={folder.name} is taken: sweep.study has trials of that name; choose another."
+                    )
+                write_atomic(folder / "config.yaml", dump(sweep.base).encode())
+            elif read_record(folder / "sweep.json") != known:
+                raise ConfigError(
+                    f"{folder.name} was gone on with by another driver meanwhile; run the same command again."
+                )
+            write_json(folder / "sweep.json", asked)
+            if sweep.costs:
+                write_json(folder / STUDENTS_FILE, sweep.costs)
+            (folder / "summary.json").unlink(missing_ok=True)
+            logbook = Logbook(folder, tracking, sweep.settings.tracking.experiment)
+            try:
+                with resumable(logbook.close, lambda: going_on(folder, budget)):
+                    dataset = load(sweep.base.data, cache.root(sweep.base.cache))
+                    logbook.open(sweep.settings, sweep.base, sweep.space, environment(), dataset)
+                    searches = open_searches(sweep, trials, first)
+                    for search in searches:
+                        search.retry(retry)
+                    agenda = agenda_of(sweep, searches, display, logbook)
+                    display.follow(agenda)
+                    work(
+                        agenda,
+                        stop,
+                        sweep.settings.resources,
+                        folder / ".ray",
+                        gpu=sweep.base.device != "cpu",
+                        address=address,
+                        dashboard=dashboard,
+                        budget=budget,
+                        seeds=wanted.seeds_per_trial,
+                        store=sweep.store,
+                        progress=stoppable(display.progress, stop),
+                    )
+                    result = conclude(sweep, agenda, logbook, budget)
+            finally:
+                with contextlib.suppress(OSError):  # a full disk
+                    budget.tick()
+                    budget.save()
+    show(result)
+    return result
+
+
+def check_place(sweep: Sweep, tracking: str, address: str | None) -> None:
+    """Raise ConfigError if a run fits nowhere, or where several machines would lose the sweep's state or not share it."""
+    machines = machines_of(address)
+    fit(sweep.settings.resources, machines, gpu=sweep.base.device != "cpu")
+    if told := check(len(machines), address, sweep.folder, tracking, sweep.shared):
+        raise ConfigError(" ".join(told))
+
+
+def agenda_of(sweep: Sweep, searches: list[Search], display: Display, logbook: Logbook) -> Agenda:
+    """Return the agenda: both searches, then the refits of the five students that are compared."""
+    by_name = {search.name: search for search in searches}
+    shared = any(not key.startswith(OF_A_METHOD) for key in sweep.space)
+    refits = [
+        Refits(
+            method=name,
+            settings=printed(student.method or sweep.base.method.name)
+            if student.search is None
+            else sweep.settings.sweep.settings,
+            search=by_name.get(student.search),
+            shared=by_name[MAIN] if shared and student.search is None else None,
+        )
+        for name, student in STUDENTS.items()
+    ]
+
+    def refit(of: Refits, seed: int, settings: dict[str, Any]) -> Job:
+        job = sweep.refit(of, seed, settings)
+        path = job.folder / "run.json"
+        if path.exists() and read_record(path, "digest")["digest"] != digest(job.config):
+            set_aside(job.folder)  # of a setting that was the best one, before there was more
+            logbook.retire(job)
+        return job
+
+    return Agenda(
+        searches,
+        refits,
+        sweep.settings.refit.seeds,
+        trial_of=sweep.trial,
+        refit_of=refit,
+        finished=lambda job: is_tested(job.folder),
+        listeners=[Brought(), display, logbook],
+    )
+
+
+class Brought:
+    """Listens to an agenda, and brings the refits that end on an object store to where the others look for them."""
+
+    def started(self, job: Job) -> None:
+        """Nothing."""
+
+    def epoch(self, job: Job, metrics: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def ended(self, job: Job, state: str, metrics: dict[str, Any]) -> None:
+        """Bring a refit that has finished."""
+        if job.store is not None and job.kind == "refit" and state == "finished":
+            bring(job.store, "", job.folder)
+
+
+def set_aside(folder: Path) -> None:
+    """Move a run folder that is superseded to where nobody looks for one."""
+    aside = folder.parent / "superseded"
+    aside.mkdir(exist_ok=True)
+    count = len(list(aside.glob(f"{folder.name}-*")))
+    folder.rename(aside / f"{folder.name}-{count}")
+
+
+def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, budget: Budget) -> dict[str, Any]:
+    """Choose the best, summarise, and write it down: `summary.json` and MLflow."""
+    refits = read_refits(sweep.runs / "refits", sweep.labels)
+    search = agenda.searches[0]
+    trial, seed = search.best(), winner(refits)
+    if trial is None or seed is None:
+        reasons = "; ".join(sorted({why.text for why in agenda.failed.values()})[:3])
+        raise RichkdError(
+            f"no trial of {sweep.folder.name} gave a student: {reasons or 'all were stopped early'}."
+        )
+    best = sweep.trial(search, trial.number, trial.params, settings_of(trial))
+    shown = flatten(to_dict(best.config))
+    metrics = refits["richkd"][seed]
+    summary = summarise(refits)
+    result = {
+        "sweep": str(sweep.folder),
+        "trials": sum(s.trials for s in agenda.searches),
+        "states": {search.name: search.states() for search in agenda.searches},
+        "failed": len(agenda.failed),
+        "failures": {job: why.text for job, why in agenda.failed.items()},
+        "failures_by_class": Counter(why.kind for why in agenda.failed.values()),
+        "best": {
+            "trial": trial.number,
+            "val_top1": trial.values[0],
+            "params": best.params,
+            "settings": {key: shown[key] for key in (*best.params, "loss.temperature_of")},
+            "origin": origin(sweep, settings_of(trial)),
+            "scale": best.config.clip.scale,
+            "seed": seed,
+            "checkpoint": _within(
+                sweep.runs / "refits" / f"{sweep.labels['richkd']}-seed{seed}" / "best",
+                sweep.folder,
+            ),
+            "recorded": {"val_top1": metrics["best_val_top1"], "test_top1": metrics["test/top1"]},
+        },
+        "front": front(sweep, search),
+        "leading": [f"trial-{search.label(number)}" for number in search.leading(LEADING)],
+        "summary": summary,
+        "seconds": budget.seconds,
+        "gpu_seconds": budget.gpu_seconds,
+        "machine": {"cores": os.cpu_count(), "platform": platform.platform()},
+    }
+    result["mlflow"] = logbook.conclude(result, columns(summary))
+    write_json(sweep.folder / "summary.json", result)
+    return located(sweep.folder, result)
+
+
+def front(sweep: Sweep, search: Search) -> list[dict[str, Any]]:
+    """Return the trials that none betters in every objective, as plain JSON; nothing with accuracy alone."""
+    if len(search.objectives) == 1:
+        return []
+    found = []
+    for trial in search.front():
+        job = sweep.trial(search, trial.number, trial.params, settings_of(trial))
+        values = dict(zip(search.objectives, trial.values, strict=True))
+        place = {} if job.store else {"checkpoint": _within(job.folder / "best", sweep.folder)}
+        found.append({"trial": job.id, **values, "params": job.params, **place})
+    return found
+
+
+def origin(sweep: Sweep, settings: dict[str, Any]) -> str | None:
+    """Return what the best setting is, if the search did not find it but was given it."""
+    if settings == printed(sweep.base.method.name):
+        return "the paper's own setting; nothing that was tried is better"
+    if settings == printed("kd") | {"fusion.alpha": 1.0}:
+        return "plain distillation; no fusion that was tried is better"
+    return None
+
+
+def _within(path: Path, folder: Path) -> str:
+    """Return a path as seen from a folder that it lies in, absolute if it lies elsewhere."""
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+
+def located(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Return a summary as its reader finds things: `summary.json` itself survives a move of the folder."""
+    best = result["best"] | {"checkpoint": str(folder / result["best"]["checkpoint"])}
+    return result | {"sweep": str(folder), "best": best}
