@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from optuna.distributions import FloatDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
@@ -377,3 +377,79 @@ def test_trials_that_diverge_are_counted_and_never_the_best_under_early_stopping
     assert agenda.searches[0].best().number not in (0, 2)
     states = agenda.searches[0].states()
     assert states["FAIL"] == 2 and sum(states.values()) == 4
+
+
+def test_a_setting_that_ran_is_answered_and_not_run_again():
+    script = Script()
+    points = [
+        Point(params={"fusion.alpha": alpha}, settings={"fusion.alpha": alpha})
+        for alpha in (0.7, 0.2, 0.7, 0.2)
+    ]
+    search = Search(
+        "richkd",
+        script.storage,
+        SPACE,
+        points,
+        4,
+        1,
+        pruner(Sweep(scheduler="none")),
+        0,
+    )
+    log = Log()
+    agenda = Agenda(
+        [search],
+        [],
+        1,
+        trial_of=script.trial,
+        refit_of=script.refit,
+        finished=lambda job: False,
+        listeners=[log],
+    )
+    script.drive(agenda, slots=1)
+    assert log.ends == [(f"trial-00{k}", "finished") for k in range(4)]
+    assert {job for job, _ in log.epochs} == {"trial-000", "trial-001"}
+    assert [t.user_attrs.get("duplicate_of") for t in search.study.trials] == [None, None, 0, 1]
+    assert [t.value for t in search.study.trials[:2]] == [t.value for t in search.study.trials[2:]]
+
+
+def test_methods_are_compared_on_the_student_that_was_found():
+    script = Script()
+    space = Space(
+        {
+            "student.name": CategoricalDistribution(("cnn8", "cnn16")),
+            "fusion.alpha": FloatDistribution(0, 1),
+        }
+    )
+    settings = [
+        {"student.name": "cnn8", "fusion.alpha": 0.1},
+        {"student.name": "cnn16", "fusion.alpha": 0.5},
+    ]
+    search = Search(
+        "richkd",
+        script.storage,
+        space,
+        [Point(params=each, settings=each) for each in settings],
+        2,
+        1,
+        pruner(Sweep(scheduler="none")),
+        0,
+    )
+    refits = [
+        Refits(method="richkd", settings={}, search=search),
+        Refits(method="printed", settings={"fusion.alpha": 0.7}, shared=search),
+    ]
+    agenda = Agenda(
+        [search],
+        refits,
+        1,
+        trial_of=script.trial,
+        refit_of=script.refit,
+        finished=lambda job: False,
+    )
+    trials = [agenda.next() for _ in settings]
+    assert agenda.next() is None  # what is printed waits for the student, too
+    for job, top1 in zip(trials, (80.0, 90.0), strict=True):
+        agenda.ended(job, {"best_val_top1": top1, "best_val_loss": 0.5, "finished": True}, None)
+    assert [agenda.next().id for _ in refits] == ["refit-richkd-0", "refit-printed-0"]
+    assert script.settings["refit-richkd-0"] == settings[1]
+    assert script.settings["refit-printed-0"] == {"fusion.alpha": 0.7, "student.name": "cnn16"}

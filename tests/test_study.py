@@ -10,6 +10,7 @@ from optuna.pruners import NopPruner
 from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.trial import TrialState
 
+from richkd.errors import ConfigError
 from tune.scheduler import pruner
 from tune.settings import Sweep
 from tune.space import Space
@@ -36,10 +37,10 @@ POINTS = [
 
 
 def open_search(
-    storage, *, trials=6, points=(), space=SPACE, scheduler=None, seed=0, name="richkd"
+    storage, *, trials=6, points=(), space=SPACE, scheduler=None, seed=0, name="richkd", **more
 ) -> Search:
     rule = NopPruner() if scheduler is None else pruner(scheduler)
-    return Search(name, storage, space, list(points), trials, 3, rule, seed)
+    return Search(name, storage, space, list(points), trials, 3, rule, seed, **more)
 
 
 def succeed(search: Search, number: int, top1: float, loss: float = 0.5) -> None:
@@ -412,3 +413,129 @@ def test_without_a_scheduler_nothing_is_stopped(storage):
 def test_asha_stops_a_trial_whose_accuracy_is_not_a_number(storage):
     search = open_search(storage, scheduler=Sweep(scheduler="asha", min_epochs=1))
     assert search.epoch(search.ask()[0], 1, math.nan)
+
+
+BOTH = {"objectives": ("top1", "parameters")}
+
+
+def test_of_several_objectives_the_front_is_kept_and_the_most_accurate_is_the_best(storage):
+    search = open_search(storage, trials=40, **BOTH)
+    rng = random.Random(0)
+    values = {}
+    while (asked := search.ask()) is not None:
+        number, top1, parameters = asked[0], rng.randrange(80, 90), rng.randrange(1, 9)
+        metrics = {"best_val_top1": float(top1), "best_val_loss": 0.5, "parameters": parameters}
+        values[number] = (top1, -parameters)
+        search.tell(number, TrialState.COMPLETE, metrics)
+    undominated = {
+        number
+        for number, own in values.items()
+        if not any(
+            other != own and all(a >= b for a, b in zip(other, own, strict=True))
+            for other in values.values()
+        )
+    }
+    front = search.front()
+    assert {trial.number for trial in front} == undominated
+    assert 1 < len(front) < 40
+    top1s = [trial.values[0] for trial in front]
+    assert top1s == sorted(top1s, reverse=True)
+    assert search.best().values[0] == max(top1 for top1, _ in values.values())
+
+
+def test_with_several_objectives_epochs_are_kept_and_nothing_stops_early(databases):
+    storage = databases()
+    rule = Sweep(objectives=("top1", "parameters"), scheduler="asha", min_epochs=1, reduction=2)
+    search = open_search(storage, trials=3, scheduler=rule, **BOTH)
+    for top1 in (90.0, 50.0):
+        number = search.ask()[0]
+        assert not any(search.epoch(number, epoch, top1) for epoch in (1, 2, 3))
+    again = open_search(storage, trials=3, scheduler=rule, **BOTH)
+    assert [again.ask()[0] for _ in range(3)] == [0, 1, 2]
+    assert [again.newest(number) for number in range(3)] == [3, 3, 0]
+    assert not again.stops_here(1)
+    assert not again.epoch(1, 3, 50.0)  # of a checkpoint before it
+    assert not again.epoch(1, 4, 51.0)
+    assert again.study.trials[1].intermediate_values == {1: 50.0, 2: 50.0, 3: 50.0, 4: 51.0}
+
+
+def test_a_trial_that_does_not_fit_ends_a_search_of_several_objectives_no_more_than_others(storage):
+    search = open_search(storage, trials=12, **BOTH)
+    for k in range(12):
+        number = search.ask()[0]
+        search.epoch(number, 1, 80.0)
+        if k % 3 == 0:
+            search.tell(number, TrialState.FAIL, {}, Failure("memory", "out of it"))
+        else:
+            metrics = {"best_val_top1": 80.0 + k, "best_val_loss": 0.5, "parameters": 5}
+            search.tell(number, TrialState.COMPLETE, metrics)
+    assert search.states() == {"COMPLETE": 8, "INFEASIBLE": 4}
+    assert [trial.number for trial in search.front()] == [11]
+
+
+def test_a_study_of_other_objectives_is_refused(storage):
+    open_search(storage)
+    with pytest.raises(ConfigError, match="sweep.objectives"):
+        open_search(storage, **BOTH)
+
+
+def test_a_setting_that_ran_is_known_and_one_that_failed_is_not(storage):
+    search = open_search(storage, trials=6)
+    numbers = [search.ask()[0] for _ in range(5)]
+    for number, stamp in zip(numbers, "aabbc", strict=True):
+        assert not search.stale(number, stamp)
+    assert search.known(1, "a") is None  # it is running
+    succeed(search, 0, 91.0)
+    search.tell(2, TrialState.FAIL, {}, Failure("lost", "its process died"))
+    assert search.known(1, "a").number == 0
+    assert search.known(3, "b") is None
+    assert search.known(4, "c") is None
+
+
+@pytest.mark.parametrize("objectives", [("top1",), ("top1", "parameters")])
+def test_a_known_setting_is_answered_with_its_result_and_counts_as_a_trial(storage, objectives):
+    search = open_search(storage, trials=3, objectives=objectives)
+    for _ in range(3):
+        search.stale(search.ask()[0], "same")
+    for epoch in (1, 2):
+        search.epoch(0, epoch, 90.0 + epoch)
+    metrics = {"best_val_top1": 92.0, "best_val_loss": 0.25, "parameters": 7}
+    search.tell(0, TrialState.COMPLETE, metrics)
+    for number in (1, 2):
+        answer = search.answer(number, search.known(number, "same"))
+        assert answer.items() >= {"duplicate_of": 0, "epoch": 2, "best_val_top1": 92.0}.items()
+        assert answer["best_val_loss"] == 0.25
+    assert search.over
+    first, second, third = search.study.trials
+    assert first.values == second.values == third.values == [92.0, 7.0][: len(objectives)]
+    assert first.intermediate_values == second.intermediate_values
+    assert [trial.user_attrs.get("duplicate_of") for trial in search.study.trials] == [None, 0, 0]
+    assert search.best().number == 0
+    assert [trial.number for trial in search.distinct()] == [0]
+    assert search.leading(5) == [0]
+
+
+def test_a_known_setting_that_was_stopped_early_is_stopped_where_it_was(storage):
+    search = open_search(storage, trials=2, scheduler=Sweep(min_epochs=1, reduction=2))
+    for _ in range(2):
+        search.stale(search.ask()[0], "same")
+    search.epoch(0, 1, 60.0)
+    search.tell(0, TrialState.PRUNED, {"best_val_loss": 0.9})
+    answer = search.answer(1, search.known(1, "same"))
+    assert (answer["epoch"], answer["best_val_top1"]) == (1, 60.0)
+    assert search.states() == {"PRUNED": 2}
+    assert search.study.trials[1].intermediate_values == {1: 60.0}
+
+
+def test_median_stops_what_is_worse_than_half_of_those_that_ended(storage):
+    search = open_search(
+        storage, trials=6, scheduler=Sweep(scheduler="median", startup=3, min_epochs=2)
+    )
+    for top1 in (70.0, 80.0, 90.0):
+        number = search.ask()[0]
+        assert not any(search.epoch(number, epoch, top1) for epoch in (1, 2, 3))
+        succeed(search, number, top1)
+    worse, better = search.ask()[0], search.ask()[0]
+    assert not search.epoch(worse, 1, 79.0)  # too early to say
+    assert search.epoch(worse, 2, 79.0)
+    assert not any(search.epoch(better, epoch, 81.0) for epoch in (1, 2, 3))

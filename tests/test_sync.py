@@ -205,7 +205,7 @@ def test_a_failed_run_says_why_and_of_what_class_and_the_sweep_counts_them(
     book.tracker.sweep("digits", {}, {})
     job = SimpleNamespace(
         **{"id": "trial-000", "kind": "trial", "number": 0, "method": "richkd"},
-        **{"config": Config(), "params": {}, "folder": swept / "trials" / "000"},
+        **{"config": Config(), "params": {}, "costs": {}, "folder": swept / "trials" / "000"},
     )
     book.started(job)
     for epoch in (1, 1, 2):  # the first is heard again, as after a kill of a worker

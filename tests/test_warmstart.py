@@ -1,12 +1,22 @@
 """Where the first trials of a search lie, and what they run."""
 
+import warnings
+from typing import Any
+
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 
 from richkd.config import build, flatten, read, to_dict
 from richkd.methods import METHODS
 from tune.space import Space
-from tune.warmstart import place, printed
+from tune.warmstart import Outside, place, printed, within
 
 BASE = flatten(to_dict(build(read([]))))
 TEMPERATURE = Space({"loss.temperature": FloatDistribution(0.5, 8.0, log=True)})
@@ -96,3 +106,71 @@ def test_every_place_is_one_that_the_distribution_contains(key, distribution):
     assert distribution._contains(distribution.to_internal_repr(found))
     if isinstance(distribution, IntDistribution):
         assert isinstance(found, int)
+
+
+def test_a_place_is_in_the_branch_that_is_searched_there():
+    searched = {
+        "clip.scale": CategoricalDistribution(("model", "none")),
+        "fusion.alpha": FloatDistribution(0, 1),
+    }
+    for value, keys in (("model", ["clip.scale", "fusion.alpha"]), ("none", ["clip.scale"])):
+        space = Space(searched, {"fusion.alpha": {"clip.scale": (value,)}})
+        assert list(place(printed("richkd-l"), space, BASE, 1.0)) == keys  # at clip.scale model
+
+
+def test_a_place_between_two_steps_is_the_nearest_one():
+    space = Space(
+        {
+            "fusion.alpha": FloatDistribution(0, 1, step=0.25),
+            "loss.logit": FloatDistribution(0.5, 16, step=0.5),
+        }
+    )
+    assert place({"fusion.alpha": 0.7}, space, BASE, 1.0) == {
+        "fusion.alpha": 0.75,
+        "loss.logit": 3.0,
+    }
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["fusion.alpha", "loss.temperature", "train.epochs", "clip.prompts"]),
+        st.one_of(st.integers(-2, 12), st.floats(-2, 12), st.sampled_from(["digits", "other"])),
+    ),
+    st.sampled_from([None, 0.25]),
+)
+def test_a_trial_of_another_sweep_is_run_as_it_was_or_refused_by_the_key(values, step):
+    space = Space(
+        {
+            "fusion.alpha": FloatDistribution(0, 1, step=step),
+            "train.epochs": IntDistribution(2, 10, step=2),
+            "clip.prompts": CategoricalDistribution(("digits", "digits-bad")),
+        }
+    )
+    fixed = {"loss.temperature": 3}
+    ran = {"fusion.alpha": 0.5, "train.epochs": 4, "clip.prompts": "digits"} | fixed | values
+    try:
+        found = within(space, fixed, ran, values)
+    except Outside as refused:
+        key = str(refused).partition("=")[0]
+        distribution = space.distributions.get(key)
+        assert key in values
+        if distribution is None:
+            assert values[key] != fixed[key]
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert not contains(distribution, values[key])
+    else:
+        assert found == {key: ran[key] for key in space}
+        assert all(contains(space.distributions[key], value) for key, value in found.items())
+        assert ran["loss.temperature"] == 3
+
+
+def contains(distribution: BaseDistribution, value: Any) -> bool:
+    """Return whether Optuna itself could draw a value."""
+    if isinstance(distribution, IntDistribution) and not isinstance(value, int):
+        return False
+    try:
+        return distribution._contains(distribution.to_internal_repr(value))
+    except (ValueError, TypeError):
+        return False

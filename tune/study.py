@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from richkd.errors import ConfigError
 from tune.space import Space
 from tune.warmstart import Point
 
@@ -68,6 +69,11 @@ class Search:
             directions=["maximize", *["minimize"] * (len(self.objectives) - 1)],
             pruner=pruner,
         )
+        if len(self.study.directions) != len(self.objectives):
+            raise ConfigError(
+                f"sweep.objectives must stay what they are, {len(self.study.directions)} of them, but are now "
+                f"{', '.join(self.objectives)}; start a new sweep with warmstart.sources=[{prefix.strip('/') or 'SWEEP'}]."
+            )
         self.storage = storage
         known = self.study.get_trials(deepcopy=False)
         self.trials = trials + sum("retry_of" in trial.user_attrs for trial in known)
