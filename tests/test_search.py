@@ -9,7 +9,7 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from richkd import estimate
-from richkd.config import build, read
+from richkd.config import CONF, build, read
 from richkd.distill import initial_student, open_task
 from richkd.errors import ConfigError
 from tune import launch as sweeps
@@ -188,3 +188,10 @@ def test_objectives_that_mean_nothing_are_refused(words, told, tmp_path):
         layers = read(words)
         build(layers, Settings)
         sweeps.Sweep(tmp_path, layers)
+
+
+@pytest.mark.parametrize(
+    "layer", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_each_layer_of_a_search_makes_a_sweep_of_digits(layer, tmp_path):
+    assert sweeps.Sweep(tmp_path, read([f"sweep/{layer.stem}"])).base.data.source == "digits"
