@@ -12,7 +12,7 @@ from rich.console import Console
 
 from richkd.config import Config, Fusion, Loss, Train
 from tune.agenda import Job
-from tune.display import Display, describe, describe_job, say
+from tune.display import Display, describe, describe_job, say, show
 
 PARAMS = {
     "fusion.alpha": 0.123456789,
@@ -209,3 +209,46 @@ def test_what_an_earlier_driver_did_is_counted():
         display.follow(Known())
         fill(display, 1)
         assert display.header().startswith("6 of 72 runs, best 92.75 % (trial-003), 0:0")
+
+
+RESULT = {
+    "sweep": "runs/s",
+    "summary": {
+        "kd_tuned": {"mean": 90.0, "sd": 1.0, "n": 2, "difference": None},
+        "richkd": {"mean": 90.0, "sd": 1.0, "n": 2, "difference": None},
+        "difference_tuned": {"mean": 0.0, "se": 0.0, "low": 0.0, "high": 0.0, "wins": 0, "n": 2},
+    },
+    "best": {
+        **{"settings": {"student.name": "cnn8", "clip.scale": "none"}, "scale": "none", "trial": 3},
+        **{"val_top1": 91.0, "origin": None, "checkpoint": "runs/s/refits/richkd-l-seed1/best"},
+    },
+    "front": [],
+    "mlflow": {"lines": {}},
+    "failed": 0,
+    "seconds": 60.0,
+    "machine": {"cores": 2},
+}
+
+
+def test_equal_students_are_said_to_be_equal_and_not_to_differ_by_nothing(capsys):
+    show(RESULT)
+    said = capsys.readouterr().out
+    assert "equal, seed by seed" in said
+    assert "+0.00" not in said
+    assert "cnn8 at clip.scale none" in said
+    assert "none betters" not in said
+
+
+def test_the_front_is_a_table_of_its_objectives(capsys):
+    first = {"trial": "trial-003", "top1": 91.25, "latency": 0.1234567}
+    second = {"trial": "trial-001", "top1": 80.0, "latency": 0.05}
+    params = [{"student.name": "cnn[8]"}, {"student.name": "cnn4", "fusion.alpha": 0.5}]
+    pairs = zip((first, second), params, strict=True)
+    show(RESULT | {"front": [each | {"params": of} for each, of in pairs]})
+    said = capsys.readouterr().out
+    rows = [line.split() for line in said.splitlines() if line.startswith("trial-0")]
+    assert rows == [
+        ["trial-003", "91.25", "0.123457", "cnn[8]"],
+        ["trial-001", "80.00", "0.05", "cnn4", "alpha", "0.5"],
+    ]
+    assert "top-1, %  latency, ms" in said

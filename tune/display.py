@@ -211,7 +211,9 @@ def show(result: dict[str, Any]) -> None:
     else:
         line("a single seed: it can mislead by points; see refit.seeds")
     gap = summary.get("difference_tuned")
-    if gap and gap["se"] is not None:
+    if gap and gap["low"] == gap["high"] == 0:
+        line("as found and kd tuned are equal, seed by seed")
+    elif gap and gap["se"] is not None:
         line(
             f"as found against kd tuned by as many trials: {gap['mean']:+.2f} (95 % interval {gap['low']:+.2f} to "
             f"{gap['high']:+.2f}), {gap['wins']} of {gap['n']} wins"
