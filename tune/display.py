@@ -221,7 +221,7 @@ def show(result: dict[str, Any]) -> None:
     if result["front"]:
         line("")
         line(
-            "trials that none betters in every objective, on validation; students in trials/ID/best"
+            "trials that none betters in every objective, on validation; students under trials/ID"
         )
         console.print(front_table(result["front"]))
     line("")

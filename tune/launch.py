@@ -21,7 +21,7 @@ from richkd.data import load
 from richkd.errors import ConfigError, RichkdError, Stopped
 from richkd.files import check_writable, make_folder, read_record, write_atomic, write_json
 from richkd.progress import stoppable
-from richkd.record import is_tested
+from richkd.record import is_tested, seed_folders
 from tune.agenda import OF_A_METHOD, Agenda, Job, Refits
 from tune.best import called
 from tune.budget import Budget
@@ -427,7 +427,8 @@ def front(sweep: Sweep, search: Search) -> list[dict[str, Any]]:
     for trial in search.front():
         job = sweep.trial(search, trial.number, trial.params, settings_of(trial))
         values = dict(zip(search.objectives, trial.values, strict=True))
-        place = {} if job.store else {"checkpoint": _within(job.folder / "best", sweep.folder)}
+        best = seed_folders(job.folder, sweep.settings.sweep.seeds_per_trial)[0] / "best"
+        place = {} if job.store else {"checkpoint": _within(best, sweep.folder)}
         found.append({"trial": job.id, **values, "params": job.params, **place})
     return found
 
