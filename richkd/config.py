@@ -8,8 +8,10 @@ aliases, no interpolation.
 
 import hashlib
 import json
+import math
 import os
 import re
+import shlex
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
@@ -796,6 +798,51 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def dump(config: Any) -> str:
     """Return a config as YAML that `read_layer` reads back."""
     return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def words(config: Config) -> list[str]:
+    """Return the `key=value` words that `read` and `build` turn into this config, but for where its runs are kept.
+
+    What goes without saying is left out: a value that method and source bring along. The source is always said, so
+    that the embedded default does not lie beneath.
+    """
+    wanted = flatten(to_dict(config))
+    said = {key: wanted[key] for key in ("method.name", "data.source")}
+    beneath = flatten(to_dict(build(Layers().over("", said))))
+    differing = {
+        key: value
+        for key, value in wanted.items()
+        if value != beneath[key] and key not in ("storage", "cache")
+    }
+    return [f"{key}={_scalar(value)}" for key, value in (said | differing).items()]
+
+
+def _scalar(value: Any) -> str:
+    """Return a value as YAML in one line, such as an override holds."""
+    text = yaml.dump(
+        [value], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf
+    )
+    return text[1:-2]  # in a list, since by itself text would be followed by the end of a document
+
+
+def command_of(
+    config: Config, *, threads: int | None = None, workers: int = 1, name: str | None = None
+) -> str:
+    """Return the line for a shell that runs this config again.
+
+    Args:
+        config: The run.
+        threads: Of the CPU, as its `run.json` has them: the last bits depend on their number. None: not said.
+        workers: That trained it.
+        name: Of the new run; None: one after method, seed and time.
+    """
+    line = ["python", "-m", *(("richkd", "distill") if workers == 1 else ("tune", "train"))]
+    line += words(config)
+    if workers > 1:
+        line.append(f"resources.workers={workers}")
+    if name is not None:
+        line += ["--name", name]
+    return (f"OMP_NUM_THREADS={threads} " if threads else "") + shlex.join(line)
 
 
 def digest(config: Config) -> str:

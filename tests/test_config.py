@@ -1,11 +1,13 @@
 """Layers, overrides, types, ranges, typos and the digest."""
 
 import json
+import shlex
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from richkd import config, methods
@@ -424,3 +426,81 @@ def test_the_home_folder_is_put_in_place_of_a_tilde(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     config = build(read(["data.source=folder", "data.path=~/photos", "clip.logits=~/c.npz:en"]))
     assert (config.data.path, config.clip.logits) == ("/home/me/photos", "/home/me/c.npz:en")
+
+
+# what a shell, YAML, or a parser of flags would take for something else
+TEXTS = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=200) | (
+    st.sampled_from(
+        [
+            "no",
+            "010",
+            "1e3",
+            "null",
+            "~",
+            "",
+            "- a",
+            "--json",
+            "-x",
+            "a b",
+            " a ",
+            "a'b",
+            'a"b',
+            "a=b",
+        ]
+        + ["a: b", "a #b", "[a, b]", "{a: 1}", "!!int 1", "&a", "*a", "$(id)", "`id`", "\\n", "é😀"]
+        + ["\ufeffa", "\uffff", "x" * 300, "a " * 150]
+    )
+)
+SAID = VALUES | {
+    key: TEXTS
+    for key in (
+        *("data.source", "data.root", "data.path", "student.name", "teacher.name", "clip.model"),
+        *("clip.pretrained", "clip.file", "clip.prompts", "clip.logits", "storage", "cache"),
+    )
+}
+SAID |= {
+    "method.name": st.sampled_from(("richkd-l", "kd", "ce")),
+    "clip.extra": st.lists(
+        st.fixed_dictionaries({"weight": st.floats(0, 0.1)}, optional={"prompts": TEXTS}),
+        max_size=3,
+    ),
+    "teacher.pretrained": TEXTS,
+    "data.memory": st.floats(0, 1e6),
+}
+
+
+@settings(deadline=None)
+@given(st.fixed_dictionaries({}, optional=SAID), st.integers(1, 3))
+def test_a_command_runs_its_config_again(found, workers):
+    try:
+        made = build(Layers().over("", found))
+    except ConfigError:
+        assume(False)
+    line = config.command_of(made, threads=2, workers=workers, name="again")
+    environment, *command = shlex.split(line)
+    verb = ["richkd", "distill"] if workers == 1 else ["tune", "train"]
+    assert (environment, command[:4]) == ("OMP_NUM_THREADS=2", ["python", "-m", *verb])
+    assert command[-2:] == ["--name", "again"]
+    layers = read(command[4:-2])
+    assert build(layers, Settings).resources.workers == workers
+    again = build(layers)
+    assert digest(again) == digest(made)
+    assert replace(again, storage=made.storage, cache=made.cache) == made
+
+
+def test_a_command_says_what_differs_from_the_source_and_the_method_alone():
+    assert config.command_of(Config()) == (
+        "python -m richkd distill method.name=richkd-l data.source=digits"
+    )
+    made = build(Layers().over("", {"method.name": "kd", "train.lr": 0.1, "clip.prompts": "a b"}))
+    assert config.command_of(made, threads=1, name="kd 1") == (
+        "OMP_NUM_THREADS=1 python -m richkd distill method.name=kd data.source=digits "
+        "'clip.prompts=a b' train.lr=0.1 --name 'kd 1'"
+    )
+
+
+def test_a_shell_gives_the_words_of_a_command_on_as_they_are():
+    made = build(Layers().over("", {"clip.prompts": 'it\'s "$HOME" `id` \\ *', "seed": 3}))
+    line = config.command_of(made).replace("python -m richkd distill", "printf '%s\\0'")
+    printed = subprocess.run(["sh", "-c", line], capture_output=True, check=True).stdout
+    assert build(read(printed.decode().split("\0")[:-1])) == made
