@@ -4,6 +4,8 @@ python -m richkd distill                          # richkd-l on the embedded dig
 python -m richkd distill my.yaml method.name=kd seed=3 --name kd3
 python -m richkd evaluate runs/kd3
 python -m richkd evaluate my.yaml                 # its teachers, alone and fused
+python -m richkd export runs/kd3                  # ONNX, torch.export, safetensors and a model card
+python -m richkd predict runs/kd3 photos/ a.jpg   # its most probable classes
 python -m richkd cache my.yaml                    # CLIP over all images, once
 python -m richkd bench my.yaml                    # how fast this machine trains with it
 """
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from richkd import config as configuration
+from richkd import escape
 from richkd.command import Done, Verb, main, say
 from richkd.config import Config
 from richkd.errors import ConfigError, Interrupted, Stopped
@@ -237,6 +240,109 @@ def cache(arguments: argparse.Namespace) -> Done:
     return Done(answer)
 
 
+def _model(words: list[str]) -> tuple[Path, list[str]]:
+    """Return the folder of the model that the first word calls, and the words behind it; `storage=FOLDER` is where runs lie."""
+    wanted = [word for word in words if word.startswith("storage=")]
+    storage = Path(configuration.build(configuration.read(["data.source=digits", *wanted])).storage)
+    names = [word for word in words if word not in wanted]
+    if not names:
+        raise ConfigError(
+            "MODEL must be a run, a sweep or a checkpoint but none is given; name one."
+        )
+    place = _existing(names[0], storage)
+    if place is None:
+        raise ConfigError(
+            f"MODEL must be a run, a sweep or a checkpoint but got {names[0]}: no folder here or in {storage}/."
+        )
+    return place, names[1:]
+
+
+def export(arguments: argparse.Namespace) -> Done:
+    """Write the student of a run, a sweep or a checkpoint for other programs."""
+    place, more = _model(arguments.words)
+    if more:
+        raise ConfigError(
+            f"export takes one model, and storage=FOLDER where it lies, but got {', '.join(more)}, too; leave it out."
+        )
+    from richkd import export as exporting
+    from richkd.student import find_checkpoint
+
+    checkpoint, called = find_checkpoint(place), place.resolve()
+    name = called.parent.name if called.name in ("best", "last") else called.name
+    target = Path(f"{name}-export" if arguments.to is None else arguments.to)
+    answer = exporting.export(checkpoint, target, name, arguments.stop)
+    say(f"{name}, {answer['parameters']:,} parameters, into {answer['folder']}")
+    for file, size in answer["files"].items():
+        gaps = answer["difference"].get(file, {})
+        checked = f"  differs from PyTorch by at most {max(gaps.values()):.1e}" if gaps else ""
+        say(f"  {file:<17} {size:>11,} bytes{checked}")
+    say(
+        "README.md is its card: fill in the licences, and look at the paths in it, before you publish"
+    )
+    return Done(answer)
+
+
+def predict(arguments: argparse.Namespace) -> Done:
+    """Say what a student sees in images."""
+    place, words = _model(arguments.words)
+    top = count_of(arguments.top)
+    target = None if arguments.to is None else Path(arguments.to)
+    import torch
+
+    from richkd import load_student
+    from richkd import predict as predicting
+
+    if target is not None:
+        predicting.check_target(target)
+    if not words:
+        raise ConfigError("IMAGES must be files, folders of images or patterns but none is given.")
+    paths = predicting.find_images(words)
+    student = load_student(place).to("cuda" if torch.cuda.is_available() else "cpu")
+    width = min(max(map(len, paths)), 60)
+    predictions = []
+    with progress_bar() if target else contextlib.nullcontext() as progress:
+        seen = predicting.predict(student, paths, top)
+        for k, prediction in enumerate(seen, start=1):
+            predictions.append(prediction)
+            if prediction.problem is not None:
+                print(f"python -m richkd: {escape.line(prediction.problem)}", file=sys.stderr)
+            elif target is None:
+                say(predicting.row(prediction, width))
+            if progress is not None:
+                progress("images", k, len(paths))
+            if (signum := arguments.stop()) is not None:
+                raise Interrupted(
+                    signum,
+                    f"stopped after {k} of {len(paths)} files"
+                    + "; nothing was written" * bool(target),
+                )
+    failed = [each.to_dict() for each in predictions if each.problem is not None]
+    answer = {"model": str(place), "images": len(paths) - len(failed), "failed": failed}
+    if target is None:
+        answer["predictions"] = [each.to_dict() for each in predictions if each.problem is None]
+    else:
+        write_atomic(target, predicting.to_file(predictions, target.suffix))
+        answer["to"] = str(target)
+        say(f"{answer['images']} image{'s' * (answer['images'] != 1)} in {target}")
+    if failed:
+        print(
+            f"python -m richkd: {len(failed)} of {len(paths)} files could not be read",
+            file=sys.stderr,
+        )
+    return Done(answer, 1 if failed else 0)
+
+
+def count_of(text: str | None) -> int:
+    """Return the value of --top."""
+    if text is None:
+        return 3
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(
+            f"--top must be a whole number of classes, 1 or more, but got {text!r}; say how many, such as --top=5."
+        )
+    return int(text)
+
+
 def seconds_of(text: str) -> float:
     """Return the value of --seconds."""
     try:
@@ -277,6 +383,21 @@ VERBS = {
         help="evaluate a run again, or the teachers of a config",
         words="RUN | LAYER.yaml ... [key=value ...]",
         flags={},
+    ),
+    "export": Verb(
+        run=export,
+        help="write ONNX, torch.export, safetensors and a model card of a student",
+        words="RUN | SWEEP | CHECKPOINT [storage=FOLDER]",
+        flags={"to=DIR": "new folder, NAME-export if not given"},
+    ),
+    "predict": Verb(
+        run=predict,
+        help="say what a student sees in images",
+        words="RUN | SWEEP | CHECKPOINT IMAGES ... [storage=FOLDER]",
+        flags={
+            "top=N": "classes for each image, 3 if not given",
+            "to=FILE": "write FILE.csv or FILE.json instead of lines",
+        },
     ),
     "cache": Verb(
         run=cache,

@@ -120,6 +120,12 @@ class Record:
             "std": list(dataset.std),
             "data": dataset.digest,
             "trained_on": split.digest,
+            "rows": {
+                "train": len(split.transfer),
+                "labelled": int((split.labels >= 0).sum()),
+                "validation": len(split.validation),
+                "test": len(dataset.test),
+            },
         }
         write_atomic(self.folder / "config.yaml", dump(self.config).encode())
 

@@ -1,9 +1,18 @@
-"""How many threads of the CPU compute: one for what is kept, whose numbers must be the same for everybody."""
+"""How many threads of the CPU compute: one for what is kept, whose numbers must be the same for everybody; all to read."""
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
+
+AHEAD = 4  # items in flight for each thread
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 @contextlib.contextmanager
@@ -24,3 +33,18 @@ def one_thread() -> contextlib.AbstractContextManager[None]:
     fills it with the same values. On a busy machine it is also faster, since threads wait for each other.
     """
     return threads(1)
+
+
+def ahead(read: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+    """Yield `read(item)` for each item, in order, read by as many threads as there are cores, a few items ahead."""
+    count = os.cpu_count() or 1
+    pool, flying = ThreadPoolExecutor(count), deque()
+    try:
+        for item in items:
+            flying.append(pool.submit(read, item))
+            if len(flying) == AHEAD * count:
+                yield flying.popleft().result()
+        while flying:
+            yield flying.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

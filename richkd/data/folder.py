@@ -16,9 +16,7 @@ import math
 import os
 import stat
 import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -35,11 +33,11 @@ from richkd.data.subsets import fold_of
 from richkd.errors import ConfigError, DataError
 from richkd.files import read_record, write_json
 from richkd.progress import Progress
+from richkd.threads import ahead
 
 FORMAT = 1  # of the entry, and of what is done to a picture before it is kept
 PIXELS, CARD = "images.npy", "card.json"
 SHOWN = 5  # files named in a message
-AHEAD = 4  # files in flight for each thread
 
 
 class Listing(NamedTuple):
@@ -174,7 +172,7 @@ def listing(config: Data) -> Listing:
         for label, name in enumerate(known):
             if name not in classes[prefix]:
                 continue
-            found = _images(root, prefix + name)
+            found = image_files(root, prefix + name)
             if not found:
                 raise DataError(
                     f"data.path: each class folder must hold images but {root / prefix / name} has none, in a format "
@@ -183,7 +181,7 @@ def listing(config: Data) -> Listing:
             files += found
             labels += [label] * len(found)
         ends.append(len(files))
-    loose = _images(root, "unlabelled") if (root / "unlabelled").is_dir() else []
+    loose = image_files(root, "unlabelled") if (root / "unlabelled").is_dir() else []
     at = ends[-1] if prefixes == [""] else ends[-2]
     files[at:at], labels[at:at] = loose, [-1] * len(loose)
     labels, everything = np.array(labels), np.arange(len(files))
@@ -255,8 +253,12 @@ def _is_folder(entry: os.DirEntry) -> bool:
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
-def _images(root: Path, folder: str) -> list[str]:
-    """Return the image files at any depth below `folder`, a path relative to `root` as they are, sorted."""
+def image_files(root: Path, folder: str) -> list[str]:
+    """Return the image files at any depth below `folder`, a path relative to `root` as they are, sorted.
+
+    A file is an image if Pillow knows its suffix. What begins with a dot is passed over. Links are followed; each real
+    folder is entered once.
+    """
     known, found, entered, waiting = suffixes(), [], set(), [folder]
     while waiting:
         inside = waiting.pop()
@@ -308,9 +310,9 @@ def _build(
 ) -> None:
     """Decode all files into `place`, readable or not, so that all that are not can be named."""
     count, sha256, problems = 0, [], []
-    paths = (listed.root / listed.files[k] for k in order)
+    paths, read = (listed.root / listed.files[k] for k in order), partial(_read, size=size)
     # plain writes: on a full disk they raise, where a memory map would kill the process
-    with open(place / PIXELS, "xb") as file, contextlib.closing(_decoded(paths, size)) as decoded:
+    with open(place / PIXELS, "xb") as file, contextlib.closing(ahead(read, paths)) as decoded:
         file.write(_header(0, size))
         for found in decoded:
             if progress is not None:
@@ -329,21 +331,6 @@ def _build(
     mean, std = moments(train) if readable else ((), ())
     card = {"mean": mean, "std": std, "problems": problems, "sha256": sha256}
     write_json(place / CARD, card)
-
-
-def _decoded(paths: Iterable[Path], size: int) -> Iterator[Found]:
-    """Yield what is in each file, in order, decoded by as many threads as there are cores."""
-    threads = os.cpu_count() or 1
-    pool, flying = ThreadPoolExecutor(threads), deque()
-    try:
-        for path in paths:
-            flying.append(pool.submit(_read, path, size))
-            if len(flying) == AHEAD * threads:
-                yield flying.popleft().result()
-        while flying:
-            yield flying.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _read(path: Path, size: int) -> Found:
