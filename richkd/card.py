@@ -12,17 +12,21 @@ from richkd.checkpoint import Checkpoint
 from richkd.config import Config, command_of, dump, from_dict
 from richkd.escape import markdown
 from richkd.files import read_record
+from richkd.student import best_of
 
 UNKNOWN = "unknown"  # the value that model hubs have for it; a licence is its owner's to state
 
 
-def card(name: str, saved: Checkpoint, about: dict[str, Any]) -> str:
+def card(
+    name: str, saved: Checkpoint, about: dict[str, Any], difference: dict[str, dict[str, float]]
+) -> str:
     """Return the model card as Markdown with a YAML head, as model hubs read it.
 
     Args:
         name: Of the student.
         saved: Its checkpoint; what its run folder says is told, too, where it lies in one.
         about: As `export.config_of` returns it.
+        difference: By exported file and number of images, how far its logits are from the student's.
     """
     meta = saved.meta
     config, run = from_dict(meta["config"]), run_of(saved)
@@ -37,7 +41,7 @@ def card(name: str, saved: Checkpoint, about: dict[str, Any]) -> str:
         head(name, config, accuracy["test"][0]),
         f"# {markdown(name)}",
         f"{markdown(config.student.name)} with {about['parameters']:,} parameters: tells {len(about['names'])} classes apart in "
-        f"{about['input']['channels']} images of {height} x {width} pixels. Distilled by richkd with the method "
+        f"{about['input']['channels']} images of {height} x {width} pixels. Made by richkd with the method "
         f"{markdown(config.method.name)}.",
         "## Accuracy",
         _table(
@@ -47,13 +51,15 @@ def card(name: str, saved: Checkpoint, about: dict[str, Any]) -> str:
                 for part, values in accuracy.items()
             ],
         ),
-        "Epochs and settings were chosen by validation rows; test rows were read once, afterwards.",
+        "Epochs and settings were chosen by validation rows"
+        + (", test rows were read once, afterwards." if tested else "."),
         *_seeds(saved.folder),
         "## Use",
-        f"`student.onnx` and `student.pt2` take uint8 `(batch, {', '.join(map(str, about['input']['shape'][1:]))})` and return "
-        "logits; normalisation is inside. Decoding, turning upright, cutting to the centre and scaling lie outside, and "
+        f"`student.onnx` and `student.pt2` take uint8 `({', '.join(map(str, about['input']['shape']))})` and return logits; "
+        "normalisation is inside. Decoding, turning upright, cutting to the centre and scaling lie outside, and "
         "`config.json` states them; each file holds a copy of it. With ONNX Runtime and Pillow:",
         textwrap.indent(_example(about), "    "),
+        _compared(difference),
         "`student.pt2` holds its copy as an extra file of `torch.export.load`, which can run code that is in a file: load those "
         "that you trust. `model.safetensors` holds the weights of the network alone and runs nothing.",
         "## Classes",
@@ -122,11 +128,25 @@ def _seeds(folder: Path) -> list[str]:
     top1 = over_seeds(folder)
     if len(top1) < 2:
         return []
+    sweep = folder.absolute().parents[2]
+    best = (sweep / "summary.json").exists() and best_of(sweep).resolve() == folder.resolve()
     return [
         f"One of {len(top1)} students of this setting, each with another seed; of all of them the test top-1 is "
-        f"{statistics.fmean(top1):.2f} ± {statistics.stdev(top1):.2f} % (mean ± standard deviation). This one has the highest "
-        "validation accuracy, or was asked for."
+        f"{statistics.fmean(top1):.2f} ± {statistics.stdev(top1):.2f} % (mean ± standard deviation)."
+        + " This one has the highest validation accuracy."
+        * best
     ]
+
+
+def _compared(difference: dict[str, dict[str, float]]) -> str:
+    counts = " and ".join(next(iter(difference.values())))
+    gaps = ", ".join(
+        f"those of `{file}` by {max(g.values()):.1e}" for file, g in difference.items()
+    )
+    return (
+        f"Read back from the disk and given batches of {counts} random images, their logits differ from the student's by at "
+        f"most: {gaps}."
+    )
 
 
 def _percent(value: float | None) -> str:

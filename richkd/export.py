@@ -76,7 +76,6 @@ def export(
         write_synced(partial / CONFIG, to_json(config))
         said = json.dumps(config)
         write_synced(partial / WEIGHTS, encode(saved.weights, {"format": "pt", CONFIG: said}))
-        write_synced(partial / CARD, card(name, saved, config).encode())
         difference = {}
         with _foreseen(PT2, config["student"]["name"]), quiet():
             program = _traced(student)
@@ -87,6 +86,7 @@ def export(
             difference[file] = compare(student, run, file)
             if (signum := stop()) is not None:
                 raise Interrupted(signum, f"stopped; {target} was not written")
+        write_synced(partial / CARD, card(name, saved, config, difference).encode())
         sync(partial)
         partial.rename(target)
         sync(target.absolute().parent)

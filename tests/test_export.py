@@ -66,7 +66,8 @@ def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray:
 def shipped(tmp_path_factory) -> tuple[Path, Path]:
     """A checkpoint with hostile class names for pictures that are no squares, and its export."""
     folder = tmp_path_factory.mktemp("shipped")
-    source = made(folder / "student", "cnn8", size=(12, 16))
+    hostile = f"{'long ' * 30}\u00a0``` <script> </td> | --- \u00a0```"
+    source = made(folder / "student", "cnn8", size=(12, 16), **{"data.path": hostile})
     export.export(source, folder / "out", "a|b <i>")
     return source, folder / "out"
 
@@ -173,6 +174,9 @@ def test_the_card_is_read_by_a_hub_and_its_names_are_inert(shipped):
     assert "<td>a|b</td>" in page
     assert "<td>=1+1</td>" in page
     assert "<h1>a|b &lt;i&gt;</h1>" in page
+    assert (
+        page.count("<pre>") == 3
+    )  # the example, the command and the settings, none of them cut in two
 
 
 def test_a_card_claims_nothing_that_is_not_known(shipped):
@@ -181,6 +185,8 @@ def test_a_card_claims_nothing_that_is_not_known(shipped):
     assert "| test | not measured | not measured | unknown |" in text
     assert "model-index" not in text
     assert "| this student | unknown |" in text
+    assert "students of this setting" not in text
+    assert "test rows were read" not in text
 
 
 @pytest.mark.parametrize("what", ["student.pt2", "student.onnx"])
@@ -276,6 +282,7 @@ def test_the_card_of_a_refit_tells_all_seeds(best):
     text, found = (out / "README.md").read_text(), answer["summary"]["richkd"]
     assert f"One of {found['n']} students" in text
     assert f"is {found['mean']:.2f} ± {found['sd']:.2f} %" in text
+    assert "This one has the highest validation accuracy." in text
     run = read_json(Path(answer["sweep"]) / answer["best"]["checkpoint"] / ".." / "run.json")
     for identity in (*run["teachers"].values(), run["data"], run["digest"]):
         assert identity in text
