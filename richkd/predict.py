@@ -94,7 +94,7 @@ def predict(student: Student, paths: Iterable[str], top: int) -> Iterator[Predic
 
 def _read(student: Student, path: str) -> tuple[str, torch.Tensor | str]:
     if not Path(path).is_file():  # a pipe would never end
-        return path, f"{path} cannot be read as an image (no file); repair or remove it."
+        return path, f"{path} cannot be read as an image (no regular file); repair or remove it."
     try:
         return path, student.read(path)
     except DataError as error:
