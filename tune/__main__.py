@@ -6,6 +6,8 @@
     python -m tune status                             # how it stands
     python -m tune resume                             # go on with an interrupted sweep
     python -m tune resume --add-trials 16             # or give a finished one more to do
+    python -m tune report                             # its pictures and leaderboard, as one page
+    python -m tune compare first second               # sweeps beside each other
     python -m tune retry --class lost                 # try failed trials again
     python -m tune sync                               # send MLflow what it has missed
     python -m tune doctor                             # what faults left behind
@@ -208,6 +210,36 @@ def status(arguments: argparse.Namespace) -> Done:
     return Done(found)
 
 
+def report(arguments: argparse.Namespace) -> Done:
+    """Write the report of a sweep anew."""
+    folder = _one_sweep(arguments.words)
+    from tune.sweep import found_in
+
+    found = found_in(folder)
+    from tune.report import answer, lines, write
+
+    page = write(found)
+    for line in lines(found, page):
+        say(line)
+    return Done(answer(found, page))
+
+
+def compare(arguments: argparse.Namespace) -> Done:
+    """Lay sweeps beside each other."""
+    names = [word for word in arguments.words if "=" not in word]
+    place = _named([word for word in arguments.words if "=" in word])[1]
+    from tune.best import find_sweep
+
+    folders = [find_sweep(name, place) for name in names]
+    from tune.compare import compare as look
+    from tune.compare import lines
+
+    found = look(folders, None if arguments.csv is None else Path(arguments.csv))
+    for line in lines(found):
+        say(line)
+    return Done(found)
+
+
 def doctor(arguments: argparse.Namespace) -> Done:
     """Find, and mend, what faults left behind."""
     folder = _one_sweep(arguments.words)
@@ -348,6 +380,15 @@ VERBS = {
         | CLUSTER,
     ),
     "status": Verb(run=status, help="show how a sweep stands", words=EXISTING, flags={}),
+    "report": Verb(
+        run=report, help="write a sweep's report anew, from its files", words=EXISTING, flags={}
+    ),
+    "compare": Verb(
+        run=compare,
+        help="lay sweeps beside each other",
+        words="SWEEP SWEEP ... [storage=FOLDER] [sweep.state=FOLDER]",
+        flags={"csv=FILE": "where the table goes; comparison.csv beside the sweeps, if not given"},
+    ),
     "doctor": Verb(
         run=doctor,
         help="find what faults left behind",

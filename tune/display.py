@@ -231,6 +231,8 @@ def show(result: dict[str, Any]) -> None:
     if best["origin"]:
         line("", best["origin"])
     line("checkpoint", short(best["checkpoint"]))
+    if result.get("report") is not None:
+        line("report", short(result["report"]))
     line("restore it", f"python -m tune best {called(Path(result['sweep']))} --copy-to student")
     for what, text in result["mlflow"]["lines"].items():
         line(what, text)

@@ -9,6 +9,7 @@ import contextlib
 import os
 import platform
 import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from tune.budget import Budget
 from tune.display import Display, short, show
 from tune.driver import locked, resumable, work
 from tune.environment import differences, environment, fingerprint
+from tune.findings import ENVIRONMENT, gather, origin
 from tune.first import STUDENTS_FILE, prepare
 from tune.logbook import Logbook
 from tune.places import check, machines_of
@@ -278,7 +280,9 @@ def carry_out(
             try:
                 with resumable(logbook.close, lambda: going_on(folder, budget)):
                     dataset = load(sweep.base.data, cache.root(sweep.base.cache))
-                    logbook.open(sweep.settings, sweep.base, sweep.space, environment(), dataset)
+                    code = environment()
+                    write_json(folder / ENVIRONMENT, code)
+                    logbook.open(sweep.settings, sweep.base, sweep.space, code, dataset)
                     searches = open_searches(sweep, trials, first)
                     for search in searches:
                         search.retry(retry)
@@ -392,13 +396,14 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, budget: Budget) -> 
         "states": {search.name: search.states() for search in agenda.searches},
         "failed": len(agenda.failed),
         "failures": {job: why.text for job, why in agenda.failed.items()},
+        "failure_kinds": {job: why.kind for job, why in agenda.failed.items()},
         "failures_by_class": Counter(why.kind for why in agenda.failed.values()),
         "best": {
             "trial": trial.number,
             "val_top1": trial.values[0],
             "params": best.params,
             "settings": {key: shown[key] for key in (*best.params, "loss.temperature_of")},
-            "origin": origin(sweep, settings_of(trial)),
+            "origin": origin(sweep.base.method.name, settings_of(trial)),
             "scale": best.config.clip.scale,
             "seed": seed,
             "checkpoint": _within(
@@ -414,6 +419,8 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, budget: Budget) -> 
         "gpu_seconds": budget.gpu_seconds,
         "machine": {"cores": os.cpu_count(), "platform": platform.platform()},
     }
+    budget.save()  # the report reads it
+    result["report"] = report_of(sweep, agenda)
     result["mlflow"] = logbook.conclude(result, columns(summary))
     write_json(sweep.folder / "summary.json", result)
     return located(sweep.folder, result)
@@ -433,13 +440,22 @@ def front(sweep: Sweep, search: Search) -> list[dict[str, Any]]:
     return found
 
 
-def origin(sweep: Sweep, settings: dict[str, Any]) -> str | None:
-    """Return what the best setting is, if the search did not find it but was given it."""
-    if settings == printed(sweep.base.method.name):
-        return "the paper's own setting; nothing that was tried is better"
-    if settings == printed("kd") | {"fusion.alpha": 1.0}:
-        return "plain distillation; no fusion that was tried is better"
-    return None
+def report_of(sweep: Sweep, agenda: Agenda) -> str | None:
+    """Write the report of a sweep that has ended, and return where; a report that fails is a warning, and None."""
+    try:
+        from tune.report import write  # with what draws
+
+        found = gather(sweep, agenda.searches, state="finished", failures=agenda.failed)
+        return _within(write(found), sweep.folder)
+    except Stopped:  # a second signal
+        raise
+    except Exception as error:
+        warnings.warn(
+            f"the report could not be written ({type(error).__name__}: {error}); once that is mended: python -m tune "
+            f"report {called(sweep.folder)}",
+            stacklevel=2,
+        )
+        return None
 
 
 def _within(path: Path, folder: Path) -> str:
@@ -450,4 +466,9 @@ def _within(path: Path, folder: Path) -> str:
 def located(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Return a summary as its reader finds things: `summary.json` itself survives a move of the folder."""
     best = result["best"] | {"checkpoint": str(folder / result["best"]["checkpoint"])}
-    return result | {"sweep": str(folder), "best": best}
+    report = result.get("report")
+    return result | {
+        "sweep": str(folder),
+        "best": best,
+        "report": None if report is None else str(folder / report),
+    }

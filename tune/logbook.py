@@ -131,6 +131,8 @@ class Logbook:
         )
         self.tracker.text(self.name, json.dumps(result, indent=2), "summary.json")
         self.tracker.artifacts(self.name, self.folder / best["checkpoint"], "best")
+        if result.get("report") is not None:
+            self.tracker.artifacts(self.name, (self.folder / result["report"]).parent, "report")
         found = {f"best.{key}": value for key, value in best["params"].items()}
         note = {"mlflow.note.content": _note(result, columns)}  # the run's description in the UI
         self.tracker.tag(self.name, {"richkd.best_trial": best["trial"], **found, **note})
@@ -192,8 +194,14 @@ def _note(result: dict[str, Any], columns: dict[str, list]) -> str:
     settings = ", ".join(f"`{key}` {value}" for key, value in best["settings"].items())
     return (
         f"{table}\n\nBest setting (trial {best['trial']}): {settings}, at `clip.scale` {best['scale']}.\n\n"
-        f"Restore the best checkpoint: `python -m tune best {called(Path(result['sweep']))}`"
+        f"Restore the best checkpoint: `python -m tune best {called(Path(result['sweep']))}`{_report(result)}"
     )
+
+
+def _report(result: dict[str, Any]) -> str:
+    if result.get("report") is None:
+        return ""
+    return "\n\nPictures, leaderboard and the line that reproduces the best: `report/report.html` among the artifacts."
 
 
 def _say(entry: dict[str, Any]) -> str:

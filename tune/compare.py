@@ -1,0 +1,244 @@
+"""Sweeps beside each other: what each was asked for, what it found, and the paired difference between them."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from richkd import escape
+from richkd.config import UNHASHED, flatten, to_dict
+from richkd.errors import ConfigError
+from richkd.files import make_folder, write_atomic
+from tune.findings import Findings
+from tune.report import duration, value_of
+from tune.study import MAIN
+from tune.summary import STUDENTS, difference
+from tune.sweep import found_in
+
+ASIDE = 4  # sweeps that stand side by side; more of them are rows
+NAMED = (
+    "data.source",
+    "student.name",
+    "train.epochs",
+    "refit.seeds",
+    "clip.scale",
+)  # in a column of their own
+DECISIVE = ("data.", "train.epochs")  # with other values of these, accuracies cannot be compared
+
+
+def compare(folders: list[Path], csv: Path | None = None) -> dict[str, Any]:
+    """Compare sweeps, and write the table.
+
+    Args:
+        folders: Of the sweeps; the first is what the others are compared with.
+        csv: Where the table goes; None: `comparison.csv` beside the first sweep.
+
+    Returns:
+        `sweeps` (what is known of each, by column), `differences` (paired, of each to the first, None where they cannot be
+        compared), `warnings` (what does not compare, a line each) and `csv`.
+
+    Raises:
+        ConfigError: If there are not two sweeps.
+        CorruptError: If a record cannot be read.
+    """
+    if len(set(folders)) < 2:
+        got = ", ".join(folder.name for folder in folders) or "none"
+        raise ConfigError(
+            f"compare needs two sweeps or more but got {got}; name them: SWEEP SWEEP."
+        )
+    found = [found_in(folder) for folder in dict.fromkeys(folders)]
+    rows = [row_of(one) for one in found]
+    first, *others = found
+    differing, warnings = settings_that_differ(found), []
+    for row, one in zip(rows, found, strict=True):
+        row |= {key: value_of(_settings(one).get(key)) for key in differing if key not in NAMED}
+    for one in others:
+        warnings += [f"{first.name} and {one.name}: {why}" for why in incomparable(first, one)]
+    differences = {
+        one.name: None if _other_data(first, one) else difference(_tested(one), _tested(first))
+        for one in others
+    }
+    path = csv or first.folder.parent / "comparison.csv"
+    make_folder(path.parent, "--csv")
+    write_atomic(path, to_csv(rows, differences))
+    return {
+        "sweeps": rows,
+        "differences": differences,
+        "warnings": warnings,
+        "csv": str(path),
+    }
+
+
+def row_of(found: Findings) -> dict[str, Any]:
+    """Return what is known of a sweep, by column."""
+    own = found.summary.get("difference_tuned") or {}
+    ended = sum(t.state != "running" for trials in found.trials.values() for t in trials)
+    row = {
+        "sweep": found.name,
+        "state": found.state,
+        "data": found.base.data.source,
+        "data digest": (_digest(found) or "")[:12],
+        "student": found.base.student.name,
+        "epochs": found.base.train.epochs,
+        "trials": ended,
+        "refit seeds": found.settings.refit.seeds,
+        "best val top-1": found.best.top1 if found.best else None,
+        "clip.scale": found.base.clip.scale,
+    }
+    row |= {
+        f"found {key}": value for key, value in (found.best.shown() if found.best else {}).items()
+    }
+    for student in reversed(STUDENTS):
+        entry = found.summary.get(student, {})
+        row |= {f"test {student}": entry.get("mean"), f"test {student} sd": entry.get("sd")}
+        row |= {f"test {student} n": entry.get("n")}
+    row |= {f"richkd - kd_tuned {key}": own.get(key) for key in ("mean", "low", "high", "n")}
+    return row | {"hours": found.seconds / 3600, "gpu hours": found.gpu_seconds / 3600}
+
+
+def _settings(found: Findings) -> dict[str, Any]:
+    """Return what a sweep was asked for and what decides its result, by dotted key."""
+    asked = {"sweep": to_dict(found.settings.sweep), "refit": to_dict(found.settings.refit)}
+    every = flatten(to_dict(found.base)) | flatten(asked)
+    hidden = (
+        *UNHASHED,
+        "sweep.name",
+        "sweep.state",
+        "sweep.study",
+        "sweep.hours",
+        "sweep.gpu_hours",
+    )
+    return {key: value for key, value in every.items() if key not in hidden}
+
+
+def settings_that_differ(found: list[Findings]) -> list[str]:
+    """Return the keys whose values are not the same in all sweeps."""
+    every = [_settings(one) for one in found]
+    keys = dict.fromkeys(key for settings in every for key in settings)
+    return [key for key in keys if any(one.get(key) != every[0].get(key) for one in every)]
+
+
+def _digest(found: Findings) -> str | None:
+    """Return the digest of the data that the refits read, None before there is one."""
+    return next((run.get("data") for runs in found.runs.values() for run in runs.values()), None)
+
+
+def _tested(found: Findings) -> dict[int, float]:
+    """Return test top-1 of the setting found, by seed, %."""
+    return {seed: metrics["test/top1"] for seed, metrics in found.refits.get(MAIN, {}).items()}
+
+
+def _other_data(one: Findings, other: Findings) -> list[str]:
+    """Return why the rows of two sweeps are not the same, if so: then no seed of one pairs with one of the other."""
+    said = []
+    if None not in (_digest(one), _digest(other)) and _digest(one) != _digest(other):
+        said.append(f"other data (digest {_digest(one)[:12]} and {_digest(other)[:12]})")
+    said += [why for why in _values(one, other) if why.startswith("data.")]
+    return said
+
+
+def _values(one: Findings, other: Findings) -> list[str]:
+    ours, theirs = _settings(one), _settings(other)
+    return [
+        f"{key} {value_of(ours.get(key))} and {value_of(theirs.get(key))}"
+        for key in settings_that_differ([one, other])
+        if key.startswith(DECISIVE)
+    ]
+
+
+def incomparable(one: Findings, other: Findings) -> list[str]:
+    """Return what keeps the accuracies of two sweeps from being compared, a line each."""
+    said = _other_data(one, other)
+    said += [why for why in _values(one, other) if why not in said]
+    said += [f"{each.name} is {each.state}" for each in (one, other) if each.state != "finished"]
+    return said
+
+
+def to_csv(rows: list[dict[str, Any]], differences: dict[str, dict[str, Any] | None]) -> bytes:
+    """Return the comparison as CSV, a row a sweep."""
+    gaps = ("mean", "low", "high", "n")
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    lines = []
+    for row in rows:
+        gap = differences.get(row["sweep"]) or {}
+        lines.append([*(row.get(key) for key in header), *(gap.get(key) for key in gaps)])
+    return escape.to_csv([*header, *(f"to {rows[0]['sweep']} {key}" for key in gaps)], lines)
+
+
+def lines(found: dict[str, Any], width: int | None = None) -> list[str]:
+    """Return a comparison as lines for a terminal: up to `ASIDE` sweeps are columns, more are rows."""
+    width = max(80, width or shutil.get_terminal_size((100, 24)).columns)
+    rows, differences = found["sweeps"], found["differences"]
+    shown = [_shown(row, differences.get(row["sweep"])) for row in rows]
+    keys = list(dict.fromkeys(key for one in shown for key in one))
+    wide = len(rows) > ASIDE
+    if wide:
+        keys = [
+            key
+            for key in keys
+            if key in ("best val", "as found", "kd, tuned", "to kd, tuned", "to the first", "took")
+        ]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    if wide:
+        for key in ("sweep", *keys):
+            table.add_column(key, justify="left" if key == "sweep" else "right", overflow="fold")
+        for row, one in zip(rows, shown, strict=True):
+            table.add_row(
+                Text(escape.line(row["sweep"])), *(Text(one.get(key, "")) for key in keys)
+            )
+    else:
+        for key in ("", *(escape.line(row["sweep"]) for row in rows)):
+            table.add_column(
+                Text(key), justify="right" if key else "left", no_wrap=not key, overflow="fold"
+            )
+        for key in keys:
+            if any(one.get(key) for one in shown):
+                table.add_row(Text(escape.line(key)), *(Text(one.get(key, "")) for one in shown))
+    console = Console(width=width, color_system=None, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    said = [line.rstrip() for line in captured.get().splitlines()]
+    said += [
+        "",
+        "test top-1, %, mean ± standard deviation; differences paired by seed, with their 95 % interval",
+    ]
+    said += [f"careful    {escape.line(line)}" for line in found["warnings"]]
+    return [*said, f"table      {found['csv']}"]
+
+
+def _shown(row: dict[str, Any], gap: dict[str, Any] | None) -> dict[str, str]:
+    """Return a row as a person reads it."""
+    kept = ("state", "data", "student", "epochs", "trials", "refit seeds", "clip.scale")
+    shown = {key: str(row[key]) for key in kept}
+    if row["best val top-1"] is not None:
+        shown["best val"] = f"{row['best val top-1']:.2f}"
+    for key, value in row.items():
+        if key.startswith("found "):
+            shown[key] = escape.line(value_of(value))
+    for student in reversed(STUDENTS):
+        if (mean := row[f"test {student}"]) is not None:
+            sd, n = row[f"test {student} sd"], row[f"test {student} n"]
+            title = STUDENTS[student].title.removeprefix("richkd-l, ")
+            shown[title] = f"{mean:.2f}" + ("" if sd is None else f" ± {sd:.2f}") + f" ({n})"
+    if row["richkd - kd_tuned mean"] is not None:
+        shown["to kd, tuned"] = _gap(
+            {k: row[f"richkd - kd_tuned {k}"] for k in ("mean", "low", "high")}
+        )
+    shown["to the first"] = "" if gap is None else _gap(gap)
+    shown["took"] = duration(3600 * row["hours"])
+    if row["gpu hours"]:
+        shown["GPU hours"] = f"{row['gpu hours']:.3g}"
+    known = ("sweep", "data digest", "best val top-1", "hours", "gpu hours", *kept)
+    for key, value in row.items():
+        if key not in known and not key.startswith(("found ", "test ", "richkd - ")):
+            shown[key] = escape.line(str(value))
+    return shown
+
+
+def _gap(gap: dict[str, Any]) -> str:
+    if gap["low"] is None:
+        return f"{gap['mean']:+.2f}"
+    return f"{gap['mean']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})"

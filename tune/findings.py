@@ -1,0 +1,302 @@
+"""What a sweep found so far, as plain rows read from its own files: for pictures, the report and comparisons.
+
+Nobody else is asked: trials come from the study, refits from their run folders, whether the sweep has ended or not.
+"""
+
+import contextlib
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import optuna
+from optuna.importance import PedAnovaImportanceEvaluator
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from richkd.config import Config, build, read_layer
+from richkd.files import read_record
+from richkd.record import seed_folders
+from tune.budget import spent
+from tune.settings import Settings
+from tune.space import Space
+from tune.study import MAIN, Failure, Search, settings_of
+from tune.summary import read_refits, summarise, winner
+from tune.warmstart import printed
+
+ENVIRONMENT = "environment.json"
+TOP1 = "top1"  # the objective that every sweep has
+FEW = 10  # trials below which nothing can be said about importance
+LEAST = 5  # trials that count as the best ones, where importance is asked for: PED-ANOVA's advice
+
+State = Literal["finished", "pruned", "failed", "infeasible", "running"]
+STATES: dict[TrialState, State] = {
+    TrialState.COMPLETE: "finished",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One trial of a search.
+
+    Attributes:
+        label: How it is called in the sweep.
+        number: In its study.
+        state: How it ended.
+        params: Where it lies in the search space, by dotted key; without what its branch of the space has not.
+        space: From what each of its parameters was drawn.
+        settings: What it ran, in dotted keys; of a setting as printed, with T of the fused logits.
+        values: Of a finished one, by the sweep's objectives; top-1 is in percent of the validation rows.
+        curve: Validation top-1 by epoch, %; of several seeds their mean.
+        seeds: Validation top-1 of each of several seeds, as of `curve`'s best epoch for that seed, %.
+        duplicate_of: Number of the trial whose result it was given, since the settings are the same.
+        seconds: It took.
+    """
+
+    label: str
+    number: int
+    state: State
+    params: dict[str, Any]
+    space: Space = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    values: tuple[float, ...] = ()
+    curve: dict[int, float] = field(default_factory=dict)
+    seeds: tuple[float, ...] = ()
+    duplicate_of: int | None = None
+    seconds: float | None = None
+
+    @property
+    def top1(self) -> float | None:
+        """Validation top-1, %: of its best epoch if it has finished, else the last one heard of."""
+        if self.values:
+            return self.values[0]
+        return self.curve[self.epochs] if self.curve else None
+
+    @property
+    def epochs(self) -> int:
+        """The newest epoch heard of, 0 if none."""
+        return max(self.curve, default=0)
+
+    def shown(self) -> dict[str, Any]:
+        """Return its searched parameters as it ran them."""
+        return {key: self.settings.get(key, value) for key, value in self.params.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Findings:
+    """What a sweep was asked for, and what it has found.
+
+    Attributes:
+        folder: Of the sweep; its name is the sweep's.
+        state: `finished`, `running` or `stopped`.
+        base: Config beneath all runs.
+        settings: Of the sweep.
+        objectives: What trials are judged by, top-1 first.
+        labels: Student of the comparison to what its runs are called.
+        asked: Trials of each search.
+        trials: Of the main search, and of plain distillation's.
+        refits: Metrics of the finished ones, by student and seed.
+        curves: Validation top-1 by epoch of all refits, by student and seed, %.
+        runs: `run.json` of the refits that have begun, by student and seed.
+        configs: What the refits of a student ran, but for their seed.
+        summary: As `summary.summarise` returns it.
+        best: The best trial of the main search.
+        seed: Of the best refit of its setting.
+        config: That of the best refit, before there is one that of the best trial.
+        failures: Why runs failed, by job.
+        environment: Code, packages and machine, as `environment.environment` returns them; empty of an older sweep.
+        seconds: Of wall time over all drivers.
+        gpu_seconds: Of GPUs held.
+    """
+
+    folder: Path
+    state: str
+    base: Config
+    settings: Settings
+    objectives: tuple[str, ...]
+    labels: dict[str, str]
+    asked: dict[str, int]
+    trials: dict[str, list[Trial]]
+    refits: dict[str, dict[int, dict[str, Any]]]
+    curves: dict[str, dict[int, dict[int, float]]]
+    runs: dict[str, dict[int, dict[str, Any]]]
+    configs: dict[str, Config]
+    summary: dict[str, Any]
+    best: Trial | None
+    seed: int | None
+    config: Config | None
+    failures: dict[str, Failure]
+    environment: dict[str, Any]
+    seconds: float
+    gpu_seconds: float
+
+    @property
+    def name(self) -> str:
+        """What the sweep is called."""
+        return self.folder.name
+
+    @property
+    def main(self) -> list[Trial]:
+        """Trials of the method's own search."""
+        return self.trials.get(MAIN, [])
+
+    @property
+    def space(self) -> Space:
+        """What the main search drew from, as far as its trials have drawn it; of a range that changed the newest."""
+        return {key: where for trial in self.main for key, where in trial.space.items()}
+
+
+class Swept(Protocol):
+    """What is read of a sweep."""
+
+    folder: Path
+    runs: Path
+    base: Config
+    settings: Settings
+    labels: dict[str, str]
+
+    def resolve(self, settings: dict[str, Any], method: str | None = None) -> Config:
+        """Return the config of a run."""
+
+
+def gather(
+    sweep: Swept, searches: Sequence[Search], *, state: str, failures: dict[str, Failure]
+) -> Findings:
+    """Read what a sweep has found.
+
+    Args:
+        sweep: What was asked for.
+        searches: Its searches, the main one first; none if none has begun.
+        state: `finished`, `running` or `stopped`.
+        failures: Why runs failed, by job.
+
+    Raises:
+        CorruptError: If a record cannot be read.
+    """
+    wanted = sweep.settings.sweep
+    refits, runs, curves = read_refits(sweep.runs / "refits", sweep.labels), {}, {}
+    configs = {}
+    for student, label in sweep.labels.items():
+        for path in sorted((sweep.runs / "refits").glob(f"{label}-seed*/run.json")):
+            seed = int(path.parent.name.removeprefix(f"{label}-seed"))
+            runs.setdefault(student, {})[seed] = read_record(path)
+            curves.setdefault(student, {})[seed] = curve_of(path.parent)
+            if student not in configs:
+                configs[student] = build(read_layer(path.with_name("config.yaml")))
+    best, seed, config = searches[0].best() if searches else None, winner(refits), None
+    if seed is not None:
+        config = replace(configs[MAIN], seed=seed)
+    elif best is not None:
+        config = sweep.resolve(wanted.settings | settings_of(best))
+    found = {
+        search.name: [
+            read_trial(trial, search.label(trial.number), sweep.runs, wanted.seeds_per_trial)
+            for trial in search.study.get_trials(deepcopy=False)
+            if trial.state in STATES
+        ]
+        for search in searches
+    }
+    return Findings(
+        folder=sweep.folder,
+        state=state,
+        base=sweep.base,
+        settings=sweep.settings,
+        objectives=tuple(getattr(wanted, "objectives", (TOP1,))),
+        labels=sweep.labels,
+        asked={search.name: search.trials for search in searches},
+        trials=found,
+        refits=refits,
+        curves=curves,
+        runs=runs,
+        configs=configs,
+        summary=summarise(refits),
+        best=next((t for t in found.get(MAIN, []) if best and t.number == best.number), None),
+        seed=seed,
+        config=config,
+        failures=failures,
+        environment=read_record(told) if (told := sweep.folder / ENVIRONMENT).exists() else {},
+        **spent(sweep.folder / "spent.json"),
+    )
+
+
+def read_trial(trial: FrozenTrial, label: str, runs: Path, seeds: int) -> Trial:
+    """Return a trial of a study as a plain row; its seeds are read from its run folders, where those lie here."""
+    state = STATES[trial.state]
+    if trial.user_attrs.get("failure") == "memory":
+        state = "infeasible"
+    each = [curve_of(folder) for folder in seed_folders(runs / "trials" / label, seeds)]
+    return Trial(
+        label=label,
+        number=trial.number,
+        state=state,
+        params=dict(trial.params),
+        space=dict(trial.distributions),
+        settings=settings_of(trial),
+        values=tuple(trial.values) if state == "finished" else (),
+        curve=dict(sorted(trial.intermediate_values.items())),
+        seeds=tuple(max(curve.values()) for curve in each) if seeds > 1 and all(each) else (),
+        duplicate_of=trial.user_attrs.get("duplicate_of"),
+        seconds=trial.duration.total_seconds() if trial.duration else None,
+    )
+
+
+def curve_of(folder: Path) -> dict[int, float]:
+    """Return validation top-1 by epoch of a run, %: up to a line that is torn, none if there is no such file."""
+    found: dict[int, float] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        for line in (folder / "metrics.jsonl").read_bytes().splitlines():
+            row = json.loads(line)
+            found[int(row["epoch"])] = float(row["val/top1"])
+    return found
+
+
+def comparable(trials: Sequence[Trial]) -> tuple[int | None, list[tuple[Trial, float]]]:
+    """Return trials with what can be compared between them, since those stopped early have not been trained as long.
+
+    Returns:
+        An epoch that all have reached, None where none was stopped early; and each trial with its validation top-1
+        there, or of its best epoch. A result that was given twice counts once.
+    """
+    ended = [t for t in trials if t.state in ("finished", "pruned") and t.duplicate_of is None]
+    if all(trial.state == "finished" for trial in ended):
+        return None, [(trial, trial.values[0]) for trial in ended]
+    ended = [trial for trial in ended if trial.curve]
+    epoch = min((trial.epochs for trial in ended), default=0)
+    return epoch, [(trial, trial.curve[epoch]) for trial in ended if epoch in trial.curve]
+
+
+def importance(values: Sequence[tuple[Trial, float]]) -> dict[str, float] | None:
+    """Return each parameter's share in what makes the best of these trials the best, by Optuna's PED-ANOVA.
+
+    Args:
+        values: Trials with what they are judged by; some may lack a parameter, as in a branch of the space.
+
+    Returns:
+        Shares that sum to 1, the highest first; None of fewer than `FEW` trials, or where nothing differs.
+    """
+    if len(values) < FEW or len({value for _, value in values}) == 1:
+        return None
+    study = optuna.create_study(direction="maximize")
+    study.add_trials(
+        [
+            create_trial(params=trial.params, distributions=trial.space, value=value)
+            for trial, value in values
+        ]
+    )
+    evaluator = PedAnovaImportanceEvaluator(target_quantile=max(0.1, LEAST / len(values)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of branches that few trials took
+        return optuna.importance.get_param_importances(study, evaluator=evaluator)
+
+
+def origin(method: str, settings: dict[str, Any]) -> str | None:
+    """Return what a best setting is, if the search did not find it but was given it."""
+    if settings == printed(method):
+        return "the paper's own setting; nothing that was tried is better"
+    if settings == printed("kd") | {"fusion.alpha": 1.0}:
+        return "plain distillation; no fusion that was tried is better"
+    return None

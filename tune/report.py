@@ -1,0 +1,461 @@
+"""The report of a sweep: one HTML file that needs nothing else, the same as Markdown, and the table behind each picture.
+
+    runs/SWEEP/report/     report.html  report.md  NAME.svg  NAME.png  NAME.csv
+
+It is made of the sweep's own files, whether the sweep has ended or not; MLflow is not asked.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from richkd import escape
+from richkd.config import command_of, dump, flatten, to_dict
+from richkd.files import write_atomic
+from tune import plots
+from tune.best import called
+from tune.display import describe, short
+from tune.findings import Findings, Trial, origin
+from tune.page import (
+    Beside,
+    Block,
+    Code,
+    Details,
+    Heading,
+    Pictures,
+    Table,
+    Text,
+    Tiles,
+    to_html,
+    to_markdown,
+)
+from tune.plots import Picture
+from tune.study import MAIN
+from tune.summary import STUDENTS, TEACHERS, columns
+
+LEADING = 20  # trials of the leaderboard; the table behind it has all
+FAILURES = 20  # that are shown, likewise
+SECTIONS = (
+    "sweep",
+    "refit",
+    "warmstart",
+    "resources",
+)  # of the settings; an address may hold a password
+
+
+def write(found: Findings) -> Path:
+    """Write the report of a sweep into its folder.
+
+    Returns:
+        The HTML file.
+    """
+    folder, drawn = found.folder / "report", plots.pictures(found)
+    title, blocks = found.name, document(found, drawn)
+    files = {"report.html": to_html(title, blocks), "report.md": to_markdown(title, blocks)}
+    for name, text in files.items():
+        write_atomic(folder / name, text.encode())
+    for picture in drawn:
+        if picture.svg is not None:
+            for kind in ("svg", "png", "csv"):
+                write_atomic(folder / f"{picture.name}.{kind}", getattr(picture, kind))
+    for table in tables(blocks):
+        write_atomic(folder / f"{table.name}.csv", table.csv)
+    return folder / "report.html"
+
+
+def tables(blocks: Sequence[Block]) -> list[Table]:
+    """Return the tables of a document that have a file."""
+    found = [block for block in blocks if isinstance(block, Table) and block.name]
+    for block in blocks:
+        if isinstance(block, Details):
+            found += tables(block.blocks)
+    return found
+
+
+def document(found: Findings, drawn: Sequence[Picture]) -> list[Block]:
+    """Return a report as blocks."""
+    return [
+        Text(about(found), "soft"),
+        *unfinished(found),
+        Tiles(tiles(found)),
+        Text(verdict(found), "lead"),
+        Beside(summary(found), [Pictures(drawn[:1])]),
+        Heading("Best setting"),
+        *best(found),
+        Heading("Pictures"),
+        Pictures(drawn[1:]),
+        Heading("Leaderboard"),
+        *leaderboard(found),
+        *failures(found),
+        Heading("What was run"),
+        *constants(found),
+    ]
+
+
+def about(found: Findings) -> str:
+    """Return in a sentence what the sweep is."""
+    base, seeds = found.base, found.settings.sweep.seeds_per_trial
+    each = f", each of {seeds} seeds" if seeds > 1 else ""
+    return (
+        f"A sweep of {base.method.name} on {base.data.source}: student {base.student.name}, {base.train.epochs} epochs, "
+        f"{found.settings.sweep.trials} trials and as many of kd{each}, refits over {found.settings.refit.seeds} seeds. "
+        "Settings are chosen on validation rows; test rows are read once, by the refits."
+    )
+
+
+def unfinished(found: Findings) -> list[Block]:
+    """Return what is missing of a sweep that has not finished."""
+    if found.state == "finished":
+        return []
+    ended = sum(t.state != "running" for trials in found.trials.values() for t in trials)
+    refits = sum(map(len, found.refits.values()))
+    missing = f"{ended} of {sum(found.asked.values()) or '?'} trials have ended and {refits} of "
+    missing += f"{len(found.labels) * found.settings.refit.seeds} refits have finished"
+    said = f"This sweep is {found.state}: {missing}; what is said here may change."
+    if found.state == "stopped":
+        said += f" Go on with it: python -m tune resume {called(found.folder)}"
+    return [Text(said, "note")]
+
+
+def tiles(found: Findings) -> list[tuple[str, str, str]]:
+    """Return the numbers to be seen first."""
+    shown = []
+    if own := found.summary.get(MAIN):
+        spread = "one seed" if own["sd"] is None else f"± {own['sd']:.2f} over {own['n']} seeds"
+        shown.append(("Test top-1, as found", f"{own['mean']:.2f} %", spread))
+    if gap := found.summary.get("difference_tuned"):
+        sure = (
+            f"95 % interval {gap['low']:+.2f} to {gap['high']:+.2f}"
+            if gap["se"] is not None
+            else "one seed"
+        )
+        shown.append(("Against kd, tuned", f"{gap['mean']:+.2f} points", sure))
+    if found.best is not None:
+        shown.append(
+            ("Best trial", f"{found.best.top1:.2f} %", f"validation, trial {found.best.label}")
+        )
+    ended = [trial for trials in found.trials.values() for trial in trials]
+    counts = Counter(trial.state for trial in ended)
+    each = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+    shown.append(("Trials", str(len(ended)), each or "none has begun"))
+    gpu = f"{found.gpu_seconds / 3600:.2g} GPU hours" if found.gpu_seconds else "no GPU"
+    shown.append(("Time", duration(found.seconds), gpu))
+    return shown
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    for size, name in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.0f} s"
+
+
+def verdict(found: Findings) -> str:
+    """Return in one sentence whether the search was worth it: the paired difference to plain distillation, tuned as well."""
+    gap, own = found.summary.get("difference_tuned"), f"{found.labels[MAIN]} as found"
+    other = "kd tuned by as many trials"
+    if gap is None:
+        return (
+            f"No seed has refits of both {own} and kd tuned yet, so that they cannot be compared."
+        )
+    if gap["se"] is None:
+        return f"On a single seed {own} differs from {other} by {gap['mean']:+.2f} points of test top-1, which can mislead."
+    said = f"{gap['mean']:+.2f} points of test top-1, 95 % interval {gap['low']:+.2f} to {gap['high']:+.2f}, paired over "
+    said += f"{gap['n']} seeds, {gap['wins']} of {gap['n']} wins"
+    if gap["low"] == gap["high"] == 0:
+        return f"Both are the same: {own}, and {other}."
+    if gap["low"] <= 0 <= gap["high"]:
+        return f"These seeds do not tell {own} from {other}: {said}."
+    return f"With {own} the student is {'better' if gap['mean'] > 0 else 'worse'} than with {other}: {said}."
+
+
+def summary(found: Findings) -> list[Block]:
+    """Return the table that the terminal shows at the end."""
+    cells = columns(found.summary)
+    rows = list(zip(*cells.values(), strict=True))
+    if not rows:
+        return [Text("No refit has read its test rows yet, so that there is no summary.", "soft")]
+    seeds = found.summary.get(MAIN, {}).get("n")
+    titles = [TEACHERS.get(name) or STUDENTS[name].title for name in (*TEACHERS, *STUDENTS)]
+    numbers = []
+    for name in (name for name in (*TEACHERS, *STUDENTS) if name in found.summary):
+        entry, gap = found.summary[name], found.summary[name].get("difference") or {}
+        mean = entry.get("mean", entry.get("top1"))
+        numbers.append(
+            (
+                name,
+                mean,
+                entry["sd"],
+                entry["n"],
+                *(gap.get(k) for k in ("mean", "low", "high", "wins")),
+            )
+        )
+    own = STUDENTS[MAIN].title
+    return [
+        Table(
+            header=["", *list(cells)[1:]],
+            rows=rows,
+            right=(1, 2, 3),
+            strong=next((k for k, row in enumerate(rows) if row[0] == own and own in titles), None),
+            name="summary",
+            csv=escape.to_csv(
+                ("model", "test_top1", "sd", "seeds", "against_kd", "low", "high", "wins"), numbers
+            ),
+        ),
+        Text(
+            f"Mean ± standard deviation over {seeds} seeds; differences are paired by seed."
+            if seeds and seeds > 1
+            else "A single seed can mislead by points; see refit.seeds.",
+            "soft",
+        ),
+    ]
+
+
+def best(found: Findings) -> list[Block]:
+    """Return the best setting, and the lines that reproduce it and hand it over."""
+    if found.best is None or found.config is None:
+        return [Text("No trial has finished yet.", "soft")]
+    ran = flatten(to_dict(found.config))
+    keys = dict.fromkeys((*found.best.params, "loss.temperature_of", "clip.scale"))
+    blocks: list[Block] = [
+        Table(
+            header=("key", "value"), rows=[(key, value_of(ran[key])) for key in keys if key in ran]
+        )
+    ]
+    if (given := origin(found.base.method.name, found.best.settings)) is not None:
+        blocks.append(Text(f"This is {given}.", "soft"))
+    blocks.append(
+        Text(
+            f"Trial {found.best.label} reached {found.best.top1:.2f} % on validation rows with it."
+        )
+    )
+    run: dict[str, Any] = {}
+    if found.seed is not None:
+        run = found.runs[MAIN][found.seed]
+        tested = run["metrics"]["test/top1"], run["metrics"]["best_val_top1"]
+        blocks.append(
+            Text(
+                f"Of its refits that of seed {found.seed} is the best on validation rows: {tested[1]:.2f} %, and "
+                f"{tested[0]:.2f} % on test rows. This distils it again, to the same bits on a processor of the same kind:"
+            )
+        )
+    else:
+        blocks.append(Text("No refit of it has finished yet. This distils it:"))
+    command = command_of(found.config, threads=run.get("threads"), workers=run.get("workers", 1))
+    blocks.append(Code(command, wrap=True))
+    if found.state == "finished":
+        blocks.append(Text("This verifies its checkpoint, and hands over a copy:"))
+        blocks.append(Code(f"python -m tune best {called(found.folder)} --copy-to student"))
+    return blocks
+
+
+def value_of(value: Any) -> str:
+    """Return a setting as text."""
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def ranked(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that have a validation accuracy: finished ones first, then the others by the last one heard of."""
+    return sorted(
+        (trial for trial in trials if trial.top1 is not None),
+        key=lambda trial: (trial.state != "finished", -trial.top1, trial.number),
+    )
+
+
+def leaderboard(found: Findings) -> list[Block]:
+    """Return the best trials of each search."""
+    blocks: list[Block] = []
+    for search, trials in found.trials.items():
+        leading = ranked(trials)
+        if not leading:
+            blocks.append(Text(f"No trial of {found.labels[search]} has reported yet.", "soft"))
+            continue
+        keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
+        costs = found.objectives[1:] if search == MAIN else ()
+        header = [
+            "trial",
+            "state",
+            "val top-1, %",
+            *costs,
+            *map(plots.called, keys),
+            "epochs",
+            "remark",
+        ]
+        rows = [
+            [
+                trial.label,
+                trial.state,
+                f"{trial.top1:.2f}",
+                *(value_of(v) for v in (*trial.values[1:], *[None] * len(costs))[: len(costs)]),
+                *(value_of(trial.shown().get(key)) for key in keys),
+                str(trial.epochs),
+                remark(found, trial),
+            ]
+            for trial in leading[:LEADING]
+        ]
+        numbers = [
+            3 + len(costs) + place
+            for place, key in enumerate(keys)
+            if all(plots.number(trial.params.get(key, 0)) for trial in trials)
+        ]
+        table = Table(
+            header=header,
+            rows=rows,
+            right=[2, *range(3, 3 + len(costs)), *numbers, len(header) - 2],
+            strong=0 if search == MAIN and leading[0].state == "finished" else None,
+            name="leaderboard" if search == MAIN else f"leaderboard-{search}",
+            csv=escape.to_csv(
+                ("trial", "state", "val_top1", *costs, *keys, "epochs", "seconds", "duplicate_of"),
+                [
+                    (
+                        *(trial.label, trial.state, trial.top1),
+                        *(*trial.values[1:], *[""] * len(costs))[: len(costs)],
+                        *(trial.shown().get(key, "") for key in keys),
+                        *(trial.epochs, trial.seconds, trial.duplicate_of),
+                    )
+                    for trial in leading
+                ],
+            ),
+        )
+        if search == MAIN:
+            blocks.append(table)
+            more = (
+                f"The best {len(rows)} of {len(leading)} trials. "
+                if len(leading) > len(rows)
+                else ""
+            )
+            blocks.append(
+                Text(
+                    f"{more}Finished ones come first; pruned ones were stopped early, and show the last accuracy that was "
+                    f"heard of. T is relative to {'the task teacher' if _of_task(found) else 'the fused logits'}.",
+                    "soft",
+                )
+            )
+        else:
+            blocks.append(Details(f"Trials of {found.labels[search]}", [table]))
+    return blocks
+
+
+def _of_task(found: Findings) -> bool:
+    settings = found.settings.sweep.settings
+    return settings.get("loss.temperature_of", found.base.loss.temperature_of) == "task"
+
+
+def remark(found: Findings, trial: Trial) -> str:
+    """Return what is to be known of a trial."""
+    said = []
+    if trial.duplicate_of is not None:
+        said.append(f"the result of {trial.duplicate_of:03d}, whose settings are the same")
+    if trial.settings.get("loss.temperature_of") == "fused" and _of_task(found):
+        said.append("as printed" if trial.shown().get("fusion.alpha") != 1 else "plain kd")
+        if trial.shown().get("fusion.alpha", 1) != 1:
+            said.append("T of the fused logits")
+    return ", ".join(said)
+
+
+def failures(found: Findings) -> list[Block]:
+    """Return what failed, by class."""
+    if not found.failures:
+        return []
+    classes: dict[str, list[tuple[str, str]]] = {}
+    for job, why in found.failures.items():
+        classes.setdefault(why.kind, []).append((job, why.text))
+    rows = [
+        (kind, str(len(those)), job, text)
+        for kind, those in sorted(classes.items())
+        for job, text in those[:1]
+    ]
+    each = [(kind, job, text) for kind, those in sorted(classes.items()) for job, text in those]
+    return [
+        Heading("Failures"),
+        Table(
+            header=("class", "runs", "the first", "what happened"),
+            rows=rows,
+            right=(1,),
+            name="failures",
+            csv=escape.to_csv(("class", "run", "what_happened"), each),
+        ),
+        Details(
+            f"Each of {len(each)}"
+            if len(each) <= FAILURES
+            else f"The first {FAILURES} of {len(each)}",
+            [Table(header=("class", "run", "what happened"), rows=each[:FAILURES])],
+        ),
+    ]
+
+
+def constants(found: Findings) -> list[Block]:
+    """Return config, code, packages and machine, and how to look further."""
+    code, sweep = found.environment, found.settings.sweep
+    run = next((run for runs in found.runs.values() for run in runs.values()), {})
+    facts = [
+        (
+            "data",
+            f"{found.base.data.source}, digest {run['data'][:12]}"
+            if "data" in run
+            else found.base.data.source,
+        ),
+        ("code", code.get("commit") or "not in a repository"),
+        ("python", code.get("python", run.get("python", "-"))),
+        ("machine", f"{code['platform']}, {code['cores']} cores" if "platform" in code else "-"),
+        ("threads of a run", str(run.get("threads", "-"))),
+    ]
+    packages = code.get("packages", {})
+    settings = "".join(
+        f"{name}:\n"
+        + "".join(f"  {line}\n" for line in dump(getattr(found.settings, name)).splitlines())
+        for name in SECTIONS
+    )
+    study = sweep.study or f"sqlite:///{short(found.folder / 'study.db')}"
+    blocks: list[Block] = [Table(header=("what", "value"), rows=facts)]
+    if packages:
+        blocks.append(
+            Details("Packages", [Table(header=("package", "version"), rows=list(packages.items()))])
+        )
+    return [
+        *blocks,
+        Details("Settings of the sweep", [Code(settings.rstrip())]),
+        Details("Config beneath all runs", [Code(dump(found.base).rstrip())]),
+        Text(
+            "This writes the report anew, and this shows the trials while they run, at 127.0.0.1:8080:"
+        ),
+        Code(f"python -m tune report {called(found.folder)}\noptuna-dashboard {study}"),
+    ]
+
+
+def lines(found: Findings, page: Path) -> list[str]:
+    """Return what the terminal says of a report: where it is, and the leaders."""
+    said = [
+        f"report     {short(page)}",
+        *(block.text for block in unfinished(found)),
+        verdict(found),
+    ]
+    for trial in ranked(found.main)[:5]:
+        said.append(
+            f"trial {trial.label}  {trial.state:<9} val {trial.top1:6.2f}  {describe(trial.shown())}"
+        )
+    study = found.settings.sweep.study or f"sqlite:///{short(found.folder / 'study.db')}"
+    return [*said, f"live       optuna-dashboard {study}"]
+
+
+def answer(found: Findings, page: Path) -> dict[str, Any]:
+    """Return what `--json` says of a report: its files, and the leaders."""
+    return {
+        "sweep": found.name,
+        "state": found.state,
+        "html": str(page),
+        "markdown": str(page.with_suffix(".md")),
+        "csv": sorted(map(str, page.parent.glob("*.csv"))),
+        "verdict": verdict(found),
+        "leading": [
+            {
+                "trial": trial.label,
+                "state": trial.state,
+                "val_top1": trial.top1,
+                "params": trial.shown(),
+            }
+            for trial in ranked(found.main)[:5]
+        ],
+    }
