@@ -7,7 +7,7 @@ import contextlib
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,7 +15,7 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from richkd.config import Config, build, read_layer
+from richkd.config import Config, build, digest, read_layer
 from richkd.files import read_record
 from richkd.record import seed_folders
 from tune.budget import spent
@@ -105,8 +105,9 @@ class Findings:
         configs: What the refits of a student ran, but for their seed.
         summary: As `summary.summarise` returns it.
         best: The best trial of the main search.
-        seed: Of the best refit of its setting.
-        config: That of the best refit, before there is one that of the best trial.
+        stale: Whether the refits ran a setting that was the best one, before there were more trials.
+        seed: Of the best refit of its setting, None before there is one.
+        config: Of that refit, or that the best trial ran.
         failures: Why runs failed, by job.
         environment: Code, packages and machine, as `environment.environment` returns them; empty of an older sweep.
         seconds: Of wall time over all drivers.
@@ -127,6 +128,7 @@ class Findings:
     configs: dict[str, Config]
     summary: dict[str, Any]
     best: Trial | None
+    stale: bool
     seed: int | None
     config: Config | None
     failures: dict[str, Failure]
@@ -187,11 +189,17 @@ def gather(
             curves.setdefault(student, {})[seed] = curve_of(path.parent)
             if student not in configs:
                 configs[student] = build(read_layer(path.with_name("config.yaml")))
-    best, seed, config = searches[0].best() if searches else None, winner(refits), None
-    if seed is not None:
-        config = replace(configs[MAIN], seed=seed)
-    elif best is not None:
-        config = sweep.resolve(wanted.settings | settings_of(best))
+    best, seed, config, stale = (
+        searches[0].best() if searches else None,
+        winner(refits),
+        None,
+        False,
+    )
+    if best is not None:
+        settings = wanted.settings | settings_of(best)
+        config = sweep.resolve(settings if seed is None else settings | {"seed": seed})
+        stale = seed is not None and digest(config) != runs[MAIN][seed]["digest"]
+        seed = None if stale else seed
     found = {
         search.name: [
             read_trial(trial, search.label(trial.number), sweep.runs, wanted.seeds_per_trial)
@@ -215,6 +223,7 @@ def gather(
         configs=configs,
         summary=summarise(refits),
         best=next((t for t in found.get(MAIN, []) if best and t.number == best.number), None),
+        stale=stale,
         seed=seed,
         config=config,
         failures=failures,

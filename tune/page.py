@@ -32,7 +32,7 @@ p { margin: 8px 0; max-width: 78ch; overflow-wrap: anywhere } .soft { color: var
 .note { background: var(--warn); border-left: 4px solid var(--warn-line); border-radius: 4px; padding: 10px 14px; margin: 16px 0;
   overflow-wrap: anywhere }
 .grid { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); grid-auto-flow: dense; gap: 16px }
-.beside { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start } .beside > div { flex: 1 1 420px; min-width: 0 }
+.beside { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start } .beside > div { flex: 1 1 440px; min-width: 0 }
 .beside .grid { grid-template-columns: minmax(0, 1fr); margin-top: 8px }
 @media (max-width: 800px) { .grid { grid-template-columns: minmax(0, 1fr) } }
 figure { margin: 0; background: #fff; overflow: hidden; display: flex; flex-direction: column } figure.wide { grid-column: 1 / -1 }
@@ -43,7 +43,7 @@ figcaption b { color: var(--ink) }
 .scroll { overflow-x: auto; margin: 8px 0; width: fit-content; max-width: 100% }
 table { border-collapse: collapse; font-size: 14px }
 td:first-child { white-space: nowrap }
-th, td { padding: 6px 12px; text-align: left; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums;
+th, td { padding: 6px 11px; text-align: left; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums;
   max-width: 60ch; overflow-wrap: break-word }
 tr:last-child td { border-bottom: 0 } th { color: var(--soft); font-weight: 600; font-size: 13px }
 .right { text-align: right; white-space: nowrap } tr.strong td { font-weight: 600 }

@@ -416,12 +416,17 @@ def heat(found: Findings) -> Picture:
             clip_on=False,
         )
         axes.set_facecolor(EMPTY)
-        if found.best is not None and number(found.best.params.get(TEMPERATURE)):
-            at = (found.best.params[ALPHA], math.log2(found.best.params[TEMPERATURE]))
-            axes.scatter(
-                *at, marker="*", s=190, color=COLOURS["richkd"], edgecolors="white", zorder=4
-            )
-        ticks = np.arange(math.floor(y.min()), math.ceil(y.max()) + 1)
+        star = {
+            "marker": "*",
+            "s": 190,
+            "color": COLOURS["richkd"],
+            "edgecolors": "white",
+            "zorder": 4,
+        }
+        for one in (trial for trial, _ in those if trial is found.best):
+            at = one.params[ALPHA], math.log2(one.params[TEMPERATURE])
+            axes.scatter(*at, clip_on=False, **star)
+        ticks = np.arange(math.ceil(bounds[0]), math.floor(bounds[1]) + 1)
         axes.set_yticks(ticks, [f"{2.0**tick:g}" for tick in ticks])
         axes.set_ylim(*bounds)
         axes.set_xlim(0, 1)
@@ -552,12 +557,15 @@ def parallel(found: Findings) -> Picture:
         low, high = accuracies.min(), accuracies.max()
         lines[:, -1] = (accuracies - low) / (high - low) if high > low else 0.5
         smooth = np.linspace(0, 1, 24)
+        leading = np.quantile(accuracies, 0.9)
         ease = smooth * smooth * (3 - 2 * smooth)
         for line, value in zip(lines, accuracies, strict=True):
             x = (np.arange(len(space))[:, None] + smooth).ravel()
             y = (line[:-1, None] + np.diff(line)[:, None] * ease).ravel()
             strong = norm(value)
-            axes.plot(x, y, color=SCALE(strong), lw=1 + 1.2 * max(strong, 0), alpha=0.85)
+            crowd = 0.85 if value >= leading else 0.85 * min(1, 30 / len(values))
+            # of many trials the better ones stand out
+            axes.plot(x, y, color=SCALE(strong), lw=1 + 1.2 * max(strong, 0), alpha=crowd)
         for place, (key, where) in enumerate(space.items()):
             _scale(axes, place, key, where, values)
         _ticks(axes, len(space), [(0, f"{low:.1f}"), (1, f"{high:.1f}")])
@@ -771,9 +779,7 @@ def pareto(found: Findings) -> Picture:
         return nothing(name, title, "No trial has finished yet.")
     best = {trial.number for trial in front(those)}
     costs = found.objectives[1:]
-    with canvas(
-        NARROW if len(costs) == 1 else WIDE, 3.9, ncols=len(costs), sharey=True, squeeze=False
-    ) as (
+    with canvas(WIDE, 3.9, ncols=len(costs), sharey=True, squeeze=False) as (
         figure,
         panels,
     ):
@@ -812,7 +818,7 @@ def pareto(found: Findings) -> Picture:
             title=title,
             text="A trial on the front has no other that is at least as accurate at no higher cost; above and to the "
             "left is better. Numbers are those of the trials.",
-            wide=len(costs) > 1,
+            wide=True,
             header=("trial", "front", *found.objectives),
             rows=[(t.label, "yes" if t.number in best else "no", *t.values) for t in those],
             **save(figure),

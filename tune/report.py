@@ -66,10 +66,15 @@ def write(found: Findings) -> Path:
 
 def tables(blocks: Sequence[Block]) -> list[Table]:
     """Return the tables of a document that have a file."""
-    found = [block for block in blocks if isinstance(block, Table) and block.name]
+    found = []
     for block in blocks:
-        if isinstance(block, Details):
-            found += tables(block.blocks)
+        match block:
+            case Table():
+                found += [block] if block.name else []
+            case Details(_, inner):
+                found += tables(inner)
+            case Beside(left, right):
+                found += tables([*left, *right])
     return found
 
 
@@ -115,6 +120,8 @@ def unfinished(found: Findings) -> list[Block]:
     said = f"This sweep is {found.state}: {missing}; what is said here may change."
     if found.state == "stopped":
         said += f" Go on with it: python -m tune resume {called(found.folder)}"
+    if found.stale:
+        said += " Refits as found ran an earlier best setting."
     return [Text(said, "note")]
 
 
@@ -253,7 +260,9 @@ def best(found: Findings) -> list[Block]:
 
 def value_of(value: Any) -> str:
     """Return a setting as text."""
-    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+    if isinstance(value, float):
+        return f"{value:.0f}" if value == round(value) else f"{value:.4g}"
+    return "-" if value is None else str(value)
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:

@@ -1,0 +1,496 @@
+"""The report of a sweep, against its study, its files, Optuna, an HTML parser and a browser."""
+
+import base64
+import csv
+import io
+import itertools
+import json
+import re
+import shlex
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from faked import HOSTILE, fake, trial
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.trial import TrialState
+from small import ROOT, command
+
+from richkd.config import build, digest, read
+from richkd.errors import Interrupted
+from richkd.files import read_json, write_json
+from tune import plots, report, sweep
+from tune.driver import locked
+from tune.findings import Trial, comparable, importance, read_trial
+from tune.page import Code, Text, to_html, to_markdown
+from tune.sweep import found_in
+
+PICTURES = ["students", "alpha", "heat", "importance", "prompts", "parallel", "history", "curves"]
+EMPTY = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
+
+
+class Reader(HTMLParser):
+    """Reads a page, and holds that its tags are closed in their order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.cells: list[str] = []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        """Note a tag."""
+        self.tags.append((tag, dict(attributes)))
+        if tag not in EMPTY:
+            self.open.append(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        """Close a tag."""
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        """Note the text of a cell."""
+        if "td" in self.open:
+            self.cells[-1] += data
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """Read a CSV file."""
+    return list(csv.DictReader(io.StringIO(path.read_text())))
+
+
+@pytest.fixture(scope="module")
+def faked(tmp_path_factory) -> Path:
+    """A finished sweep of 12 trials."""
+    return fake(tmp_path_factory.mktemp("faked") / "first")
+
+
+def test_a_sweep_ends_with_its_report_on_the_disk_and_in_mlflow(swept):
+    answer, client = swept
+    page = Path(answer["report"])
+    assert page == Path(answer["sweep"]) / "report" / "report.html"
+    (experiment,) = client.search_experiments(filter_string="name = 'richkd'")
+    (parent,) = client.search_runs([experiment.experiment_id], "tags.`richkd.kind` = 'sweep'")
+    sent = {one.path for one in client.list_artifacts(parent.info.run_id, "report")}
+    assert sent == {f"report/{one.name}" for one in page.parent.iterdir()}
+    assert "report/report.html" in parent.data.tags["mlflow.note.content"]
+
+
+def test_the_tables_hold_what_the_study_and_the_refits_hold(swept):
+    answer, _ = swept
+    folder = Path(answer["sweep"])
+    storage = f"sqlite:///{folder / 'study.db'}"
+    study = optuna.load_study(study_name="richkd", storage=storage)
+    rows = table(folder / "report" / "leaderboard.csv")
+    assert int(rows[0]["trial"]) == answer["best"]["trial"]
+    assert {int(row["trial"]) for row in rows} == {t.number for t in study.trials}
+    for row in rows:
+        found = study.trials[int(row["trial"])]
+        last = found.intermediate_values[max(found.intermediate_values)]
+        complete = found.state == TrialState.COMPLETE
+        assert float(row["val_top1"]) == (found.value if complete else last)
+        assert (
+            float(row["fusion.alpha"])
+            == found.user_attrs.get("settings", found.params)["fusion.alpha"]
+        )
+    for row in table(folder / "report" / "summary.csv"):
+        entry = answer["summary"][row["model"]]
+        assert float(row["test_top1"]) == entry.get("mean", entry.get("top1"))
+    points = table(folder / "report" / "curves.csv")
+    for student, label in (("kd_tuned", "kd-tuned"), ("richkd", "richkd-l")):
+        lines = (folder / "refits" / f"{label}-seed1" / "metrics.jsonl").read_text().splitlines()
+        mine = [p["val_top1"] for p in points if (p["run"], p["seed"]) == (student, "1")]
+        assert list(map(float, mine)) == [json.loads(line)["val/top1"] for line in lines]
+
+
+def test_the_report_is_rebuilt_without_mlflow_and_its_pictures_are_the_same_bytes(copied):
+    folder = copied / "report"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    shutil.rmtree(folder)
+    code = f"""
+import sys
+from pathlib import Path
+sys.argv = ["tune", "report", "{copied}"]
+from tune.__main__ import ABOUT, VERBS, main
+assert main("python -m tune", ABOUT, VERBS, sys.argv[1:]) == 0
+assert not {{"mlflow", "ray", "matplotlib.pyplot"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(folder / "report.html") in done.stdout
+    assert f"optuna-dashboard sqlite:///{copied / 'study.db'}" in done.stdout
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert after.keys() == before.keys()
+    same = [name for name in before if not name.startswith("report.")]
+    assert all(after[name] == before[name] for name in same)
+
+
+def test_the_answer_names_files_that_are_there(faked):
+    process = command("report", str(faked), "--json", cwd=faked.parent)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    answer = json.loads(out.splitlines()[-1])
+    assert all(
+        Path(path).is_file() for path in (answer["html"], answer["markdown"], *answer["csv"])
+    )
+    assert len(answer["leading"]) == 5
+
+
+def test_the_page_fetches_nothing_and_runs_nothing(faked):
+    page = report.write(found_in(faked)).read_text()
+    read = Reader(page)
+    tags = [tag for tag, _ in read.tags]
+    assert not {"script", "link", "iframe", "object", "embed", "form", "base"} & set(tags)
+    (policy,) = (a["content"] for _, a in read.tags if a.get("http-equiv"))
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
+    for _, attributes in read.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert "url(" not in page and "@import" not in page
+    assert tags.count("img") == len(PICTURES)
+
+
+def test_each_picture_has_its_table_in_the_page_and_beside_it(faked):
+    folder = report.write(found_in(faked)).parent
+    read = Reader((folder / "report.html").read_text())
+    saved = {a["download"]: a["href"] for tag, a in read.tags if tag == "a"}
+    assert {f"{name}.csv" for name in PICTURES} <= saved.keys()
+    for name, link in saved.items():
+        assert (
+            base64.b64decode(link.removeprefix("data:text/csv;base64,"))
+            == (folder / name).read_bytes()
+        )
+        assert len((folder / name).read_bytes().splitlines()) > 1
+    for name in PICTURES:
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert b"<script" not in (folder / f"{name}.svg").read_bytes()
+    links = re.findall(r"\]\(([\w-]+\.(?:png|csv))\)", (folder / "report.md").read_text())
+    assert {f"{name}.{kind}" for name in PICTURES for kind in ("png", "csv")} <= set(links)
+    assert all((folder / link).is_file() for link in links)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory) -> Path:
+    """The folder of a report whose prompt sets and failures have hostile names."""
+    folder = fake(tmp_path_factory.mktemp("hostile") / "a <b>|c", 30, prompts=HOSTILE)
+    texts = {f"trial-{k:03d}": text for k, text in enumerate(HOSTILE)}
+    write_json(
+        folder / "summary.json", {"failures": texts, "failure_kinds": dict.fromkeys(texts, "nan")}
+    )
+    return report.write(found_in(folder)).parent
+
+
+def test_hostile_names_are_text_in_the_page(hostile):
+    page = (hostile / "report.html").read_text()
+    read = Reader(page)
+    assert not {"script", "form"} & {tag for tag, _ in read.tags}
+    assert all(a["src"].startswith("data:") for tag, a in read.tags if tag == "img")
+    assert not [name for _, attributes in read.tags for name in attributes if name.startswith("on")]
+    for name in HOSTILE[:4]:
+        assert name.replace("\n", "\\n") in read.cells
+    assert "\x1b" not in page and "\u202e" not in page
+
+
+def test_hostile_names_do_nothing_in_a_browser(hostile, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no chromium")
+    page = hostile / "report.html"
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run"
+    run = [chromium, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    shown = subprocess.run([*run, page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert "<title>a &lt;b&gt;|c</title>" in shown.stdout
+
+
+def test_hostile_names_stay_in_their_cells_in_markdown_and_csv(hostile):
+    folder = hostile
+    text = (folder / "report.md").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("    ")]
+    assert not re.search(r"(?<!\\)<", "\n".join(lines))
+    blocks = itertools.groupby(lines, lambda line: line.startswith("|"))
+    for block in (list(block) for is_table, block in blocks if is_table):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block}) == 1
+    for path in folder.glob("*.csv"):
+        rows = list(csv.reader(io.StringIO(path.read_text(), newline="")))
+        assert len({len(row) for row in rows}) == 1, path
+        for cell in (cell for row in rows for cell in row):
+            if re.match(r"\s*[=+\-@\t\r]", cell):
+                float(cell)
+
+
+def test_names_that_the_font_lacks_can_be_told_apart():
+    drawn = {plots.drawable(name) for name in HOSTILE}
+    assert len(drawn) == len(HOSTILE)
+    assert all(len(one) <= 24 and one.isprintable() for one in drawn)
+    assert plots.drawable("é 0.5 $x$") == "é 0.5 $x$"
+
+
+@pytest.mark.parametrize(
+    ("trials", "complete", "seeds"), [(12, 4, 0), (12, 0, 0), (1, 1, 0), (1, 1, 1), (0, 1, 0)]
+)
+def test_a_sweep_that_has_not_finished_says_so(tmp_path, trials, complete, seeds):
+    words = ("sweep.trials=20", "refit.seeds=4")
+    folder = fake(tmp_path / "x", trials, complete=complete, seeds=seeds, words=words)
+    (folder / "summary.json").unlink(missing_ok=True)
+    found = found_in(folder)
+    page = report.write(found).read_text()
+    Reader(page)
+    assert f"This sweep is stopped: {2 * trials} of 40 trials have ended" in page
+    assert f"{5 * seeds} of 20 refits have finished" in page
+    assert "python -m tune resume" in page
+    assert ("No trial has finished yet" in page) == (found.best is None)
+    with locked(folder):
+        (note,) = report.unfinished(found_in(folder))
+        assert "This sweep is running" in note.text
+
+
+def test_a_sweep_without_a_study_has_a_report(tmp_path):
+    folder = fake(tmp_path / "x", 0, seeds=0)
+    (folder / "study.db").unlink()
+    page = report.write(found_in(folder)).read_text()
+    assert "stopped: 0 of ? trials have ended" in page
+
+
+def test_a_torn_line_ends_a_curve(faked, tmp_path):
+    shutil.copytree(faked, tmp_path / "x")
+    path = tmp_path / "x" / "refits" / "kd-seed0" / "metrics.jsonl"
+    path.write_bytes(b"\n".join(path.read_bytes().splitlines()[:3]) + b'\n{"epoch": 4, "val')
+    found = found_in(tmp_path / "x")
+    assert list(found.curves["kd"][0]) == [1, 2, 3]
+    assert all(picture.svg for picture in plots.pictures(found))
+
+
+def test_the_bars_of_a_trial_of_several_seeds_are_those_of_its_runs(tmp_path):
+    rng = np.random.default_rng(0)
+    each = [[60.0, 80.0, 79.0], [70.0, 75.0, 84.0], [61.0, 90.0, 88.0]]
+    for k, values in enumerate(each):
+        place = tmp_path / "trials" / "000" / f"seed{k}"
+        place.mkdir(parents=True)
+        rows = [json.dumps({"epoch": e, "val/top1": v}) for e, v in enumerate(values, 1)]
+        (place / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    one = trial(rng, TrialState.COMPLETE, ("a",))
+    found = read_trial(one, "000", tmp_path, 3)
+    assert found.seeds == (80.0, 84.0, 90.0)
+    assert read_trial(one, "001", tmp_path, 3).seeds == ()
+    assert read_trial(one, "000", tmp_path, 1).seeds == ()
+
+
+def test_the_picture_along_alpha_has_means_and_deviations_over_seeds(faked):
+    found = found_in(faked)
+    seeds = (90.0, 91.0, 95.0)
+    main = [replace(t, seeds=seeds) if t.state == "finished" else t for t in found.main]
+    picture = plots.alpha(replace(found, trials=found.trials | {"richkd": main}))
+    rows = {row[0]: dict(zip(picture.header, row, strict=True)) for row in picture.rows}
+    best = rows[f"trial-{found.best.label}"]
+    assert (best["sd"], best["seeds"]) == (pytest.approx(np.std(seeds, ddof=1)), 3)
+    values = [metrics["best_val_top1"] for metrics in found.refits["richkd"].values()]
+    assert rows["richkd"]["val_top1"] == pytest.approx(statistics.fmean(values))
+    assert rows["richkd"]["sd"] == pytest.approx(statistics.stdev(values))
+    assert (rows["kd"]["alpha"], rows["richkd_paper"]["alpha"]) == (1.0, 0.7)
+
+
+def trials(
+    count: int, rng: np.random.Generator, state: TrialState = TrialState.COMPLETE
+) -> list[Trial]:
+    return [read_trial(trial(rng, state, ("a", "b")), "", Path(), 1) for _ in range(count)]
+
+
+def test_trials_are_compared_where_all_of_them_have_been():
+    rng = np.random.default_rng(0)
+    whole, early = trials(3, rng), trials(2, rng, TrialState.PRUNED)
+    epoch, values = comparable(whole)
+    assert epoch is None
+    assert [value for _, value in values] == [t.values[0] for t in whole]
+    epoch, values = comparable([*whole, *early, *trials(2, rng, TrialState.FAIL)])
+    assert epoch == 5
+    assert [value for _, value in values] == [t.curve[5] for t in (*whole, *early)]
+    assert comparable([replace(whole[0], duplicate_of=3)]) == (None, [])
+
+
+def test_what_decides_is_named_also_where_trials_lack_a_parameter():
+    rng = np.random.default_rng(0)
+    those = trials(60, rng)
+    for k, one in enumerate(those[::2]):  # a branch of the space that has no weight
+        params = {key: value for key, value in one.params.items() if key != "loss.logit"}
+        those[2 * k] = replace(one, params=params, space={key: one.space[key] for key in params})
+    shares = importance([(one, -abs(one.params["fusion.alpha"] - 0.6)) for one in those])
+    assert shares.keys() == {"fusion.alpha", "loss.temperature", "loss.logit", "clip.prompts"}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["fusion.alpha"] > 0.6
+    assert importance([(one, one.top1) for one in those[:9]]) is None
+    assert importance([(one, 90.0) for one in those]) is None
+
+
+def test_all_pictures_are_drawn_of_trials_that_lack_a_parameter(faked):
+    found = found_in(faked)
+    names = ("fusion.alpha", "loss.temperature", "clip.prompts")
+    main = []
+    for place, one in enumerate(found.main):  # each name is missing in every third trial
+
+        def left(of: dict, gone: str = names[place % 3]) -> dict:
+            return {key: value for key, value in of.items() if key != gone}
+
+        less = left(one.params), left(one.space), left(one.settings)
+        main.append(replace(one, **dict(zip(("params", "space", "settings"), less, strict=True))))
+    for best in (0, 4, 8):
+        less = replace(found, trials=found.trials | {"richkd": main}, best=main[best])
+        assert plots.heat(less).svg
+    drawn = plots.pictures(less)
+    assert all(picture.svg for picture in drawn)
+    Reader(to_html("x", report.document(less, drawn)))
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4)), max_size=12))
+def test_the_front_is_that_of_optuna(points):
+    study = optuna.create_study(directions=["maximize", "minimize", "minimize"])
+    study.add_trials([optuna.create_trial(values=point) for point in points])
+    those = [
+        Trial(label="", number=k, state="finished", params={}, values=tuple(map(float, point)))
+        for k, point in enumerate(points)
+    ]
+    assert [one.number for one in plots.front(those)] == [one.number for one in study.best_trials]
+
+
+@pytest.mark.parametrize("costs", [("parameters",), ("parameters", "latency")])
+def test_a_sweep_with_costs_shows_what_accuracy_costs(faked, costs):
+    found = found_in(faked)
+    main = [
+        replace(one, values=(one.values[0], *(1000.0 + one.number for _ in costs)))
+        if one.values
+        else one
+        for one in found.main
+    ]
+    found = replace(found, objectives=("top1", *costs), trials=found.trials | {"richkd": main})
+    drawn = plots.pictures(found)
+    (picture,) = (one for one in drawn if one.name == "pareto")
+    assert picture.svg and picture.header == ("trial", "front", "top1", *costs)
+    assert len(picture.rows) == sum(one.state == "finished" for one in main)
+    page = to_html("x", report.document(found, drawn))
+    assert all(f">{cost}</th>" in page for cost in costs)
+
+
+def gap(*values: float) -> dict:
+    """Return a difference over two seeds, or one without an interval."""
+    mean = statistics.fmean(values)
+    low, high = (values[0], values[-1]) if len(values) > 1 else (None, None)
+    se = None if low is None else 0.5
+    return {"mean": mean, "se": se, "low": low, "high": high, "wins": 1, "n": len(values)}
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (None, "cannot be compared"),
+        (gap(1.0), "On a single seed"),
+        (gap(0.5, 2.0), "better than"),
+        (gap(-2.0, -1.0), "worse than"),
+        (gap(-1.0, 2.0), "do not tell"),
+        (gap(0.0, 0.0), "the same"),
+    ],
+)
+def test_the_verdict_says_no_more_than_the_interval(faked, found, said):
+    assert said in report.verdict(replace(found_in(faked), summary={"difference_tuned": found}))
+
+
+def test_the_command_of_the_report_runs_what_the_best_refit_ran(swept):
+    answer, _ = swept
+    folder = Path(answer["sweep"])
+    text = (folder / "report" / "report.md").read_text()
+    (line,) = (line for line in text.splitlines() if " -m richkd distill " in line)
+    threads, *words = shlex.split(line)
+    run = read_json(folder / answer["best"]["checkpoint"] / ".." / "run.json")
+    assert threads == f"OMP_NUM_THREADS={run['threads']}"
+    assert digest(build(read(words[4:]))) == run["digest"]
+
+
+def test_a_report_that_fails_is_a_warning_with_the_line_that_makes_it(faked, monkeypatch):
+    class Agenda:
+        searches, failed = (), {}
+
+    found = found_in(faked)
+    monkeypatch.setattr(sweep, "gather", lambda *_, **__: found)
+    monkeypatch.setattr(report, "write", lambda _: 1 / 0)
+    with pytest.warns(UserWarning, match=r"ZeroDivisionError.*python -m tune report .*first"):
+        assert sweep.report_of(found, Agenda) is None
+
+    def stopped(_: object) -> None:
+        raise Interrupted(2, "stopped")
+
+    monkeypatch.setattr(report, "write", stopped)
+    with pytest.raises(Interrupted):
+        sweep.report_of(found, Agenda)
+
+
+def test_passwords_of_the_tracker_are_in_no_report(tmp_path):
+    words = ("tracking.uri=postgresql://me:hunter2@host/db",)
+    folder = report.write(found_in(fake(tmp_path / "x", 2, words=words))).parent
+    assert not [path for path in folder.iterdir() if b"hunter2" in path.read_bytes()]
+
+
+@given(st.lists(st.floats(0, 1), max_size=6))
+def test_what_is_drawn_beside_each_other_does_not_coincide(places):
+    moved = plots.beside(places, 0.02)
+    order = sorted(range(len(places)), key=lambda k: places[k])
+    gaps = [moved[b] - moved[a] for a, b in itertools.pairwise(order)]
+    assert all(one > 0 for one in gaps)
+    alone = [
+        k for k in order if all(abs(places[k] - x) > 0.02 for j, x in enumerate(places) if j != k)
+    ]
+    assert all(moved[k] == places[k] for k in alone)
+
+
+def test_text_and_code_are_shown_as_they_are():
+    blocks = [Text("a < b & c", "note"), Code("a <b>\n  c")]
+    assert "a &lt; b &amp; c" in to_html("x", blocks) and "a &lt;b&gt;\n  c" in to_html("x", blocks)
+    assert "    a <b>\n      c" in to_markdown("x", blocks)
+
+
+def test_a_study_of_200_trials_is_reported_in_under_a_minute(tmp_path):
+    folder = fake(tmp_path / "large", 200, seeds=8)
+    began = time.monotonic()
+    process = command("report", str(folder), cwd=tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert time.monotonic() - began < 60
+    assert len(table(folder / "report" / "leaderboard.csv")) == 200
+
+
+def test_the_dashboard_of_optuna_opens_the_studies_of_a_sweep(faked):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    program = Path(sys.executable).with_name("optuna-dashboard")
+    process = subprocess.Popen(
+        [program, f"sqlite:///{faked / 'study.db'}", "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(300):
+            assert process.poll() is None
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies") as answer:
+                    studies = json.load(answer)["study_summaries"]
+                break
+            except OSError:
+                time.sleep(0.1)
+        assert {study["study_name"] for study in studies} == {"richkd", "kd"}
+    finally:
+        process.terminate()
+        process.wait(30)
