@@ -261,6 +261,12 @@ def test_a_sweep_that_has_not_finished_says_so(tmp_path, trials, complete, seeds
         assert "This sweep is running" in note.text
 
 
+def test_what_the_terminal_says_of_hostile_names_is_printable(hostile):
+    said = report.lines(found_in(hostile.parent), hostile / "report.html")
+    assert all(line.isprintable() for line in said)
+    assert sum(line.startswith("trial ") for line in said) == 5
+
+
 def test_a_sweep_without_a_study_has_a_report(tmp_path):
     folder = fake(tmp_path / "x", 0, seeds=0)
     (folder / "study.db").unlink()
@@ -447,13 +453,10 @@ def test_passwords_of_the_tracker_are_in_no_report(tmp_path):
 @given(st.lists(st.floats(0, 1), max_size=6))
 def test_what_is_drawn_beside_each_other_does_not_coincide(places):
     moved = plots.beside(places, 0.02)
-    order = sorted(range(len(places)), key=lambda k: places[k])
-    gaps = [moved[b] - moved[a] for a, b in itertools.pairwise(order)]
-    assert all(one > 0 for one in gaps)
-    alone = [
-        k for k in order if all(abs(places[k] - x) > 0.02 for j, x in enumerate(places) if j != k)
-    ]
-    assert all(moved[k] == places[k] for k in alone)
+    assert all(now >= before for now, before in zip(moved, places, strict=True))
+    assert all(b - a >= 0.02 - 1e-9 for a, b in itertools.pairwise(sorted(moved)))
+    clear = [x for x in places if all(y == x or y > x or y < x - 0.02 * 6 for y in places)]
+    assert all(x in moved for x in clear)
 
 
 def test_text_and_code_are_shown_as_they_are():

@@ -69,6 +69,12 @@ def works(folder: Path) -> bool:
     return False
 
 
+def busy(folder: Path) -> bool:
+    """Whether a driver works on a folder; of one on another machine, which may have died, there is only its word."""
+    owner = owner_of(folder)
+    return works(folder) or (owner is not None and owner["host"] != platform.node())
+
+
 def _taken(folder: Path, owner: dict[str, Any] | None) -> ConfigError:
     who = "another process"
     if owner:

@@ -322,18 +322,10 @@ def seeds(count: int) -> str:
 
 
 def beside(places: Sequence[float], apart: float = 0.026) -> list[float]:
-    """Return places along an axis moved so far that no two coincide, each group around where it was."""
-    order = sorted(range(len(places)), key=lambda k: places[k])
-    found, group = list(places), []
-    for k in [*order, None]:
-        if group and (k is None or places[k] - places[group[-1]] > apart):
-            middle = statistics.fmean(places[one] for one in group)
-            for rank, one in enumerate(group):
-                if len(group) > 1:
-                    found[one] = middle + apart * (rank - (len(group) - 1) / 2)
-            group = []
-        if k is not None:
-            group.append(k)
+    """Return places along an axis, each moved to the right so far that it does not coincide with those before it."""
+    found, last = list(places), -math.inf
+    for k in sorted(range(len(places)), key=lambda k: places[k]):
+        last = found[k] = max(places[k], last + apart)
     return found
 
 

@@ -442,9 +442,8 @@ def lines(found: Findings, page: Path) -> list[str]:
         verdict(found),
     ]
     for trial in ranked(found.main)[:5]:
-        said.append(
-            f"trial {trial.label}  {trial.state:<9} val {trial.top1:6.2f}  {describe(trial.shown())}"
-        )
+        shown = escape.line(describe(trial.shown()))
+        said.append(f"trial {trial.label}  {trial.state:<9} val {trial.top1:6.2f}  {shown}")
     study = found.settings.sweep.study or f"sqlite:///{short(found.folder / 'study.db')}"
     return [*said, f"live       optuna-dashboard {study}"]
 

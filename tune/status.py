@@ -8,7 +8,7 @@ from typing import Any
 from richkd.record import is_tested
 from tune.best import called
 from tune.display import describe
-from tune.driver import owner_of, works
+from tune.driver import busy, owner_of
 from tune.spool import Spool
 from tune.study import MAIN, settings_of
 from tune.sweep import Sweep, asked_of, budget_of, going_on, open_searches
@@ -32,8 +32,7 @@ def status(folder: Path) -> dict[str, Any]:
     sweep = Sweep(folder, layers)
     wanted, more = sweep.settings.sweep, asked.get("more_trials", 0)
     driver, finished = owner_of(folder), (folder / "summary.json").exists()
-    # of a driver on another machine there is only its word
-    running = works(folder) or (driver is not None and driver["host"] != platform.node())
+    running = busy(folder)
     budget = budget_of(sweep, asked)
     found: dict[str, Any] = {
         "sweep": folder.name,
