@@ -30,11 +30,10 @@ from small import ROOT, command
 from richkd.config import build, digest, read
 from richkd.errors import Interrupted
 from richkd.files import read_json, write_json
-from tune import plots, report, sweep
+from tune import launch, plots, report
 from tune.driver import locked
-from tune.findings import Trial, comparable, importance, read_trial
+from tune.findings import Trial, comparable, found_in, importance, read_trial
 from tune.page import Code, Text, to_html, to_markdown
-from tune.sweep import found_in
 
 PICTURES = ["students", "alpha", "heat", "importance", "prompts", "parallel", "history", "curves"]
 EMPTY = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
@@ -431,17 +430,17 @@ def test_a_report_that_fails_is_a_warning_with_the_line_that_makes_it(faked, mon
         searches, failed = (), {}
 
     found = found_in(faked)
-    monkeypatch.setattr(sweep, "gather", lambda *_, **__: found)
+    monkeypatch.setattr(launch, "gather", lambda *_, **__: found)
     monkeypatch.setattr(report, "write", lambda _: 1 / 0)
     with pytest.warns(UserWarning, match=r"ZeroDivisionError.*python -m tune report .*first"):
-        assert sweep.report_of(found, Agenda) is None
+        assert launch.report_of(found, Agenda) is None
 
     def stopped(_: object) -> None:
         raise Interrupted(2, "stopped")
 
     monkeypatch.setattr(report, "write", stopped)
     with pytest.raises(Interrupted):
-        sweep.report_of(found, Agenda)
+        launch.report_of(found, Agenda)
 
 
 def test_passwords_of_the_tracker_are_in_no_report(tmp_path):

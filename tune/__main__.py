@@ -213,7 +213,7 @@ def status(arguments: argparse.Namespace) -> Done:
 def report(arguments: argparse.Namespace) -> Done:
     """Write the report of a sweep anew."""
     folder = _one_sweep(arguments.words)
-    from tune.sweep import found_in
+    from tune.findings import found_in
 
     found = found_in(folder)
     from tune.report import answer, lines, write

@@ -12,11 +12,10 @@ from richkd import escape
 from richkd.config import UNHASHED, flatten, to_dict
 from richkd.errors import ConfigError
 from richkd.files import make_folder, write_atomic
-from tune.findings import Findings
+from tune.findings import Findings, found_in
 from tune.report import duration, value_of
 from tune.study import MAIN
 from tune.summary import STUDENTS, difference
-from tune.sweep import found_in
 
 ASIDE = 4  # sweeps that stand side by side; more of them are rows
 NAMED = (

@@ -220,9 +220,7 @@ def show(result: dict[str, Any]) -> None:
         )
     if result["front"]:
         line("")
-        line(
-            "trials that none betters in every objective, on validation; students under trials/ID"
-        )
+        line("trials that none betters in every objective, on validation; students under trials/ID")
         console.print(front_table(result["front"]))
     line("")
     settings = {key: value for key, value in best["settings"].items() if key != "clip.scale"}

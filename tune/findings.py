@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -19,10 +20,11 @@ from richkd.config import Config, build, digest, read_layer
 from richkd.files import read_record
 from richkd.record import seed_folders
 from tune.budget import spent
+from tune.driver import busy
 from tune.settings import Settings
-from tune.space import Space
 from tune.study import MAIN, Failure, Search, settings_of
 from tune.summary import read_refits, summarise, winner
+from tune.sweep import Sweep, asked_of, open_searches
 from tune.warmstart import printed
 
 ENVIRONMENT = "environment.json"
@@ -61,7 +63,7 @@ class Trial:
     number: int
     state: State
     params: dict[str, Any]
-    space: Space = field(default_factory=dict)
+    space: dict[str, BaseDistribution] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     values: tuple[float, ...] = ()
     curve: dict[int, float] = field(default_factory=dict)
@@ -147,26 +149,13 @@ class Findings:
         return self.trials.get(MAIN, [])
 
     @property
-    def space(self) -> Space:
+    def space(self) -> dict[str, BaseDistribution]:
         """What the main search drew from, as far as its trials have drawn it; of a range that changed the newest."""
         return {key: where for trial in self.main for key, where in trial.space.items()}
 
 
-class Swept(Protocol):
-    """What is read of a sweep."""
-
-    folder: Path
-    runs: Path
-    base: Config
-    settings: Settings
-    labels: dict[str, str]
-
-    def resolve(self, settings: dict[str, Any], method: str | None = None) -> Config:
-        """Return the config of a run."""
-
-
 def gather(
-    sweep: Swept, searches: Sequence[Search], *, state: str, failures: dict[str, Failure]
+    sweep: Sweep, searches: Sequence[Search], *, state: str, failures: dict[str, Failure]
 ) -> Findings:
     """Read what a sweep has found.
 
@@ -213,7 +202,7 @@ def gather(
         state=state,
         base=sweep.base,
         settings=sweep.settings,
-        objectives=tuple(getattr(wanted, "objectives", (TOP1,))),
+        objectives=wanted.objectives,
         labels=sweep.labels,
         asked={search.name: search.trials for search in searches},
         trials=found,
@@ -230,6 +219,31 @@ def gather(
         environment=read_record(told) if (told := sweep.folder / ENVIRONMENT).exists() else {},
         **spent(sweep.folder / "spent.json"),
     )
+
+
+def found_in(folder: Path) -> Findings:
+    """Return what a sweep has found so far, whether it is finished, under way or stopped.
+
+    Raises:
+        CorruptError: If a record or the study cannot be read.
+    """
+    asked, layers = asked_of(folder)
+    sweep = Sweep(folder, layers)
+    wanted, searches, failures = sweep.settings.sweep, [], {}
+    if (folder / "study.db").exists() or wanted.study is not None:
+        searches = open_searches(sweep, wanted.trials + asked.get("more_trials", 0))
+    for search in searches:
+        failures |= {f"trial-{search.label(n)}": why for n, why in search.failures().items()}
+    state = "running" if busy(folder) else "stopped"
+    if state == "stopped" and (folder / "summary.json").exists():
+        state = "finished"
+        recorded = read_record(folder / "summary.json")  # of refits, too
+        kinds = recorded.get("failure_kinds", {})
+        failures = {
+            job: Failure(kinds.get(job, "error"), text)
+            for job, text in recorded.get("failures", {}).items()
+        }
+    return gather(sweep, searches, state=state, failures=failures)
 
 
 def read_trial(trial: FrozenTrial, label: str, runs: Path, seeds: int) -> Trial:
