@@ -17,7 +17,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from richkd.errors import ConfigError
-from tune import tracking
+from tune import names, tracking
+from tune.links import VIEW
 from tune.tracking import ENVIRONMENT, Tracker
 
 AT_ONCE = 0.5  # seconds: far less than any wait for a server
@@ -235,6 +236,81 @@ def test_odd_keys_are_taken_and_no_two_become_one(start, client):
     assert sorted(run.data.metrics.values()) == list(range(len(keys)))
     assert set(run.data.params) == set(run.data.metrics)
     assert run.data.params["a_b"] == "as it is"
+    # what was changed ends in the digest of a tag that keeps it
+    kept = originals(run.data.tags)
+    changed = set(run.data.params) - set(keys)
+    assert len(changed) > 100
+    assert {kept[key[-8:]] for key in changed} == set(keys) - set(run.data.params)
+
+
+def originals(tags: dict[str, str]) -> dict[str, str]:
+    """Return the names that MLflow did not take as they were, by digest."""
+    prefix = "richkd.name."
+    return {k.removeprefix(prefix): json.loads(v) for k, v in tags.items() if k.startswith(prefix)}
+
+
+def test_odd_names_of_runs_are_taken_and_no_two_become_one(start, client):
+    odd = [
+        *odd_keys(),
+        "\ud800",
+        "a\ud800",
+        "a\udfff",
+        "<script>",
+        "=cmd|' /C calc'!A0",
+        "'; drop table runs",
+    ]
+    tracker = start()
+    sweep = tracker.sweep("digits", {}, {})
+    keys = {tracker.run(sweep, name, {}, {}): name for name in odd}
+    assert len(keys) == len(odd) > 200
+    sent(tracker)
+    shown = {}
+    for key, name in keys.items():
+        run = client.get_run(tracker.run_id(key))
+        shown[run.info.run_name] = name
+        kept = originals(run.data.tags)
+        assert kept.get(run.info.run_name[-8:], run.info.run_name) == name
+        assert run.info.run_name.isprintable()
+    assert len(shown) == len(odd)
+    assert "a b" in shown
+
+
+def test_odd_names_of_students_and_data_are_taken_by_the_registry_and_no_two_become_one(client):
+    plain = [
+        ("cnn8", "digits"),
+        ("wrn_16_2", "cifar100"),
+        ("timm.resnet-18", "cats.v2"),
+        ("größe", "猫"),
+    ]
+    odd = [
+        ("timm/resnet18.a1_in1k", "cats"),
+        ("timm_resnet18.a1_in1k", "my cats"),
+        ("a-b", "c"),
+        ("a", "b-c"),
+    ]
+    odd += [("torchvision/resnet18", name) for name in odd_keys()]
+    odd += [(name, "digits") for name in odd_keys()]
+    pairs = dict.fromkeys(plain + odd)
+    shown = {names.model(*pair): pair for pair in pairs}
+    assert len(shown) == len(pairs) > 400
+    for student, data in plain:
+        assert names.model(student, data) == f"richkd-{student}-{data}"
+    for name in shown:
+        client.create_registered_model(name)
+    found, token = set(), None
+    while token != "":
+        page = client.search_registered_models(max_results=1000, page_token=token)
+        found |= {model.name for model in page}
+        token = page.token or ""
+    assert found >= set(shown)
+
+
+def test_half_a_surrogate_pair_in_a_value_is_taken(start, client):
+    tracker = start()
+    sweep = tracker.sweep("digits", {"a": "x\ud800"}, {"b": "\udfff"})
+    sent(tracker)
+    data = client.get_run(tracker.run_id(sweep)).data
+    assert (data.params["a"], data.tags["b"]) == ("x\\ud800", "\\udfff")
 
 
 @pytest.mark.parametrize(
@@ -674,6 +750,45 @@ def test_links_open_the_runs_the_sweep_and_the_comparison(start, client, databas
     assert "compare" not in tracker.links(sweep, [])
     monkeypatch.chdir(Path(database.removeprefix("sqlite:///")).parent)
     assert tracker.links(sweep, trials)["command"] == "mlflow ui"
+
+
+def views(client: MlflowClient, tracker: Tracker) -> dict[str, str]:
+    """Return the views that an experiment keeps."""
+    tags = client.get_experiment(tracker.experiment_id).tags
+    return {k.removeprefix(VIEW): v for k, v in tags.items() if k.startswith(VIEW)}
+
+
+def test_a_view_ranks_the_children_and_another_shows_all_runs_until_a_person_changes_it(
+    start, client
+):
+    tracker = start()
+    sweep = tracker.sweep("digits", {}, {})
+    columns = {"metrics": ["val/top1"], "params": ["fusion.alpha", "odd@key"]}
+    tracker.view(sweep, columns, "val/top1", {"params": ["student.name"]})
+    sent(tracker)
+    parent, found = tracker.run_id(sweep), views(client, tracker)
+    below = ["metrics.`val/top1`", "params.`fusion.alpha`", f"params.`{names.key('odd@key')}`"]
+    ranked = json.loads(found[parent])
+    assert ranked["selectedColumns"] == below
+    assert (ranked["orderByKey"], ranked["orderByAsc"]) == ("metrics.`val/top1`", False)
+    assert ranked["searchFilter"] == f"tags.mlflow.parentRunId = '{parent}'"
+    assert len(client.search_runs([tracker.experiment_id], ranked["searchFilter"])) == 0
+    named = json.loads(found["richkd"])
+    assert json.loads(named["state"])["selectedColumns"] == ["params.`student.name`", *below]
+    links = tracker.links(sweep, [])
+    assert links["ranking"].endswith(f"&viewStateShareKey={parent}")
+    assert links["runs"].endswith("&viewStateShareKey=richkd")
+
+    # another sweep has other columns; those that a person has chosen stay
+    for changed, expected in ((False, ["metrics.`m`"]), (True, ["params.`student.name`", *below])):
+        text = json.dumps(named | {"updatedAt": named["createdAt"] + changed})
+        client.set_experiment_tag(tracker.experiment_id, f"{VIEW}richkd", text)
+        again = start()
+        again.view(again.sweep("digits", {}, {}), {"metrics": ["m"]}, "m", {})
+        sent(again)
+        now = views(client, again)
+        assert json.loads(json.loads(now["richkd"])["state"])["selectedColumns"] == expected
+        assert json.loads(now[parent])["selectedColumns"] == ["metrics.`m`"]
 
 
 def test_links_to_a_server_need_no_command_and_hold_no_credentials(tmp_path):

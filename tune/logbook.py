@@ -23,6 +23,7 @@ HIDDEN = (
     *("sweep.space", "sweep.settings", "sweep.name", "sweep.state", "sweep.study"),
     *("storage", "cache", "device", "tracking"),
 )
+RANKED = ("best_val_top1", "test/top1")  # what children are sorted by; the first one to begin with
 CLOSE_SECONDS = 60.0  # a healthy store needs about 5 for a hundred runs on two cores
 
 
@@ -59,6 +60,12 @@ class Logbook:
         tags = opening("sweep", sweep_digest(settings, base), environment)
         self.tracker.start()
         self.tracker.sweep(self.name, constants, tags | {"richkd.sweep": self.name})
+        self.tracker.view(
+            self.name,
+            {"metrics": RANKED, "params": list(space), "tags": ("richkd.method", "richkd.state")},
+            RANKED[0],
+            {"metrics": ("best/refit_test_top1",), "params": ("student.name",)},
+        )
         self.tracker.text(self.name, dump(base), "config.yaml")
         self.tracker.text(self.name, json.dumps(environment, indent=2), "environment.json")
         for part, images in (("training", dataset.train), ("test", dataset.test)):
@@ -138,7 +145,13 @@ class Logbook:
         self.tracker.tag(self.name, {"richkd.best_trial": best["trial"], **found, **note})
         self.close("FINISHED")
         leading = [f"{self.name}/{job}" for job in result["leading"]]
-        titles = {"command": "MLflow UI", "sweep": "this sweep", "compare": "best trials"}
+        titles = {
+            "command": "MLflow UI",
+            "runs": "all sweeps",
+            "sweep": "this sweep",
+            "ranking": "its runs",
+            "compare": "best trials",
+        }
         return self.tracker.place(self.name, leading, titles=titles)
 
     def close(self, status: str) -> None:

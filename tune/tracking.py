@@ -19,15 +19,11 @@ only sent if the history of its run has none of that step, and before a run is o
 """
 
 import contextlib
-import functools
-import hashlib
 import json
 import logging
 import math
 import os
-import posixpath
 import re
-import shlex
 import sqlite3
 import threading
 import time
@@ -39,10 +35,11 @@ from http.client import HTTPException
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from urllib.parse import quote
 
-from richkd.errors import ConfigError
+from richkd.errors import ConfigError, Stopped
 from richkd.files import check_writable, read_record, write_json
+from tune import names
+from tune.links import SWEEPS, VIEW, Pages, public
 from tune.spool import Spool
 
 RETRIES = (0.5, 2.0, 0.0)  # seconds after each attempt at what MLflow refuses though it answers
@@ -52,11 +49,11 @@ PATIENCE = 5.0  # seconds that `close` waits for an MLflow that fails, or says n
 FLUSH_SECONDS = 2.0  # what is put waits this long for more
 OPERATIONS = 100  # that are sent between two notes of how far it has come
 LISTED = "/api/2.0/mlflow/experiments/search?max_results=1"
+LOCK_SECONDS = 120.0  # that another process may take to open a new database, or to promote
 PROBE_SECONDS = 5.0  # that a server may take to say that it is well
 METRICS_PER_BATCH = 900  # MLflow takes 1000 entities a call, tags included
-PARAMS_PER_BATCH = 100  # MLflow's own limit
+PER_BATCH = 100  # parameters, or tags; MLflow's own limit
 DIGEST_LENGTH = 36  # MLflow's own limit
-KEY_LENGTH = 250  # MLflow's own limit
 NONFINITE = "richkd.nonfinite"
 SUPERSEDED = " (superseded)"
 TABLES = "mlflow.loggedArtifacts"  # the tag by which the UI finds tables
@@ -112,6 +109,7 @@ class Tracker:
         self._written = read_record(self._ids) if self._ids.exists() else {}
         self._store = _Store(self.uri, experiment, folder, dict(self._written))
         self._spool: Spool | None = None
+        self._viewed: set[str] = set()  # runs that have a view
         self._connected = False
         self._outage: str | None = None  # why nothing is sent now
         self._refused: str | None = None  # the first operation that MLflow refused, and why
@@ -179,8 +177,7 @@ class Tracker:
                 # urllib takes no credentials there
                 where = re.sub(r"//[^/]*@", "//", uri).rstrip("/")
                 urllib.request.urlopen(where + LISTED, timeout=PROBE_SECONDS).close()
-            elif uri.startswith("sqlite:///"):
-                path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+            elif (path := _database(uri)) is not None:
                 check_writable(path.parent, "tracking.uri")
                 if path.exists():
                     with contextlib.closing(sqlite3.connect(path)) as database:
@@ -292,6 +289,31 @@ class Tracker:
         """
         self._put("dataset", run, name, digest, context)
 
+    def view(
+        self,
+        run: str,
+        columns: Mapping[str, Iterable[str]],
+        order: str,
+        parents: Mapping[str, Iterable[str]],
+    ) -> None:
+        """Let the UI show columns where `links` lead; by itself it shows none of ours.
+
+        There are two views, since children fold under their parent only in the order of time: all runs, the newest
+        first, and the children of one run by a metric.
+
+        Args:
+            run: Key of the parent run.
+            columns: What children have: keys by kind, `metrics`, `params` or `tags`.
+            order: Metric by which children are ranked, the highest first.
+            parents: What parents have beside that, likewise.
+        """
+        self._viewed.add(run)
+        below, above = (
+            [f"{kind}.`{names.key(key)}`" for kind, keys in each.items() for key in keys]
+            for each in (columns, parents)
+        )
+        self._put("view", run, below, f"metrics.`{names.key(order)}`", above)
+
     def finish(self, run: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """End a run, after its metrics."""
         self._put("finish", run, status)
@@ -366,29 +388,22 @@ class Tracker:
             children: Keys of the runs to compare; the best few, since an address has an end.
 
         Returns:
-            `command` (starts the UI of a database; absent for a server), `runs`, `sweep`, `compare`.
+            `command` (starts the UI of a database; absent for a server), `runs` (all of the experiment), `sweep`,
+            `ranking` (its children, the best first; absent without a view), `compare`.
         """
-        links = {}
-        server = self.uri.startswith(("http://", "https://"))
-        if not server:
-            local = f"sqlite:///{(Path.cwd() / 'mlflow.db').as_posix()}"
-            address = shlex.quote(self.public_uri)
-            option = "" if self.uri == local else f" --backend-store-uri {address}"
-            links["command"] = f"mlflow ui{option}"
-        if self.experiment_id is None:
+        pages, links, at = Pages(self.uri), {}, self.experiment_id
+        if pages.command is not None:
+            links["command"] = pages.command
+        if at is None:
             return links
-        root = (self.public_uri.rstrip("/") if server else "http://127.0.0.1:5000") + "/#"
-        runs = f"{root}/experiments/{self.experiment_id}/runs"
-        # without it a fresh browser shows an experiment's traces, of which there are none
-        view = "?workflowType=machine_learning"
-        links["runs"] = f"{runs}{view}"
+        seen = sweep in self._viewed
+        links["runs"] = pages.runs(at, SWEEPS if seen else None)
         if (parent := self.run_id(sweep)) is not None:
-            links["sweep"] = f"{runs}/{parent}{view}"
+            links["sweep"] = pages.run(at, parent)
+            if seen:
+                links["ranking"] = pages.runs(at, parent)
         if ids := [run_id for child in children if (run_id := self.run_id(child)) is not None]:
-            links["compare"] = (
-                f"{root}/compare-runs?runs={_json(ids)}&experiments={_json([self.experiment_id])}"
-                f"&{view.removeprefix('?')}"
-            )
+            links["compare"] = pages.compared(at, ids)
         return links
 
     def place(
@@ -547,7 +562,12 @@ class _Store:
         """Open the experiment; a new database is migrated first."""
         from mlflow.tracking import MlflowClient
 
-        with self._migrating() as artifacts:
+        artifacts = None  # the server decides
+        with alone(self.uri):
+            if (database := _database(self.uri)) is not None:
+                # beside the database, not in the folder that the driver happened to be started in
+                below = re.sub(r"[^\w.-]", "_", self.experiment)
+                artifacts = str(database.parent / "mlruns" / below)
             self.client = MlflowClient(tracking_uri=self.uri)
             found = self.client.get_experiment_by_name(self.experiment)
             if found is not None and found.lifecycle_stage != "active":
@@ -560,24 +580,6 @@ class _Store:
                 self.experiment_id = made
             else:
                 self.experiment_id = found.experiment_id
-
-    @contextlib.contextmanager
-    def _migrating(self) -> Iterator[str | None]:
-        """Hold a lock over the first use of a database: two at once would leave it half migrated.
-
-        Yields:
-            Where the artifacts of a new experiment go: beside the database, not in the folder that the
-            driver happened to be started in; None if the server decides.
-        """
-        if not self.uri.startswith("sqlite:///"):
-            yield None
-            return
-        from filelock import FileLock
-
-        path = Path(self.uri.removeprefix("sqlite:///").partition("?")[0])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock", timeout=120):
-            yield str(path.parent / "mlruns" / re.sub(r"[^\w.-]", "_", self.experiment))
 
     def answers(self) -> bool:
         """Whether MLflow still answers to a harmless question."""
@@ -602,11 +604,13 @@ class _Store:
             tags = tags | {"mlflow.parentRunId": self.ids[parent]}
         found = self._known(run)
         if found is None:
-            tags = self.context | {_key(key): value for key, value in tags.items()}
-            made = self._unanswered(run, at, _name(name))
+            made = self._unanswered(run, at, names.run(name))
             if made is None:
                 made = self.client.create_run(
-                    self.experiment_id, start_time=at, tags=tags, run_name=_name(name)
+                    self.experiment_id,
+                    start_time=at,
+                    tags=self.context | {names.key(key): value for key, value in tags.items()},
+                    run_name=names.run(name),
                 )
                 self.steps[run] = _Steps(lambda _: set())
             self.ids[run] = made.info.run_id
@@ -616,11 +620,13 @@ class _Store:
             counted = int(found.data.tags.get(NONFINITE, 0))
             self.nonfinite.setdefault(run, set(range(counted)))
         written = {} if found is None else found.data.params
-        values = {_key(key): value for key, value in params.items()}
+        values = {names.key(key): value for key, value in params.items()}
         batch = [Param(key, value) for key, value in values.items() if key not in written]
-        for first in range(0, len(batch), PARAMS_PER_BATCH):
-            some = batch[first : first + PARAMS_PER_BATCH]
+        for first in range(0, len(batch), PER_BATCH):
+            some = batch[first : first + PER_BATCH]
             self.client.log_batch(self.ids[run], params=some, synchronous=True)
+        keys = {names.key(key): key for key in (*params, *tags)}
+        self._tag(run, names.originals(keys | {names.run(name): name}))
 
     def retire(self, run: str, at: int) -> None:
         """Rename a run and forget it, unless it was opened since: then this is sent for the second time."""
@@ -661,8 +667,8 @@ class _Store:
             self.steps[run] = self._read(run)
         known, new = self.steps[run], {}
         for key, value, at, step in points:
-            if step not in known[_key(key)]:
-                new.setdefault((_key(key), step), (value, at))
+            if step not in known[names.key(key)]:
+                new.setdefault((names.key(key), step), (value, at))
         if not new:
             return
         batch = [
@@ -671,6 +677,7 @@ class _Store:
             if math.isfinite(value)
         ]
         tags = []
+        self._tag(run, names.originals({names.key(key): key for key, *_ in points}))
         if len(batch) < len(new):
             self.nonfinite[run] |= {
                 point for point, (value, _) in new.items() if not math.isfinite(value)
@@ -701,10 +708,46 @@ class _Store:
 
     def tag(self, run: str, _at: int, tags: dict[str, Any]) -> None:
         """Set tags."""
+        keys = {names.key(key): key for key in tags}
+        self._tag(run, {given: tags[key] for given, key in keys.items()} | names.originals(keys))
+
+    def _tag(self, run: str, tags: dict[str, str]) -> None:
+        """Set tags whose keys MLflow takes."""
         from mlflow.entities import RunTag
 
-        batch = [RunTag(_key(key), value) for key, value in tags.items()]
-        self.client.log_batch(self.ids[run], tags=batch, synchronous=True)
+        batch = [RunTag(key, value) for key, value in tags.items()]
+        for first in range(0, len(batch), PER_BATCH):
+            some = batch[first : first + PER_BATCH]
+            self.client.log_batch(self.ids[run], tags=some, synchronous=True)
+
+    def view(self, run: str, at: int, below: list[str], order: str, above: list[str]) -> None:
+        """Keep two views in tags of the experiment, as the UI itself does when it is told to share one.
+
+        That of all runs has a name, and the columns of the sweep that came last, until a person changes it.
+        """
+        ranking = {
+            "selectedColumns": below,
+            "orderByKey": order,
+            "orderByAsc": False,
+            "searchFilter": f"tags.mlflow.parentRunId = '{self.ids[run]}'",
+        }
+        everything = {
+            "selectedColumns": above + below,
+            "orderByKey": "attributes.start_time",
+            "orderByAsc": False,
+        }
+        named = {
+            "name": SWEEPS,
+            "createdAt": at,
+            "updatedAt": at,
+            "state": json.dumps(everything),
+        }
+        views = {VIEW + self.ids[run]: ranking}
+        known = self.client.get_experiment(self.experiment_id).tags.get(VIEW + SWEEPS)
+        if known is None or _as_written(known):
+            views[VIEW + SWEEPS] = named
+        for key, view in views.items():
+            self.client.set_experiment_tag(self.experiment_id, key, json.dumps(view))
 
     def text(self, run: str, _at: int, text: str, file: str) -> None:
         """Store a text."""
@@ -762,38 +805,59 @@ def _of_others(record: logging.LogRecord) -> bool:
     return record.threadName != THREAD
 
 
-def _name(name: str) -> str:
-    return " ".join("".join(c if c.isprintable() else " " for c in name).split())[:250]
-
-
-@functools.cache
-def _key(key: str) -> str:
-    """Return a key that MLflow takes.
-
-    The usual ones, such as `val/top1`, stay as they are; another gets a digest, so that no two become one.
-    """
-    clean = posixpath.normpath("/" + re.sub(r"[^\w./ :-]", "_", key)).lstrip("/")[:KEY_LENGTH]
-    if clean == key and key:
-        return key
-    digest = hashlib.sha256(key.encode(errors="backslashreplace")).hexdigest()[:8]
-    return f"{clean[: KEY_LENGTH - 9]}-{digest}"
-
-
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-    return {key: str(value) for key, value in values.items()}
+    # half a surrogate pair is text that no database takes
+    return {
+        key: str(value).encode(errors="backslashreplace").decode() for key, value in values.items()
+    }
+
+
+def _as_written(view: str) -> bool:
+    """Whether a named view is as it was made, and not one that a person has changed."""
+    try:
+        said = json.loads(view)
+        return said["createdAt"] == said["updatedAt"]
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+def _database(uri: str) -> Path | None:
+    """Return the file of a SQLite database, None for a server."""
+    path = uri.removeprefix("sqlite:///")
+    return None if path == uri else Path(path.partition("?")[0])
+
+
+@contextlib.contextmanager
+def alone(uri: str) -> Iterator[None]:
+    """Hold the lock of a database; of a server, which looks after itself, there is none.
+
+    Two that open a new database at once would leave it half migrated.
+
+    Raises:
+        Stopped: If another process holds it for LOCK_SECONDS.
+    """
+    path = _database(uri)
+    if path is None:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise Stopped(
+            f"another process holds {lock.lock_file}; run the same command again when it has ended."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _cell(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _json(ids: list[str]) -> str:
-    return quote(json.dumps(ids, separators=(",", ":")))
-
-
-def public(text: str) -> str:
-    """Return `text` without the credentials of addresses in it, be there an @ or a slash in a password."""
-    return re.sub(r"://([^/\s]+|[^/@\s]*:[^@\s]*)@", "://***@", text)
 
 
 def _reason(error: BaseException) -> str:
