@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from serving import launched
 from small import SMALL
 
 from richkd import zeroshot
@@ -66,6 +67,15 @@ def swept(cluster, miniature, cache_root, tmp_path_factory):
     layers = read([*SMALL, f"cache={cache_root}", f"storage={folder / 'runs'}", "sweep.name=small"])
     answer = sweeps.start(layers.over("", {"tracking.uri": uri}))
     return answer, MlflowClient(tracking_uri=uri)
+
+
+@pytest.fixture(scope="session")
+def server(swept, tmp_path_factory) -> Iterator[str]:
+    """The address of an `mlflow server` that shows the finished sweep, and takes new runs."""
+    place = tmp_path_factory.mktemp("server")
+    shutil.copy(Path(swept[0]["sweep"]).parent.parent / "mlflow.db", place)
+    with launched(place) as address:
+        yield address
 
 
 @pytest.fixture

@@ -1,8 +1,14 @@
-"""MLflow's own server on a loopback port, with faults that can be switched on and off."""
+"""MLflow's own server on a loopback port: as a user starts it, or with faults that can be switched on and off."""
 
 import contextlib
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
+import urllib.request
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,3 +113,41 @@ def served(place: Path) -> Iterator[Server]:
         yield found
         found.close()
         set_tracking_uri(None)  # the server has set it for the whole process
+
+
+@contextlib.contextmanager
+def launched(place: Path) -> Iterator[str]:
+    """Run `mlflow server` over `mlflow.db` in a folder, with a process group of its own, and return its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = [
+        *("--backend-store-uri", f"sqlite:///{place}/mlflow.db"),
+        *("--artifacts-destination", str(place / "artifacts")),
+        *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+    ]
+    given = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    with open(place / "server.log", "wb") as told:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *words],
+            cwd=place,
+            env=given | {"MLFLOW_DISABLE_TELEMETRY": "true"},
+            stdout=told,
+            stderr=told,
+            start_new_session=True,
+        )
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/health", process, place / "server.log")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # its workers, too
+        process.wait()
+
+
+def _wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 180
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        time.sleep(0.2)
+    raise AssertionError(log.read_text()[-2000:])

@@ -14,6 +14,7 @@
     python -m tune train resources.workers=2          # one distillation over two workers
     python -m tune scale resources.workers=1,2        # images per second over so many workers
     python -m tune best --copy-to student             # the best checkpoint, verified
+    python -m tune log digits report                  # a folder beside a run, in MLflow
 
 SWEEP is a name, a folder or an MLflow run id; the default is the sweep started last.
 """
@@ -48,16 +49,22 @@ def _state(overrides: list[str]) -> Path:
 
 def _named(words: list[str]) -> tuple[str | None, Path]:
     """Return what was said of a sweep that exists: its name, if one was given, and where sweeps lie."""
-    names = [word for word in words if "=" not in word]
-    for word in words:
-        if "=" in word and not word.startswith(("storage=", "sweep.state=")):
-            raise ConfigError(
-                f"of a sweep that exists only storage=FOLDER or sweep.state=FOLDER can be said, where it lies, but got "
-                f"{word}; what it runs is settled."
-            )
+    names, overrides = _said(words, PLACES)
     if len(names) > 1:
         raise ConfigError(f"one SWEEP at a time but got {', '.join(names)}.")
-    return names[0] if names else None, _state([word for word in words if "=" in word])
+    return names[0] if names else None, _state(overrides)
+
+
+def _said(words: list[str], keys: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Return the names among the words, and the overrides, which may be of these keys only."""
+    overrides = [word for word in words if "=" in word]
+    for word in overrides:
+        if word.partition("=")[0] not in keys:
+            raise ConfigError(
+                f"of what exists only {', '.join(keys)} can be said, where it lies, but got {word}; what it runs is "
+                "settled."
+            )
+    return [word for word in words if "=" not in word], overrides
 
 
 def _one_sweep(words: list[str], *, finished: bool = False) -> Path:
@@ -307,14 +314,25 @@ def scale(arguments: argparse.Namespace) -> Done:
 
 
 def best(arguments: argparse.Namespace) -> Done:
-    """Verify the best checkpoint, and hand over a copy."""
-    folder = _one_sweep(arguments.words, finished=True)
-    from tune.best import best as verify
-
-    copy_to = arguments.copy_to
-    if copy_to is not None and not copy_to.strip():
+    """Verify the best checkpoint, and hand over a copy; of a run that is not here, the one that MLflow keeps."""
+    names, overrides = _said(arguments.words, (*PLACES, "tracking.uri", *DATA))
+    here = [word for word in overrides if word.partition("=")[0] in PLACES]
+    given = config.read(["data.source=digits", *overrides])
+    changes = {entry.key: entry.value for entry in given.entries if entry.key in DATA}
+    if arguments.copy_to is not None and not arguments.copy_to.strip():
         raise ConfigError("--copy-to must name a new folder but is empty.")
-    answer = verify(folder, None if copy_to is None else Path(copy_to))
+    copy_to = None if arguments.copy_to is None else Path(arguments.copy_to)
+    from tune.best import best as verify
+    from tune.restore import is_run_id, restore
+
+    try:
+        folder = _one_sweep([*names, *here], finished=True)
+    except ConfigError:
+        if len(names) != 1 or not is_run_id(names[0]):
+            raise
+        answer = restore(names[0], _tracking(overrides), copy_to, changes)
+    else:
+        answer = verify(folder, copy_to, changes)
     recorded, found = answer["recorded"], answer["found"]
     say(f"checkpoint {answer['checkpoint']}")
     say("checksums  as recorded")
@@ -325,8 +343,37 @@ def best(arguments: argparse.Namespace) -> Done:
     if "copy" in answer:
         say(f"copy       {answer['copy']}")
     place = answer.get("copy", answer["checkpoint"])
-    say(f'use it     from richkd import load_student; student = load_student("{place}")')
+    if place.startswith("runs:/"):
+        say("keep it    with --copy-to DIR")
+    else:
+        say(f'use it     from richkd import load_student; student = load_student("{place}")')
     return Done(answer, 0 if answer["verified"] else 1)
+
+
+def _tracking(overrides: list[str]) -> str:
+    """Return the address of MLflow that the words give, else the usual one."""
+    from tune.settings import Settings
+    from tune.tracking import Tracker
+
+    given = [word for word in overrides if word.startswith("tracking.")]
+    return Tracker.address(config.build(config.read(given), Settings).tracking.uri)
+
+
+def log(arguments: argparse.Namespace) -> Done:
+    """Attach a folder, or a file, to a run in MLflow."""
+    names, overrides = _said(arguments.words, (*PLACES, "tracking.uri"))
+    if len(names) != 2:
+        raise ConfigError(
+            f"log takes RUN and FOLDER but got {shlex.join(names) or 'neither'}; RUN is a run, a sweep, or an id in MLflow."
+        )
+    from tune.attach import attach
+
+    here = [word for word in overrides if not word.startswith("tracking.")]
+    uri = _tracking(overrides) if len(here) < len(overrides) else None
+    answer = attach(names[0], Path(names[1]), _state(here), uri)
+    say(f"{answer['files']} file{'s' * (answer['files'] != 1)} beside {answer['name']}")
+    say(answer["link"])
+    return Done(answer)
 
 
 CLUSTER = {
@@ -334,6 +381,8 @@ CLUSTER = {
     "dashboard=HOST": "show Ray's dashboard at HOST:8265, such as 127.0.0.1; anybody who reaches it can run code",
 }
 
+PLACES = ("storage", "sweep.state")  # keys that say where sweeps lie
+DATA = ("data.root", "data.path", "data.names", "data.memory", "cache", "device")  # and data
 CHANGED = {"changed": "go on though code or settings have changed since the sweep began"}
 RETRIED = ("error", "lost", "hung", "metric")  # classes whose cause may have gone
 EXISTING = "[SWEEP] [storage=FOLDER] [sweep.state=FOLDER]"
@@ -413,8 +462,14 @@ VERBS = {
     "best": Verb(
         run=best,
         help="verify the best checkpoint",
-        words=EXISTING,
+        words=f"{EXISTING} [tracking.uri=ADDRESS] [data.root=FOLDER ...]",
         flags={"copy-to=DIR": "copy the checkpoint into a new folder"},
+    ),
+    "log": Verb(
+        run=log,
+        help="attach a folder to a run in MLflow",
+        words="RUN FOLDER [storage=FOLDER] [sweep.state=FOLDER] [tracking.uri=ADDRESS]",
+        flags={},
     ),
 }
 

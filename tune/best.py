@@ -59,12 +59,15 @@ def _started(folder: Path) -> str:
         return ""
 
 
-def best(folder: Path, copy_to: Path | None = None) -> dict[str, Any]:
+def best(
+    folder: Path, copy_to: Path | None = None, changes: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Verify the best checkpoint of a finished sweep: checksums, then accuracy, evaluated again.
 
     Args:
         folder: Sweep folder.
         copy_to: New folder for a copy of the checkpoint; it appears only when it is whole.
+        changes: Dotted keys that say where its data lie now.
 
     Returns:
         `checkpoint`, `recorded` and `found` (each `val_top1`, `test_top1`), `verified`, `copy`.
@@ -77,18 +80,42 @@ def best(folder: Path, copy_to: Path | None = None) -> dict[str, Any]:
         raise ConfigError(
             f"{folder.name} has not finished; go on with it: python -m tune resume {called(folder)}"
         )
-    if copy_to is not None and copy_to.exists():
-        raise ConfigError(f"--copy-to {copy_to} exists already; name a new folder.")
+    check_new(copy_to)
     source = best_of(folder)
     recorded = read_record(folder / "summary.json", "best")["best"].get("recorded")
     if not isinstance(recorded, dict) or recorded.keys() != {"val_top1", "test_top1"}:
         raise CorruptError(
             f"{folder / 'summary.json'} records no accuracy of its best checkpoint; restore it."
         )
-    found, _, _ = distill.retest(source)
-    answer = {
-        "sweep": folder.name,
-        "checkpoint": str(source),
+    answer = {"sweep": folder.name, "checkpoint": str(source)}
+    return answer | verified(source, recorded, copy_to, changes)
+
+
+def check_new(copy_to: Path | None) -> None:
+    """Raise ConfigError if the folder of a copy is there already."""
+    if copy_to is not None and copy_to.exists():
+        raise ConfigError(f"--copy-to {copy_to} exists already; name a new folder.")
+
+
+def verified(
+    source: Path,
+    recorded: dict[str, Any],
+    copy_to: Path | None,
+    changes: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint again, and copy it if that is wanted.
+
+    Args:
+        source: The checkpoint.
+        recorded: `val_top1` and `test_top1`, as they should be.
+        copy_to: As in `best`.
+        changes: As in `best`.
+
+    Returns:
+        `recorded`, `found`, `verified`, `copy`, as `best`.
+    """
+    found, _, _ = distill.retest(source, changes)
+    answer: dict[str, Any] = {
         "recorded": recorded,
         "found": {f"{part}_top1": values["top1"] for part, values in found.items()},
     }

@@ -36,8 +36,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from richkd.errors import ConfigError, Stopped
-from richkd.files import check_writable, read_record, write_json
+from richkd.errors import ConfigError, RichkdError, Stopped
+from richkd.files import NO_SPACE, check_writable, read_record, write_json
 from tune import names
 from tune.links import SWEEPS, VIEW, Pages, public
 from tune.spool import Spool
@@ -513,6 +513,90 @@ class Tracker:
         self._since = None  # it answers: it is this operation that it does not take
         self._refused = self._refused or f"{what}."
         self._spool.write({"refused": operation.name, "run": operation.run, "why": reason})
+
+
+class Found(NamedTuple):
+    """A run as MLflow has it, and its metrics as they were last."""
+
+    name: str
+    experiment: str  # MLflow's id of it
+    tags: dict[str, str]
+    metrics: dict[str, float]
+
+
+class Client:
+    """MLflow asked at once, by a verb whose user waits: a call answers, or raises an error of one line.
+
+    Args:
+        uri: Absolute address.
+
+    Raises:
+        ConfigError: If it is a database that is not there.
+        Stopped: If MLflow does not answer.
+    """
+
+    def __init__(self, uri: str) -> None:
+        _set_waits()
+        self.uri, self.pages = uri, Pages(uri)
+        if (database := _database(uri)) is not None and not database.exists():
+            raise ConfigError(
+                f"tracking.uri must lead to an MLflow that is there but {database} is not; give its database, or the "
+                "address of its server."
+            )
+        with self._asked("open"):
+            from mlflow.tracking import MlflowClient
+
+            self.client = MlflowClient(tracking_uri=uri)
+
+    def run(self, run_id: str) -> Found:
+        """Return a run; a ConfigError if there is none."""
+        with self._asked(f"find run {run_id}"):
+            found = self.client.get_run(run_id)
+        info, data = found.info, found.data
+        return Found(info.run_name, info.experiment_id, data.tags, data.metrics)
+
+    def attach(self, run_id: str, path: Path) -> None:
+        """Store a folder, or a file, as an artifact of a run under its own name; what has that name is replaced."""
+        with self._asked(f"store {path.name}"):
+            if path.is_dir():
+                self.client.log_artifacts(run_id, str(path), path.name)
+            else:
+                self.client.log_artifact(run_id, str(path))
+
+    def fetch(self, run_id: str, name: str, files: Iterable[str], folder: Path) -> None:
+        """Bring files of the artifact folder `name`, and no others, into a folder.
+
+        Raises:
+            ConfigError: If one is missing.
+        """
+        with self._asked(f"send {name} of run {run_id}"):
+            items = self.client.list_artifacts(run_id, name)
+            there = {item.path for item in items if not item.is_dir}
+            wanted = [f"{name}/{file}" for file in files]
+            if missing := [path for path in wanted if path not in there]:
+                raise ConfigError(
+                    f"MLflow's run {run_id} must have the artifact {missing[0]} but has not; name another run."
+                )
+            for path in wanted:
+                self.client.download_artifacts(run_id, path, str(folder))
+
+    @contextlib.contextmanager
+    def _asked(self, what: str) -> Iterator[None]:
+        """Turn what MLflow, its store or the network raise into an error of ours."""
+        try:
+            yield
+        except RichkdError:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                raise
+            text = f"MLflow at {public(self.uri)} does not {what} ({_reason(error)}); "
+            status = getattr(error, "get_http_status_code", None)  # of MLflow's own exceptions
+            if isinstance(error, OSError) or (status is not None and status() >= 500):
+                raise Stopped(f"{text}run the same command again when it answers.") from error
+            if status is not None:
+                raise ConfigError(f"{text}compare what you gave with what its UI shows.") from error
+            raise RichkdError(f"{text}it cannot be mended from here.") from error
 
 
 def _gathered(operations: Iterable[_Operation]) -> Iterator[_Operation]:
