@@ -14,6 +14,7 @@
     python -m tune train resources.workers=2          # one distillation over two workers
     python -m tune scale resources.workers=1,2        # images per second over so many workers
     python -m tune best --copy-to student             # the best checkpoint, verified
+    python -m tune promote                            # into MLflow's model registry
     python -m tune log digits report                  # a folder beside a run, in MLflow
 
 SWEEP is a name, a folder or an MLflow run id; the default is the sweep started last.
@@ -359,6 +360,18 @@ def _tracking(overrides: list[str]) -> str:
     return Tracker.address(config.build(config.read(given), Settings).tracking.uri)
 
 
+def promote(arguments: argparse.Namespace) -> Done:
+    """Put the best checkpoint into the model registry."""
+    folder = _one_sweep(arguments.words, finished=True)
+    from tune.promote import lines
+    from tune.promote import promote as put
+
+    answer = put(folder, dry_run=arguments.dry_run)
+    for line in lines(answer):
+        say(line)
+    return Done(answer)
+
+
 def log(arguments: argparse.Namespace) -> Done:
     """Attach a folder, or a file, to a run in MLflow."""
     names, overrides = _said(arguments.words, (*PLACES, "tracking.uri"))
@@ -464,6 +477,12 @@ VERBS = {
         help="verify the best checkpoint",
         words=f"{EXISTING} [tracking.uri=ADDRESS] [data.root=FOLDER ...]",
         flags={"copy-to=DIR": "copy the checkpoint into a new folder"},
+    ),
+    "promote": Verb(
+        run=promote,
+        help="put the best checkpoint into MLflow's model registry",
+        words=EXISTING,
+        flags={"dry-run": "say what would happen"},
     ),
     "log": Verb(
         run=log,

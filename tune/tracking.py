@@ -19,6 +19,7 @@ only sent if the history of its run has none of that step, and before a run is o
 """
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -29,9 +30,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http.client import HTTPException
+from importlib.metadata import version as installed
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -527,6 +530,8 @@ class Found(NamedTuple):
 class Client:
     """MLflow asked at once, by a verb whose user waits: a call answers, or raises an error of one line.
 
+    A version of a registered model is known by its number, as text.
+
     Args:
         uri: Absolute address.
 
@@ -579,6 +584,106 @@ class Client:
                 )
             for path in wanted:
                 self.client.download_artifacts(run_id, path, str(folder))
+
+    def aliases(self, model: str) -> dict[str, str]:
+        """Return the versions of a registered model that have an alias, by alias; none if there is no such model."""
+        with self._asked(f"find model {model}"):
+            found = self.client.search_registered_models(f"name = '{model}'")
+        return {alias: str(version) for one in found for alias, version in one.aliases.items()}
+
+    def version(self, model: str, tag: str, value: str) -> str | None:
+        """Return the newest version of a model that has this tag, None if there is none."""
+        with self._asked(f"find versions of {model}"):
+            found = self.client.search_model_versions(f"name = '{model}'")
+        numbers = [int(one.version) for one in found if one.tags.get(tag) == value]
+        return str(max(numbers)) if numbers else None
+
+    def tags(self, model: str, version: str) -> dict[str, str]:
+        """Return the tags of a version."""
+        with self._asked(f"find version {version} of {model}"):
+            return dict(self.client.get_model_version(model, version).tags)
+
+    def tag(self, model: str, version: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a version."""
+        with self._asked(f"tag version {version} of {model}"):
+            for key, value in tags.items():
+                self.client.set_model_version_tag(model, version, key, value)
+
+    def describe(self, model: str, version: str, text: str) -> None:
+        """Set the description of a version."""
+        with self._asked(f"describe version {version} of {model}"):
+            self.client.update_model_version(model, version, text)
+
+    def alias(self, model: str, alias: str, version: str) -> None:
+        """Give a version an alias, which another one loses."""
+        with self._asked(f"give version {version} of {model} the alias {alias}"):
+            self.client.set_registered_model_alias(model, alias, version)
+
+    def unalias(self, model: str, alias: str) -> None:
+        """Take an alias away."""
+        with self._asked(f"take the alias {alias} of {model} away"):
+            self.client.delete_registered_model_alias(model, alias)
+
+    def register(
+        self,
+        run_id: str,
+        model: str,
+        student: Any,
+        example: Any,
+        *,
+        classes: Sequence[str],
+        files: Iterable[Path],
+        tags: Mapping[str, str],
+    ) -> str:
+        """Log a network as a model of a run, register it, and return its version.
+
+        What is logged is the graph that torch.export traces: it is loaded without our code, and nothing of it is
+        unpickled.
+
+        Args:
+            run_id: Of the run that made it.
+            model: Name in the registry.
+            student: A torch module in eval mode: uint8 `(N, C, H, W)` to logits `(N, K)`.
+            example: Images `(N, C, H, W)` as a NumPy array, two at least: of one, N would be traced as the constant 1.
+            classes: K names in the order of the logits.
+            files: Are laid beside, in `extra_files`.
+            tags: Of the version.
+        """
+        import mlflow
+        import numpy as np
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
+
+        signature = ModelSignature(
+            Schema([TensorSpec(np.dtype(np.uint8), (-1, *example.shape[1:]))]),
+            Schema([TensorSpec(np.dtype(np.float32), (-1, len(classes)))]),
+        )
+        packages = [f"{package}=={installed(package)}" for package in ("torch", "numpy")]
+        # log_model asks for the address of the whole process
+        before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+        with (
+            self._asked(f"register {model}"),
+            contextlib.redirect_stderr(io.StringIO()),  # tells what it does
+            warnings.catch_warnings(action="ignore"),  # of its own type hints
+        ):
+            mlflow.set_tracking_uri(self.uri)
+            try:
+                logged = mlflow.pytorch.log_model(
+                    student,
+                    name="student",
+                    run_id=run_id,
+                    registered_model_name=model,
+                    signature=signature,
+                    input_example=example,
+                    serialization_format="pt2",
+                    pip_requirements=packages,  # else it runs the model to find them
+                    extra_files=[str(path) for path in files],
+                    metadata={"names": list(classes)},
+                    tags=dict(tags),
+                )
+            finally:
+                mlflow.set_tracking_uri(before)
+        return str(logged.registered_model_version)
 
     @contextlib.contextmanager
     def _asked(self, what: str) -> Iterator[None]:
