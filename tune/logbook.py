@@ -62,7 +62,11 @@ class Logbook:
         self.tracker.sweep(self.name, constants, tags | {"richkd.sweep": self.name})
         self.tracker.view(
             self.name,
-            {"metrics": RANKED, "params": list(space), "tags": ("richkd.method", "richkd.state")},
+            {
+                "metrics": (*RANKED, *settings.sweep.objectives[1:]),
+                "params": list(space),
+                "tags": ("richkd.method", "richkd.state"),
+            },
             RANKED[0],
             {"metrics": ("best/refit_test_top1",), "params": ("student.name",)},
         )
