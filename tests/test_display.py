@@ -223,6 +223,7 @@ RESULT = {
         **{"val_top1": 91.0, "origin": None, "checkpoint": "runs/s/refits/richkd-l-seed1/best"},
     },
     "front": [],
+    "duplicates": 0,
     "mlflow": {"lines": {}},
     "failed": 0,
     "seconds": 60.0,

@@ -513,6 +513,7 @@ def test_a_known_setting_is_answered_with_its_result_and_counts_as_a_trial(stora
     assert search.best().number == 0
     assert [trial.number for trial in search.distinct()] == [0]
     assert search.leading(5) == [0]
+    assert search.duplicates == 2
 
 
 def test_a_known_setting_that_was_stopped_early_is_stopped_where_it_was(storage):

@@ -138,6 +138,8 @@ class Display:
             if job.kind == "trial" and (self.best is None or row["top1"] > self.best[0]):
                 self.best = (row["top1"], job.id)
         known = metrics.get("duplicate_of")
+        if known is not None:
+            row["top1"] = metrics["best_val_top1"]
         if self.live is None:
             top1 = "-" if row["top1"] is None else f"{row['top1']:.2f}"
             took = f"{time.monotonic() - row['at']:.1f} s" if known is None else f"as trial {known}"
@@ -234,6 +236,8 @@ def show(result: dict[str, Any]) -> None:
     line("restore it", f"python -m tune best {called(Path(result['sweep']))} --copy-to student")
     for what, text in result["mlflow"]["lines"].items():
         line(what, text)
+    if result["duplicates"]:
+        line("not run again", f"{result['duplicates']} trials, whose settings had run before")
     if result["failed"]:
         kinds = ", ".join(f"{n} {kind}" for kind, n in result["failures_by_class"].items())
         line("failed", f"{kinds}: {next(iter(result['failures'].values()))}", "red")

@@ -216,6 +216,12 @@ class Search:
         best = {trial.number for trial in self.study.best_trials}
         return [t for t in self.distinct() if t.number in best]
 
+    @property
+    def duplicates(self) -> int:
+        """Number of trials that were answered from another one's result."""
+        trials = self.study.get_trials(deepcopy=False, states=ENDED)
+        return sum("duplicate_of" in trial.user_attrs for trial in trials)
+
     def distinct(self) -> list[FrozenTrial]:
         """Return `ranked` without those that were answered from another one's result."""
         return [trial for trial in self.ranked() if "duplicate_of" not in trial.user_attrs]
