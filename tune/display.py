@@ -220,7 +220,7 @@ def show(result: dict[str, Any]) -> None:
             f"as found against kd tuned by as many trials: {gap['mean']:+.2f} (95 % interval {gap['low']:+.2f} to "
             f"{gap['high']:+.2f}), {gap['wins']} of {gap['n']} wins"
         )
-    if result["front"]:
+    if result.get("front"):  # a sweep of before has none
         line("")
         line("trials that none betters in every objective, on validation; students under trials/ID")
         console.print(front_table(result["front"]))
@@ -236,7 +236,7 @@ def show(result: dict[str, Any]) -> None:
     line("restore it", f"python -m tune best {called(Path(result['sweep']))} --copy-to student")
     for what, text in result["mlflow"]["lines"].items():
         line(what, text)
-    if result["duplicates"]:
+    if result.get("duplicates"):
         line("not run again", f"{result['duplicates']} trials, whose settings had run before")
     if result["failed"]:
         kinds = ", ".join(f"{n} {kind}" for kind, n in result["failures_by_class"].items())

@@ -52,11 +52,9 @@ SUMMARY = (
     "best",
     "summary",
     "mlflow",
-    "duplicates",
     "failed",
     "failures",
     "failures_by_class",
-    "front",
     "seconds",
     "machine",
 )
