@@ -1,5 +1,6 @@
 """Real sweeps that search a student, in branches, for accuracy and cost; and one that begins where they ended."""
 
+import csv
 import json
 import warnings
 from pathlib import Path
@@ -92,6 +93,18 @@ def test_the_front_holds_students_that_none_betters(searched):
         manifest = json.loads((folder / each["checkpoint"] / "manifest.json").read_text())
         assert manifest["files"]
     assert answer["states"]["richkd"] == {"COMPLETE": 5}  # nothing was stopped early
+
+
+@pytest.mark.timeout(300)
+def test_choices_of_numbers_and_branches_are_reported(searched):
+    _, answer = searched
+    page = Path(answer["report"]).read_text()
+    assert "Accuracy against cost" in page
+    with open(Path(answer["report"]).with_name("pareto.csv")) as file:
+        rows = list(csv.DictReader(file))
+    on_front = {row["trial"] for row in rows if row["front"] == "yes"}
+    assert on_front >= {each["trial"].removeprefix("trial-") for each in answer["front"]}
+    assert len(rows) >= len(answer["front"])
 
 
 @pytest.mark.timeout(300)

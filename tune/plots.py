@@ -298,9 +298,7 @@ def alpha(found: Findings) -> Picture:
             n, sd = both["n"], both["sd"]
             rows.append((student, "refit", at, both["mean"], sd, n, found.base.train.epochs))
         axes.set_xlim(-0.03, max(1.03, *places, 0) + 0.02)
-        axes.set_xlabel(
-            f"alpha, the task teacher's weight, at clip.scale {drawable(found.base.clip.scale)}"
-        )
+        axes.set_xlabel(f"alpha, the task teacher's weight, at {scale_of(found)}")
         axes.set_ylabel(VAL)
         axes.set_title(title)
         figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2, handlelength=1.4)
@@ -370,6 +368,13 @@ def columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[fl
     return [point[0] for point in points], [point[1] for point in points]
 
 
+def scale_of(found: Findings) -> str:
+    """Return at which scale of CLIP's logits a weight is meant, without which it means nothing."""
+    if "clip.scale" in found.space:
+        return "each trial's own clip.scale"
+    return f"clip.scale {drawable(found.base.clip.scale)}"
+
+
 def heat(found: Findings) -> Picture:
     """Draw validation accuracy over alpha and temperature: means of cells, the trials over them."""
     title, name = "Temperature and alpha", "heat"
@@ -423,7 +428,7 @@ def heat(found: Findings) -> Picture:
         axes.set_ylim(*bounds)
         axes.set_xlim(0, 1)
         axes.grid(visible=False)
-        axes.set_xlabel(f"alpha at clip.scale {drawable(found.base.clip.scale)}")
+        axes.set_xlabel(f"alpha at {scale_of(found)}")
         axes.set_ylabel(f"T, of {temperature_of(found)}")
         axes.set_title(title)
         bar = figure.colorbar(ScalarMappable(norm, SCALE), ax=axes, label=judged(epoch))
@@ -586,7 +591,8 @@ def parallel(found: Findings) -> Picture:
 def _range(key: str, where: Any, values: Sequence[tuple[Trial, float]]) -> tuple[float, float]:
     """Return the bounds of a number, widened to what was tried, as under a range that has changed."""
     tried = [t.params[key] for t, _ in values if number(t.params.get(key))]
-    return min([where.low, *tried]), max([where.high, *tried])
+    bounds = [where.low, where.high] if hasattr(where, "low") else []  # of choices what was tried
+    return min([*bounds, *tried]), max([*bounds, *tried])
 
 
 def _position(value: Any, key: str, where: Any, values: Sequence[tuple[Trial, float]]) -> float:
