@@ -32,4 +32,4 @@ def line(text: str) -> str:
 
 def markdown(text: str) -> str:
     """Return text as words in a line, or in a cell of a table, of Markdown: no markup, no HTML, no new line."""
-    return MARKUP.sub(r"\\\1", line(text))
+    return re.sub(r"(?i)(www)\.", r"\1\\.", MARKUP.sub(r"\\\1", line(text)))

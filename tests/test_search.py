@@ -2,20 +2,26 @@
 
 import csv
 import json
+import shlex
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
+import optuna
 import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 
 from richkd import estimate
-from richkd.config import CONF, build, read
+from richkd.config import CONF, build, flatten, read, to_dict
 from richkd.distill import initial_student, open_task
 from richkd.errors import ConfigError
+from tune import first
 from tune import launch as sweeps
 from tune.launch import More
 from tune.settings import Settings
+from tune.sweep import Sweep, asked_of, open_searches, student_of
+from tune.warmstart import printed
 
 TINY = [
     *("sweep.trials=5", "sweep.startup=2", "refit.seeds=1", "train.epochs=2", "teacher.epochs=5"),
@@ -155,8 +161,7 @@ def test_a_sweep_begins_with_the_best_of_another_and_names_what_lies_outside(sea
         if n.startswith("trial") and run.params["student.name"] == "cnn16"
     ]
     assert any(
-        f"searched/{name} (student.name=cnn16 is not searched, and is cnn8)" in said
-        for name in left_out
+        f"{name} (student.name=cnn16 is not searched, and is cnn8)" in said for name in left_out
     )
     assert after["front"] == []
 
@@ -200,11 +205,78 @@ def test_objectives_that_mean_nothing_are_refused(words, told, tmp_path):
     with pytest.raises(ConfigError, match=told):
         layers = read(words)
         build(layers, Settings)
-        sweeps.Sweep(tmp_path, layers)
+        Sweep(tmp_path, layers)
+
+
+def commands() -> list[list[str]]:
+    """Return the words of each sweep that a layer of conf/sweep shows in its head."""
+    found = []
+    for layer in sorted((CONF / "sweep").glob("*.yaml")):
+        lines = [line for line in layer.read_text().splitlines() if " tune sweep " in line]
+        assert lines, layer
+        found += [shlex.split(line.partition(" tune sweep ")[2]) for line in lines]
+    return found
+
+
+@pytest.mark.parametrize("words", [*commands(), [*TINY, *BRANCHES]], ids=" ".join)
+def test_the_first_trials_run_what_the_study_says_of_them(words, tmp_path):
+    sweep = Sweep(tmp_path, read(words))
+    base = flatten(to_dict(sweep.base))
+    for space, method in ((sweep.space, "richkd-l"), (sweep.space.of_baseline(), "kd")):
+        point = first.as_printed(printed(method), space, base, 1.0)
+        ran = flatten(to_dict(sweep.resolve(point.settings, method)))
+        for key, value in (point.params | printed(method)).items():
+            assert ran[key] == value
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_each_student_that_can_be_drawn_has_its_costs(words, monkeypatch, tmp_path):
+    sweep = Sweep(tmp_path, read([*words, "sweep.objectives=[top1, parameters]"]))
+    monkeypatch.setattr(first.estimate, "size", lambda config, _: len(config.student.name))
+    sweep.costs = first.costs_of(sweep, None, lambda *_: None)
+    base, study = flatten(to_dict(sweep.base)), optuna.create_study()
+    point = first.as_printed(printed("richkd-l"), sweep.space, base, 1.0)
+    study.enqueue_trial(point.params)
+    for number in range(20):
+        trial = study.ask()
+        sweep.space.draw(trial)
+        settings = point.settings if number == 0 else trial.params
+        job = sweep.trial(SimpleNamespace(name="richkd", label=str), number, trial.params, settings)
+        assert job.costs == {"parameters": len(job.config.student.name)}
+
+
+def test_costs_that_were_measured_stay_and_what_is_missing_is_measured(monkeypatch, tmp_path):
+    words = ["sweep/pareto", "sweep.objectives=[top1, parameters, latency]"]
+    sweep = Sweep(tmp_path, read(words))
+    name = student_of(sweep.resolve({"student.name": "cnn16"}))
+    (tmp_path / "students.json").write_text(json.dumps({name: {"latency": 7.0}}))
+    monkeypatch.setattr(first.estimate, "size", lambda *_: 3)
+    monkeypatch.setattr(first.estimate, "latency", lambda *_: 5.0)
+    found = first.costs_of(sweep, None, lambda *_: None)
+    assert found.pop(name) == {"parameters": 3, "latency": 7.0}
+    assert list(found.values()) == [{"parameters": 3, "latency": 5.0}] * 2
+
+
+def test_a_sweep_that_was_killed_as_it_began_begins_with_its_first_trials(searched, monkeypatch):
+    places, _ = searched
+    folder = Path(places[1].removeprefix("storage=")) / "cut"
+    sources = "warmstart.sources=[searched, paper]"
+    layers = read([*TINY, *BRANCHES, sources, "sweep.name=cut", "sweep.trials=8", *places])
+
+    def killed(*_: object) -> None:
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(sweeps, "Logbook", killed)  # what comes first after `sweep.json`
+        sweeps.start(layers)
+    for search in open_searches(Sweep(folder, asked_of(folder)[1]), 8):
+        found = [trial.user_attrs["source"] for trial in search.study.trials]
+        assert found[0].startswith("searched/trial-")
+        assert "paper" in found
 
 
 @pytest.mark.parametrize(
     "layer", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_each_layer_of_a_search_makes_a_sweep_of_digits(layer, tmp_path):
-    assert sweeps.Sweep(tmp_path, read([f"sweep/{layer.stem}"])).base.data.source == "digits"
+    assert Sweep(tmp_path, read([f"sweep/{layer.stem}"])).base.data.source == "digits"

@@ -237,3 +237,15 @@ def test_plain_distillation_waits_for_no_key_of_clip():
             "loss.logit": FloatDistribution(1, 9),
         }
     )
+
+
+def test_every_branch_is_tried_and_not_only_the_first_value_of_each_condition():
+    space = {
+        "fusion.space": {"choice": ["logits", "probs"]},
+        "loss.temperature_of": {
+            "choice": ["fused", "task"],
+            "when": {"fusion.space": ["logits", "probs"]},
+        },
+    }
+    with pytest.raises(ConfigError, match="temperature_of cannot be 'task'.*fusion.space=probs"):
+        read_space(space, resolve)

@@ -474,7 +474,7 @@ def test_a_trial_that_does_not_fit_ends_a_search_of_several_objectives_no_more_t
 
 
 def test_a_study_of_other_objectives_is_refused(storage):
-    open_search(storage)
+    open_search(storage).ask()
     with pytest.raises(ConfigError, match="sweep.objectives"):
         open_search(storage, **BOTH)
 
@@ -540,3 +540,53 @@ def test_median_stops_what_is_worse_than_half_of_those_that_ended(storage):
     assert not search.epoch(worse, 1, 79.0)  # too early to say
     assert search.epoch(worse, 2, 79.0)
     assert not any(search.epoch(better, epoch, 81.0) for epoch in (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("key", "distribution", "told"),
+    [
+        ("clip.prompts", CategoricalDistribution(("digits", "photo")), "was digits, digits-bad"),
+        ("fusion.alpha", CategoricalDistribution((0, 1)), "was 0 to 1 and is 0, 1"),
+        ("fusion.alpha", FloatDistribution(0.1, 1, log=True), "fusion.alpha must stay of its kind"),
+    ],
+)
+def test_a_space_that_cannot_be_one_with_what_was_drawn_is_refused_by_key(
+    storage, key, distribution, told
+):
+    open_search(storage).ask()
+    changed = Space(SPACE.distributions | {key: distribution})
+    with pytest.raises(ConfigError, match=told):
+        open_search(storage, space=changed)
+    assert len(optuna.load_study(study_name="richkd", storage=storage).trials) == 1
+
+
+def test_a_range_may_change(storage):
+    open_search(storage).ask()
+    wider = Space(SPACE.distributions | {"loss.temperature": FloatDistribution(0.1, 16, log=True)})
+    search = open_search(storage, space=wider)
+    assert [search.ask()[0] for _ in range(2)] == [0, 1]
+
+
+def test_as_many_but_other_objectives_are_refused(storage):
+    ended = {"best_val_top1": 90.0, "best_val_loss": 0.5, "parameters": 5}
+    search = open_search(storage, **BOTH)
+    search.tell(search.ask()[0], TrialState.COMPLETE, ended)
+    with pytest.raises(ConfigError, match="must stay top1, parameters but are top1, latency"):
+        open_search(storage, objectives=("top1", "latency"))
+
+
+def test_a_failure_that_was_half_said_when_its_driver_died_is_said_again(databases):
+    storage = databases()
+    search = open_search(storage, trials=2)
+    trial = search.running[search.ask()[0]]
+    why = Failure("memory", "out of it")
+    trial.set_user_attr("error", why.text)
+    trial.set_user_attr("failure", why.kind)
+    trial.set_constraint("memory", 1.0)  # and here the driver dies
+    again = open_search(storage, trials=2)
+    number = again.ask()[0]
+    assert again.failed(number) == why
+    again.tell(number, TrialState.FAIL, {}, why)
+    assert again.states() == {"INFEASIBLE": 1}
+    assert again.failures() == {number: why}
+    assert again.failed(again.ask()[0]) is None

@@ -15,7 +15,7 @@
     python -m tune scale resources.workers=1,2        # images per second over so many workers
     python -m tune best --copy-to student             # the best checkpoint, verified
     python -m tune promote                            # into MLflow's model registry
-    python -m tune log digits report                  # a folder beside a run, in MLflow
+    python -m tune log digits figures/                # a folder beside a run, in MLflow
 
 SWEEP is a name, a folder or an MLflow run id; the default is the sweep started last.
 """

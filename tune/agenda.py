@@ -160,6 +160,9 @@ class Agenda:
                 if search.stale(number, digest(job.config)):
                     self._over(job, search, Failure("error", "the settings changed while it ran"))
                     continue
+                if (why := search.failed(number)) is not None:
+                    self._over(job, search, why)
+                    continue
                 if (known := search.known(number, digest(job.config))) is not None:
                     self._answer(job, search, known)
                     continue

@@ -9,7 +9,7 @@ from typing import Any
 
 from richkd.errors import ConfigError
 from richkd.files import read_record
-from tune.best import find_sweep
+from tune.best import called, find_sweep
 from tune.restore import KEPT, is_run_id
 from tune.sweep import asked_of
 from tune.tracking import Client, Tracker
@@ -17,7 +17,7 @@ from tune.tracking import Client, Tracker
 KINDS = {"trials": "trial", "refits": "refit"}
 # what runs keep by themselves: a checkpoint that was overwritten could not be restored
 OWN = {name for name, *_ in KEPT.values()} | {
-    *("config.yaml", "environment.json", "summary.json", "summary_table.json"),
+    *("config.yaml", "environment.json", "summary.json", "summary_table.json", "report"),
 }
 
 
@@ -74,7 +74,7 @@ def find(wanted: str, storage: Path) -> tuple[str, str | None]:
             if (folder / "mlflow.json").exists():
                 if (run_id := read_record(folder / "mlflow.json").get(key)) is None:
                     raise ConfigError(
-                        f"MLflow must have a run of {key} but has not heard of it; send it: python -m tune sync {folder.name}"
+                        f"MLflow must have a run of {key} but has not heard of it; send it: python -m tune sync {called(folder)}"
                     )
                 return run_id, _address(folder)
     if is_run_id(wanted):

@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from typing import Any
 
 from richkd import distill, estimate, fusion
 from richkd.config import flatten, to_dict
@@ -10,13 +11,15 @@ from richkd.files import read_record
 from richkd.progress import Progress
 from richkd.teachers import FusedTeacher
 from tune.best import find_sweep
+from tune.space import Space
 from tune.study import MAIN, settings_of
 from tune.sweep import Sweep, asked_of, open_searches, student_of
-from tune.warmstart import PAPER, Outside, Point, place, printed, within
+from tune.warmstart import PAPER, Outside, Point, is_printed, place, printed, within
 
 # names that are looked up when a run starts: each choice is tried before any trial
 NAMED = ("student.name", "teacher.name", "clip.prompts", "clip.logits")
 WARM = 5  # trials of each search that a sweep takes from one before it
+NAMES = 10  # trials that are named one by one where they lie outside
 STUDENTS_FILE = "students.json"  # what each student costs, where a search looks at that
 
 
@@ -30,11 +33,8 @@ def prepare(sweep: Sweep, progress: Progress, *, new: bool) -> dict[str, list[Po
         progress: Told how far it is.
         new: Whether it begins; one that goes on has its first trials, and does without the sweeps that they came from.
     """
-    earlier = {
-        source: earlier_points(sweep, source)
-        for source in sweep.settings.warmstart.sources
-        if new and source != PAPER
-    }
+    sources = sweep.settings.warmstart.sources if new else ()
+    earlier = {source: earlier_points(sweep, source) for source in sources if source != PAPER}
     config = sweep.resolve(printed(sweep.base.method.name))
     task = distill.open_task(config)
     distill.initial_student(config, task.dataset)
@@ -46,8 +46,8 @@ def prepare(sweep: Sweep, progress: Progress, *, new: bool) -> dict[str, list[Po
             distill.open_teacher(each, task, progress)
     sweep.costs = costs_of(sweep, task, progress)
     first: dict[str, list[Point]] = {MAIN: [], "kd": []}
-    for source in sweep.settings.warmstart.sources:
-        found = paper_points(sweep, task, teacher) if source == PAPER else earlier.get(source, {})
+    for source in sources:
+        found = paper_points(sweep, task, teacher) if source == PAPER else earlier[source]
         for label, points in found.items():
             known = [point.settings for point in first[label]]
             first[label] += [point for point in points if point.settings not in known]
@@ -67,14 +67,19 @@ def paper_points(sweep: Sweep, task: distill.Task, teacher: FusedTeacher) -> dic
         fused, alone = teacher.fused("train")[rows], teacher.task.train[rows]
         ratio = fusion.spread(fused) / fusion.spread(alone)
     base = flatten(to_dict(sweep.base))
-    kd_space = sweep.space.of_baseline()
     return {
         MAIN: [
-            Point(params=place(paper, sweep.space, base, ratio), settings=paper),
-            Point(params=place(plain, sweep.space, base, 1.0), settings=plain),
+            as_printed(paper, sweep.space, base, ratio),
+            as_printed(plain, sweep.space, base, 1.0),
         ],
-        "kd": [Point(params=place(plain, kd_space, base, 1.0), settings=printed("kd"))],
+        "kd": [as_printed(printed("kd"), sweep.space.of_baseline(), base | plain, 1.0)],
     }
+
+
+def as_printed(settings: dict[str, Any], space: Space, base: dict[str, Any], ratio: float) -> Point:
+    """Return a setting as printed with its place in the space; of what it leaves alone that place is run."""
+    params = place(settings, space, base, ratio)
+    return Point(params=params, settings=params | settings)
 
 
 def earlier_points(sweep: Sweep, source: str) -> dict[str, list[Point]]:
@@ -98,29 +103,36 @@ def earlier_points(sweep: Sweep, source: str) -> dict[str, list[Point]]:
     trials = before.settings.sweep.trials + asked.get("more_trials", 0)
     paper = PAPER in sweep.settings.warmstart.sources
     points: dict[str, list[Point]] = {MAIN: [], "kd": []}
-    outside = []
+    outside, known = [], 0
     for search in open_searches(before, trials):
-        method = before.base.method.name if search.name == MAIN else search.name
-        space = sweep.space if search.name == MAIN else sweep.space.of_baseline()
-        asked_for = sweep.settings.sweep.settings
-        fixed = flatten(to_dict(sweep.resolve(asked_for, None if search.name == MAIN else "kd")))
-        for trial in search.distinct()[:WARM]:
+        main = search.name == MAIN
+        space = sweep.space if main else sweep.space.of_baseline()
+        method = sweep.resolve(sweep.settings.sweep.settings, None if main else "kd")
+        fixed, found = flatten(to_dict(method)), points[search.name]
+        for trial in search.distinct():
+            if len(found) == WARM:
+                break
             settings = settings_of(trial)
-            if paper and settings in (printed(method), printed("kd") | {"fusion.alpha": 1.0}):
-                continue  # it is among the first trials already
-            job = before.trial(search, trial.number, trial.params, settings)
-            ran, name = flatten(to_dict(job.config)), f"{folder.name}/{job.id}"
-            searched = {**before.settings.sweep.settings, **settings}
+            if paper and is_printed(before.base.method.name if main else "kd", settings):
+                known += main  # it is among the first trials already
+                continue
             try:
-                found = within(space, fixed, ran, searched)
-            except Outside as error:
-                outside.append(f"{name} ({error})")
+                job = before.trial(search, trial.number, trial.params, settings)
+                ran = flatten(to_dict(job.config))
+                searched = before.settings.sweep.settings | settings
+                params = within(space, fixed, ran, searched)
+            except (Outside, ConfigError) as error:
+                outside.append(f"trial-{search.label(trial.number)} ({error})")
             else:
-                points[search.name].append(Point(params=found, settings=found, source=name))
+                name = f"{folder.name}/{job.id}"
+                found.append(Point(params=params, settings=params, source=name))
     if outside:
-        left_out = f"outside the space of this sweep, and left out: {'; '.join(outside)}"
+        rest = f"; and {len(outside) - NAMES} more" if len(outside) > NAMES else ""
+        left_out = (
+            f"outside the space of this sweep, and left out: {'; '.join(outside[:NAMES])}{rest}"
+        )
         warnings.warn(f"warmstart.sources={source}: {left_out}.", stacklevel=2)
-    if not points[MAIN]:
+    if not points[MAIN] and not known:
         raise ConfigError(
             f"warmstart.sources={source} must have a finished trial inside the space of this sweep but has none; widen "
             "sweep.space, or leave it out."
@@ -135,14 +147,21 @@ def costs_of(sweep: Sweep, task: distill.Task, progress: Progress) -> dict[str, 
     that goes on compares with what it measured first.
     """
     beside, path = sweep.settings.sweep.objectives[1:], sweep.folder / STUDENTS_FILE
-    if not beside or path.exists():
-        return read_record(path) if beside else {}
-    keys = [key for key in sweep.space if key.startswith("student.")]
-    drawn = list(itertools.product(*(sweep.space.choices(key) for key in keys)))
-    found = {}
+    if not beside:
+        return {}
+    found: dict[str, dict[str, float]] = read_record(path) if path.exists() else {}
+    measure = {"parameters": estimate.size, "latency": estimate.latency}
+    base, choices = flatten(to_dict(sweep.base)), {}
+    for key in (key for key in sweep.space if key.startswith("student.")):
+        kept = [base[key]] if key in sweep.space.when else []  # where it is not searched
+        choices[key] = [*sweep.space.choices(key), *kept]
+    drawn = list(itertools.product(*choices.values()))
     for k, values in enumerate(drawn):
         progress("students", k, len(drawn))
-        config = sweep.resolve(dict(zip(keys, values, strict=True)))
-        costs = {"parameters": estimate.size, "latency": estimate.latency}
-        found[student_of(config)] = {name: costs[name](config, task) for name in beside}
+        config = sweep.resolve(dict(zip(choices, values, strict=True)))
+        costs = found.setdefault(student_of(config), {})
+        for name in beside:
+            if name not in costs:
+                costs[name] = measure[name](config, task)
+    progress("students", len(drawn), len(drawn))
     return found

@@ -249,6 +249,8 @@ def carry_out(
         raise Stopped(f"the budget is used up; go on with: {going_on(folder, budget)}")
     with Display(folder.name) as display:
         display.line(f"sweep {folder.name} in {short(folder)}")
+        if len(wanted.objectives) > 1 and wanted.scheduler != "none":
+            display.line(f"nothing stops early for {', '.join(wanted.objectives)} together")
         first = prepare(sweep, stoppable(display.progress, stop), new=new)
         make_folder(folder, "storage")
         with locked(folder):
@@ -259,21 +261,21 @@ def carry_out(
                     raise ConfigError(
                         f"sweep.name={folder.name} is taken: {folder} holds a run; choose another."
                     )
-                if wanted.study is not None and any(
-                    search.ended or search.left_over
-                    for search in open_searches(sweep, trials, first)
-                ):
-                    raise ConfigError(
-                        f"sweep.name={folder.name} is taken: sweep.study has trials of that name; choose another."
-                    )
-                write_atomic(folder / "config.yaml", dump(sweep.base).encode())
+                (folder / "study.db").unlink(missing_ok=True)  # of a start that was cut short
             elif read_record(folder / "sweep.json") != known:
                 raise ConfigError(
                     f"{folder.name} was gone on with by another driver meanwhile; run the same command again."
                 )
-            write_json(folder / "sweep.json", asked)
+            # before the sweep is there: one that goes on has no first trials to give
+            searches = open_searches(sweep, trials, first)
+            if new and any(search.ended or search.left_over for search in searches):
+                raise ConfigError(
+                    f"sweep.name={folder.name} is taken: sweep.study has trials of that name; choose another."
+                )
             if sweep.costs:
                 write_json(folder / STUDENTS_FILE, sweep.costs)
+            write_atomic(folder / "config.yaml", dump(sweep.base).encode())
+            write_json(folder / "sweep.json", asked)
             (folder / "summary.json").unlink(missing_ok=True)
             logbook = Logbook(folder, tracking, sweep.settings.tracking.experiment)
             try:
@@ -282,7 +284,6 @@ def carry_out(
                     code = environment()
                     write_json(folder / ENVIRONMENT, code)
                     logbook.open(sweep.settings, sweep.base, sweep.space, code, dataset)
-                    searches = open_searches(sweep, trials, first)
                     for search in searches:
                         search.retry(retry)
                     agenda = agenda_of(sweep, searches, display, logbook)

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from richkd import escape
 from richkd.config import Config, digest, dump, flatten, to_dict
 from richkd.data import Dataset
 from richkd.record import TESTED
@@ -208,10 +209,12 @@ def _note(result: dict[str, Any], columns: dict[str, list]) -> str:
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     best = result["best"]
-    settings = ", ".join(f"`{key}` {value}" for key, value in best["settings"].items())
+    settings = ", ".join(
+        f"`{key}` {escape.markdown(str(value))}" for key, value in best["settings"].items()
+    )
     return (
         f"{table}\n\nBest setting (trial {best['trial']}): {settings}, at `clip.scale` {best['scale']}.\n\n"
-        f"Restore the best checkpoint: `python -m tune best {called(Path(result['sweep']))}`{_report(result)}"
+        f"Restore the best checkpoint:\n\n    python -m tune best {called(Path(result['sweep']))}{_report(result)}"
     )
 
 

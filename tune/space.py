@@ -12,6 +12,7 @@ Everything is laid over the base config once at the start, so that a sweep of 10
 a typo.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -84,10 +85,10 @@ class Space:
 
     def draw(self, trial: Trial) -> None:
         """Let a trial suggest each key that is searched in it; what it has already stays as it is."""
-        drawn: dict[str, Any] = {}
+        there, drawn = trial.params, {}
         for key, distribution in self.distributions.items():
             if self._holds(key, drawn):
-                drawn[key] = _suggest(trial, key, distribution)
+                drawn[key] = there[key] if key in there else _suggest(trial, key, distribution)
 
     def _holds(self, key: str, drawn: Mapping[str, Any]) -> bool:
         rules = self.when.get(key, {})
@@ -129,14 +130,18 @@ def read_space(space: dict[str, Any], resolve: Callable[[dict[str, Any]], Config
         if "when" in entry
     }
     found = Space({key: distributions[key] for key in _ordered(distributions, when)}, when)
-    where: dict[str, dict[str, Any]] = {}  # a case in which a key is searched
+    where: dict[str, list[dict[str, Any]]] = {}  # the cases in which a key is searched
     for key, distribution in found.distributions.items():
-        where[key] = {}
-        for other, values in when.get(key, {}).items():
-            where[key] |= where[other] | {other: values[0]}
+        rules = when.get(key, {})
+        above = [case for other in rules for case in where[other]] or [{}]
+        where[key] = [
+            case | dict(zip(rules, values, strict=True))
+            for case in above
+            for values in itertools.product(*rules.values())
+        ]
         bounds = getattr(distribution, "choices", None) or (distribution.low, distribution.high)
-        for value in bounds:
-            _try(key, value, lambda values, case=where[key]: resolve(case | values))
+        for case, value in itertools.product(where[key], bounds):
+            _try(key, value, lambda values, case=case: resolve(case | values))
     return found
 
 

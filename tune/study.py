@@ -5,15 +5,17 @@ finished (never asked again), what was running (given out again under its number
 """
 
 import logging
+import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import optuna
+from optuna.distributions import check_distribution_compatibility
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from richkd.errors import ConfigError
 from tune.space import Space
-from tune.warmstart import Point
+from tune.warmstart import Point, said
 
 logging.getLogger("optuna").setLevel(logging.ERROR)
 MAIN = "richkd"  # the search of the method itself
@@ -69,13 +71,9 @@ class Search:
             directions=["maximize", *["minimize"] * (len(self.objectives) - 1)],
             pruner=pruner,
         )
-        if len(self.study.directions) != len(self.objectives):
-            raise ConfigError(
-                f"sweep.objectives must stay what they are, {len(self.study.directions)} of them, but are now "
-                f"{', '.join(self.objectives)}; start a new sweep with warmstart.sources=[{prefix.strip('/') or 'SWEEP'}]."
-            )
         self.storage = storage
         known = self.study.get_trials(deepcopy=False)
+        self._check_same(known)
         self.trials = trials + sum("retry_of" in trial.user_attrs for trial in known)
         self.study.sampler = optuna.samplers.TPESampler(
             seed=seed + len(known), n_startup_trials=startup
@@ -87,6 +85,26 @@ class Search:
         self.heard = {trial.number: set(trial.intermediate_values) for trial in self.left_over}
         self.doomed = {trial.number for trial in self.left_over if "pruned_at" in trial.user_attrs}
         self.running: dict[int, Trial] = {}
+
+    def _check_same(self, known: list[FrozenTrial]) -> None:
+        """Raise ConfigError if the study was made for other objectives, or drew from what cannot be one with the space."""
+        new = "start a new sweep with warmstart.sources=[paper, SWEEP]"
+        before = tuple(self.study.user_attrs.get("objectives", ("top1",)))
+        if not known:
+            self.study.set_user_attr("objectives", self.objectives)
+        elif before != self.objectives:
+            raise ConfigError(
+                f"sweep.objectives must stay {', '.join(before)} but are {', '.join(self.objectives)}; {new}."
+            )
+        drawn = {key: where for trial in known for key, where in trial.distributions.items()}
+        for key in (key for key in self.space if key in drawn):
+            there, here = drawn[key], self.space.distributions[key]
+            try:
+                check_distribution_compatibility(there, here)
+            except ValueError as error:
+                raise ConfigError(
+                    f"sweep.space: {key} must stay of its kind, with its choices, but was {said(there)} and is {said(here)}; {new}."
+                ) from error
 
     def label(self, number: int) -> str:
         """Return how a trial is called in the sweep: its number, after the name of a search beside the main one."""
@@ -157,7 +175,10 @@ class Search:
             trial.set_user_attr("error", why.text)
             trial.set_user_attr("failure", why.kind)
             if why.kind == "memory":
-                trial.set_constraint("memory", 1.0)
+                with warnings.catch_warnings(
+                    action="ignore"
+                ):  # it may be, of a driver that was killed then
+                    trial.set_constraint("memory", 1.0)
                 state = TrialState.PRUNED
         values = None
         if state == TrialState.COMPLETE:
@@ -239,6 +260,11 @@ class Search:
             for trial in trials
             if "failure" in trial.user_attrs and trial.number not in again
         }
+
+    def failed(self, number: int) -> Failure | None:
+        """Return why a trial failed, of which a driver was killed before it could end it; None if it did not."""
+        told = self.running[number].user_attrs
+        return Failure(told["failure"], told["error"]) if "failure" in told else None
 
     def stale(self, number: int, stamp: str) -> bool:
         """Whether a trial has run with other settings than those of the digest `stamp`, which it is to run with now.

@@ -12,7 +12,7 @@ from typing import Any
 
 from richkd import cache
 from richkd.config import Config, Layers, build, digest, flatten, is_url, to_dict
-from richkd.errors import ConfigError, CorruptError
+from richkd.errors import ConfigError, CorruptError, Stopped
 from richkd.files import read_record
 from richkd.methods import METHODS
 from tune.agenda import OF_A_METHOD, Job, Refits
@@ -108,7 +108,7 @@ class Sweep:
             config=config,
             params={key: shown[key] for key in params},
             store=self._address("trials", search.label(number)),
-            costs=self.costs.get(student_of(config), {}),
+            costs=self.costs[student_of(config)] if self.costs else {},
         )
 
     @property
@@ -225,6 +225,6 @@ def open_searches(
         ]
     except (DatabaseError, StorageInternalError) as error:
         if is_full(error):
-            raise
+            raise Stopped("the disk is full; free some space") from error
         reason = str(error.__cause__ or error).splitlines()[0]
         raise CorruptError(f"{address} cannot be read ({reason}); {advice}.") from error

@@ -33,6 +33,12 @@ def printed(method: str) -> dict[str, Any]:
     return {key: preset[key] for key in keys} | {"loss.temperature_of": "fused"}
 
 
+def is_printed(method: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a trial ran a method as printed, or plain distillation as printed, whatever else it ran with."""
+    plain = printed("kd") | {"fusion.alpha": 1.0}
+    return any(each.items() <= settings.items() for each in (printed(method), plain))
+
+
 def place(
     settings: dict[str, Any], space: Space, base: dict[str, Any], ratio: float
 ) -> dict[str, Any]:
