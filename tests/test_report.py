@@ -30,7 +30,7 @@ from small import ROOT, command
 from richkd.config import build, digest, read
 from richkd.errors import Interrupted
 from richkd.files import read_json, write_json
-from tune import launch, plots, report
+from tune import draw, launch, plots, report
 from tune.driver import locked
 from tune.findings import Trial, comparable, found_in, importance, read_trial
 from tune.page import Code, Text, to_html, to_markdown
@@ -235,10 +235,10 @@ def test_hostile_names_stay_in_their_cells_in_markdown_and_csv(hostile):
 
 
 def test_names_that_the_font_lacks_can_be_told_apart():
-    drawn = {plots.drawable(name) for name in HOSTILE}
+    drawn = {draw.drawable(name) for name in HOSTILE}
     assert len(drawn) == len(HOSTILE)
     assert all(len(one) <= 24 and one.isprintable() for one in drawn)
-    assert plots.drawable("é 0.5 $x$") == "é 0.5 $x$"
+    assert draw.drawable("é 0.5 $x$") == "é 0.5 $x$"
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,7 @@ def test_passwords_of_the_tracker_are_in_no_report(tmp_path):
 
 @given(st.lists(st.floats(0, 1), max_size=6))
 def test_what_is_drawn_beside_each_other_does_not_coincide(places):
-    moved = plots.beside(places, 0.02)
+    moved = draw.beside(places, 0.02)
     assert all(now >= before for now, before in zip(moved, places, strict=True))
     assert all(b - a >= 0.02 - 1e-9 for a, b in itertools.pairwise(sorted(moved)))
     clear = [x for x in places if all(y == x or y > x or y < x - 0.02 * 6 for y in places)]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from richkd import escape
-from tune.plots import Picture
+from tune.draw import Picture
 
 # nothing is fetched and nothing runs, whatever slipped into the page
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"

@@ -1,25 +1,35 @@
 """Pictures of a sweep, each with the table behind it: validation rows unless the title says test."""
 
-import base64
-import io
 import math
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from richkd import escape
+from tune.draw import (
+    COLOURS,
+    EMPTY,
+    GREY,
+    NARROW,
+    SCALE,
+    WIDE,
+    Picture,
+    beside,
+    canvas,
+    cut,
+    dots,
+    drawable,
+    nothing,
+    number,
+    parameter,
+    save,
+    shades,
+)
 from tune.findings import FEW, Findings, Trial, comparable, importance
 from tune.study import MAIN
 from tune.summary import STUDENTS, TEACHERS, spread
@@ -27,88 +37,6 @@ from tune.summary import STUDENTS, TEACHERS, spread
 ALPHA, TEMPERATURE, PROMPTS = "fusion.alpha", "loss.temperature", "clip.prompts"
 VAL = "validation top-1, %"
 COSTS = {"parameters": "parameters of the student", "latency": "latency, ms an image"}
-
-# Okabe and Ito's colours, which people with any colour vision tell apart; a student has the same in every picture
-COLOURS = {
-    "ce": "#7f7f7f",
-    "kd": "#56b4e9",
-    "kd_tuned": "#0072b2",
-    "richkd_paper": "#e69f00",
-    "richkd": "#d55e00",
-    "teacher": "#009e73",
-    "clip": "#cc79a7",
-    "fused": "#4d4d4d",
-}
-INK, GREY, GRID, EMPTY = "#222222", "#5f6b7a", "#e3e5e8", "#f3f4f6"
-# from a pale to a dark blue, so that low values show on white, too
-SCALE = LinearSegmentedColormap.from_list(
-    "top1", ["#d8e6f3", "#9cc3e0", "#4f94c8", "#1c5f9e", "#0a2f5c"]
-)
-STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
-    "font.size": 10.5,
-    "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 9,
-    "axes.edgecolor": "#b8bcc2",
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.size": 0,
-    "xtick.major.pad": 6,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "legend.fontsize": 9.5,
-    "text.color": INK,
-    "text.parse_math": False,  # a name may hold $
-    "figure.facecolor": "white",
-    "svg.fonttype": "path",  # looks the same without the font
-    "svg.hashsalt": "richkd",  # and is the same file each time
-}
-DPI = 130
-NARROW, WIDE = 6.2, 12.8  # inches, of half a page and of all of it
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Picture:
-    """One picture and what is behind it.
-
-    Attributes:
-        name: Of its files.
-        title: What is seen.
-        text: How it is read, in a sentence or two.
-        header: Of the table behind it.
-        rows: Of that table.
-        wide: Whether it takes the width of the page.
-        svg: The picture; None where there is nothing to draw, which `text` then says.
-        png: The same in pixels.
-    """
-
-    name: str
-    title: str
-    text: str
-    header: Sequence[str] = ()
-    rows: Sequence[Sequence[Any]] = ()
-    wide: bool = False
-    svg: bytes | None = None
-    png: bytes | None = None
-
-    @property
-    def csv(self) -> bytes:
-        """The table as a CSV file."""
-        return escape.to_csv(self.header, self.rows)
-
-    @property
-    def link(self) -> str:
-        """The picture as an address that a page holds within itself; as an image, in which no script runs."""
-        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg or b'').decode()}"
 
 
 def pictures(found: Findings) -> list[Picture]:
@@ -119,49 +47,6 @@ def pictures(found: Findings) -> list[Picture]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a layout in which a very long name leaves no room
         return [one(found) for one in draw]
-
-
-@contextmanager
-def canvas(width: float = NARROW, height: float = 3.9, **more: Any) -> Iterator[tuple[Figure, Any]]:
-    """Give a figure and its axes, in inches, without the state that pyplot keeps for a process."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure, figure.subplots(**more)
-
-
-def save(figure: Figure) -> dict[str, bytes]:
-    """Return a figure as `svg` and `png`, the same bytes for the same figure."""
-    found = {}
-    for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
-        file = io.BytesIO()
-        figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
-        figure.set_layout_engine("none")  # it is laid out
-        found[kind] = file.getvalue()
-    return found
-
-
-@cache
-def _glyphs() -> frozenset[int]:
-    from matplotlib.font_manager import fontManager
-    from matplotlib.ft2font import FT2Font
-
-    return frozenset(FT2Font(fontManager.findfont(STYLE["font.family"])).get_charmap())
-
-
-def drawable(value: Any, most: int = 24) -> str:
-    r"""Return a name as it can be drawn: on one line, short, and a sign that the font lacks as in Python, `\u6f22`."""
-    text = f"{value:.3g}" if isinstance(value, float) else str(value)
-    text = "".join(
-        each if ord(each) in _glyphs() else each.encode("unicode_escape").decode()
-        for each in escape.line(text)
-    )
-    return text if len(text) <= most else f"{text[: most - 9]}…{text[-8:]}"
-
-
-def called(key: str) -> str:
-    """Return what a searched parameter is called in a picture."""
-    names = {ALPHA: "alpha", TEMPERATURE: "T", "loss.logit": "weight", PROMPTS: "prompts"}
-    return names.get(key) or drawable(key.removeprefix("train."), 20)
 
 
 def judged(epoch: int | None) -> str:
@@ -180,16 +65,6 @@ def temperature_of(found: Findings) -> str:
     """Return to which logits the searched temperature is relative."""
     of = found.settings.sweep.settings.get("loss.temperature_of", found.base.loss.temperature_of)
     return "the task teacher's logits" if of == "task" else "the fused logits"
-
-
-def nothing(name: str, title: str, text: str) -> Picture:
-    """Return a picture that cannot be drawn yet."""
-    return Picture(name=name, title=title, text=text)
-
-
-def number(value: Any) -> bool:
-    """Whether a value is a number."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def students(found: Findings) -> Picture:
@@ -319,55 +194,6 @@ def seeds(count: int) -> str:
     return f"{count} seed{'s' * (count != 1)}"
 
 
-def beside(places: Sequence[float], apart: float = 0.026) -> list[float]:
-    """Return places along an axis, each moved to the right so far that it does not coincide with those before it."""
-    found, last = list(places), -math.inf
-    for k in sorted(range(len(places)), key=lambda k: places[k]):
-        last = found[k] = max(places[k], last + apart)
-    return found
-
-
-def cut(axes: Axes, values: Sequence[float], strong: Sequence[float]) -> float:
-    """Set where the y axis begins, so that what matters is not flattened by trials that learnt little, and return it.
-
-    Args:
-        axes: Of validation top-1, %.
-        values: All that is drawn.
-        strong: What matters, such as trials that have finished.
-    """
-    strong = strong or values
-    room = max(max(strong) - min(strong), 3.0)
-    low = max(min([*values, *strong]) - 0.1 * room, min(strong) - 2.5 * room)
-    high = max([*values, *strong])
-    axes.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
-    return low
-
-
-def dots(
-    axes: Axes,
-    points: Sequence[tuple[float, float]],
-    low: float,
-    *,
-    strong: bool,
-    label: str | None = None,
-    colour: str = GREY,
-    floor: float | None = None,
-) -> None:
-    """Draw trials: dark ones and pale ones, and as a triangle at `floor` what lies below `low`."""
-    style = {"color": colour, "lw": 0, "alpha": 1 if strong else 0.38, "zorder": 5 if strong else 3}
-    inside = [point for point in points if point[1] >= low]
-    below = [(x, low if floor is None else floor) for x, y in points if y < low]
-    if inside or points:
-        axes.scatter(*columns(inside), s=32 if strong else 26, label=label, **style)
-    if below:
-        axes.scatter(*columns(below), s=26, marker="v", **style)
-
-
-def columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Return the first and the second parts of points."""
-    return [point[0] for point in points], [point[1] for point in points]
-
-
 def scale_of(found: Findings) -> str:
     """Return at which scale of CLIP's logits a weight is meant, without which it means nothing."""
     if "clip.scale" in found.space:
@@ -447,12 +273,6 @@ def heat(found: Findings) -> Picture:
         )
 
 
-def shades(values: Sequence[float]) -> Normalize:
-    """Return what maps accuracies to shades: the best get the room, the worst tenth shares the palest."""
-    low, high = np.percentile(values, [10, 100])
-    return Normalize(low, high if high > low else low + 1)
-
-
 def importances(found: Findings) -> Picture:
     """Draw which parameters decide whether a trial is among the best."""
     title, name = "Parameter importance", "importance"
@@ -474,7 +294,7 @@ def importances(found: Findings) -> Picture:
                 textcoords="offset points",
                 va="center",
             )
-        axes.set_yticks(range(len(keys)), [called(key) for key in keys])
+        axes.set_yticks(range(len(keys)), [parameter(key) for key in keys])
         axes.grid(axis="y", visible=False)
         axes.set_xlim(0, 112 * max(shares.values()))
         axes.set_xlabel("share in what makes the best trials the best, %")
@@ -566,7 +386,7 @@ def parallel(found: Findings) -> Picture:
         for place, (key, where) in enumerate(space.items()):
             _scale(axes, place, key, where, values)
         _ticks(axes, len(space), [(0, f"{low:.1f}"), (1, f"{high:.1f}")])
-        axes.set_xticks(range(len(space) + 1), [*map(called, space), "top-1, %"])
+        axes.set_xticks(range(len(space) + 1), [*map(parameter, space), "top-1, %"])
         axes.set_xlim(-0.15, len(space) + 0.3)
         axes.set_ylim(-0.2 if missing else -0.05, 1.05)
         axes.set_yticks([-0.12] if missing else [], ["not there"] if missing else [])

@@ -16,6 +16,7 @@ from richkd.files import write_atomic
 from tune import plots
 from tune.best import called
 from tune.display import describe, short
+from tune.draw import Picture, number, parameter
 from tune.findings import Findings, Trial, origin
 from tune.page import (
     Beside,
@@ -30,7 +31,6 @@ from tune.page import (
     to_html,
     to_markdown,
 )
-from tune.plots import Picture
 from tune.study import MAIN
 from tune.summary import STUDENTS, TEACHERS, columns
 
@@ -288,7 +288,7 @@ def leaderboard(found: Findings) -> list[Block]:
             "state",
             "val top-1, %",
             *costs,
-            *map(plots.called, keys),
+            *map(parameter, keys),
             "epochs",
             "remark",
         ]
@@ -307,7 +307,7 @@ def leaderboard(found: Findings) -> list[Block]:
         numbers = [
             3 + len(costs) + place
             for place, key in enumerate(keys)
-            if all(plots.number(trial.params.get(key, 0)) for trial in trials)
+            if all(number(trial.params.get(key, 0)) for trial in trials)
         ]
         table = Table(
             header=header,
