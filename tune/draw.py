@@ -188,13 +188,13 @@ def dots(
     style = {"color": colour, "lw": 0, "alpha": 1 if strong else 0.38, "zorder": 5 if strong else 3}
     inside = [point for point in points if point[1] >= low]
     below = [(x, low if floor is None else floor) for x, y in points if y < low]
-    if inside or points:
-        axes.scatter(*columns(inside), s=32 if strong else 26, label=label, **style)
+    if points:  # also if all of them lie below: the legend has one for each state
+        axes.scatter(*_parts(inside), s=32 if strong else 26, label=label, **style)
     if below:
-        axes.scatter(*columns(below), s=26, marker="v", **style)
+        axes.scatter(*_parts(below), s=26, marker="v", **style)
 
 
-def columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def _parts(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     """Return the first and the second parts of points."""
     return [point[0] for point in points], [point[1] for point in points]
 

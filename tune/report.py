@@ -185,7 +185,6 @@ def summary(found: Findings) -> list[Block]:
     if not rows:
         return [Text("No refit has read its test rows yet, so that there is no summary.", "soft")]
     seeds = found.summary.get(MAIN, {}).get("n")
-    titles = [TEACHERS.get(name) or STUDENTS[name].title for name in (*TEACHERS, *STUDENTS)]
     numbers = []
     for name in (name for name in (*TEACHERS, *STUDENTS) if name in found.summary):
         entry, gap = found.summary[name], found.summary[name].get("difference") or {}
@@ -205,7 +204,7 @@ def summary(found: Findings) -> list[Block]:
             header=["", *list(cells)[1:]],
             rows=rows,
             right=(1, 2, 3),
-            strong=next((k for k, row in enumerate(rows) if row[0] == own and own in titles), None),
+            strong=next((k for k, row in enumerate(rows) if row[0] == own), None),
             name="summary",
             csv=escape.to_csv(
                 ("model", "test_top1", "sd", "seeds", "against_kd", "low", "high", "wins"), numbers
