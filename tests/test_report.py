@@ -32,8 +32,9 @@ from richkd.errors import Interrupted
 from richkd.files import read_json, write_json
 from tune import draw, launch, plots, report
 from tune.driver import locked
-from tune.findings import Trial, comparable, found_in, importance, read_trial
+from tune.findings import Trial, comparable, found_in, importance, ranked, read_trial
 from tune.page import Code, Text, to_html, to_markdown
+from tune.sweep import Sweep, asked_of, open_searches
 
 PICTURES = ["students", "alpha", "heat", "importance", "prompts", "parallel", "history", "curves"]
 EMPTY = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
@@ -362,22 +363,44 @@ def test_all_pictures_are_drawn_of_trials_that_lack_a_parameter(faked):
     Reader(to_html("x", report.document(less, drawn)))
 
 
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4)), max_size=12))
-def test_the_front_is_that_of_optuna(points):
-    study = optuna.create_study(directions=["maximize", "minimize", "minimize"])
-    study.add_trials([optuna.create_trial(values=point) for point in points])
-    those = [
-        Trial(label="", number=k, state="finished", params={}, values=tuple(map(float, point)))
-        for k, point in enumerate(points)
-    ]
-    assert [one.number for one in plots.front(those)] == [one.number for one in study.best_trials]
+def costly(folder: Path) -> Path:
+    """Return the folder of a sweep of top-1 and parameters whose trial 3 is the duplicate of trial 1, on the front."""
+    fake(folder, 0, seeds=0, words=("sweep/pareto", "sweep.objectives=[top1, parameters]"))
+    (folder / "study.db").unlink()
+    main, _ = open_searches(Sweep(folder, asked_of(folder)[1]), 6)
+    found = [(90.0, 0.3, 2000), (91.0, 0.2, 2000), (80.0, 0.5, 1000), None, (80, 0.4, 3000)]
+    for values in [*found, (91.0, 0.1, 3000)]:
+        number = main.ask()[0]
+        if values is None:
+            main.answer(number, main.study.trials[1])
+        else:
+            metrics = dict(zip(COSTLY, values, strict=True))
+            main.tell(number, TrialState.COMPLETE, metrics)
+    return folder
+
+
+COSTLY = ("best_val_top1", "best_val_loss", "parameters")
+
+
+def test_picture_table_and_summary_have_the_front_of_the_search(tmp_path):
+    found = found_in(costly(tmp_path / "x"))
+    assert [one.label for one in found.front] == ["001", "002"]
+    picture = plots.pareto(found)
+    rows = {row[0]: row[1] for row in picture.rows}
+    assert rows == {"000": "no", "001": "yes", "002": "yes", "004": "no", "005": "no"}
+
+
+def test_trials_of_the_same_accuracy_are_ranked_by_loss_as_the_best_is_chosen(tmp_path):
+    found = found_in(costly(tmp_path / "x"))
+    assert [one.label for one in ranked(found.main)] == ["005", "001", "003", "000", "004", "002"]
+    assert ranked(found.main)[0] is found.best
 
 
 @pytest.mark.parametrize("costs", [("parameters",), ("parameters", "latency")])
 def test_a_sweep_with_costs_shows_what_accuracy_costs(faked, costs):
     found = found_in(faked)
     main = [
-        replace(one, values=(one.values[0], *(1000.0 + one.number for _ in costs)))
+        replace(one, values=(one.values[0], *(1000.0 + one.number for _ in costs)), front=True)
         if one.values
         else one
         for one in found.main

@@ -5,6 +5,7 @@ Nobody else is asked: trials come from the study, refits from their run folders,
 
 import contextlib
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -54,7 +55,9 @@ class Trial:
         settings: What it ran, in dotted keys; of a setting as printed, with T of the fused logits.
         values: Of a finished one, by the sweep's objectives; top-1 is in percent of the validation rows.
         curve: Validation top-1 by epoch, %; of several seeds their mean.
-        seeds: Validation top-1 of each of several seeds, as of `curve`'s best epoch for that seed, %.
+        seeds: Validation top-1 of each of several seeds at its own best epoch, whose mean is the trial's value, %.
+        loss: Validation loss at its best epoch, which decides between trials of the same accuracy.
+        front: Whether no other trial betters it in every objective; of several objectives, in the main search, each setting once.
         duplicate_of: Number of the trial whose result it was given, since the settings are the same.
         seconds: It took.
     """
@@ -68,6 +71,8 @@ class Trial:
     values: tuple[float, ...] = ()
     curve: dict[int, float] = field(default_factory=dict)
     seeds: tuple[float, ...] = ()
+    loss: float | None = None
+    front: bool = False
     duplicate_of: int | None = None
     seconds: float | None = None
 
@@ -149,6 +154,11 @@ class Findings:
         return self.trials.get(MAIN, [])
 
     @property
+    def front(self) -> list[Trial]:
+        """Trials of the main search that no other one betters in every objective, most accurate first."""
+        return [trial for trial in ranked(self.main) if trial.front]
+
+    @property
     def space(self) -> dict[str, BaseDistribution]:
         """What the main search drew from, as far as its trials have drawn it; of a range that changed the newest."""
         return {key: where for trial in self.main for key, where in trial.space.items()}
@@ -189,9 +199,18 @@ def gather(
         config = sweep.resolve(settings if seed is None else settings | {"seed": seed})
         stale = seed is not None and digest(config) != runs[MAIN][seed]["digest"]
         seed = None if stale else seed
+    front: set[int] = set()
+    if searches and len(wanted.objectives) > 1:
+        front = {trial.number for trial in searches[0].front()}
     found = {
         search.name: [
-            read_trial(trial, search.label(trial.number), sweep.runs, wanted.seeds_per_trial)
+            read_trial(
+                trial,
+                search.label(trial.number),
+                sweep.runs,
+                wanted.seeds_per_trial,
+                front=search.name == MAIN and trial.number in front,
+            )
             for trial in search.study.get_trials(deepcopy=False)
             if trial.state in STATES
         ]
@@ -246,7 +265,9 @@ def found_in(folder: Path) -> Findings:
     return gather(sweep, searches, state=state, failures=failures)
 
 
-def read_trial(trial: FrozenTrial, label: str, runs: Path, seeds: int) -> Trial:
+def read_trial(
+    trial: FrozenTrial, label: str, runs: Path, seeds: int, *, front: bool = False
+) -> Trial:
     """Return a trial of a study as a plain row; its seeds are read from its run folders, where those lie here."""
     state = STATES[trial.state]
     if trial.user_attrs.get("failure") == "memory":
@@ -262,6 +283,8 @@ def read_trial(trial: FrozenTrial, label: str, runs: Path, seeds: int) -> Trial:
         values=tuple(trial.values) if state == "finished" else (),
         curve=dict(sorted(trial.intermediate_values.items())),
         seeds=tuple(max(curve.values()) for curve in each) if seeds > 1 and all(each) else (),
+        loss=trial.user_attrs.get("val_loss"),
+        front=front,
         duplicate_of=trial.user_attrs.get("duplicate_of"),
         seconds=trial.duration.total_seconds() if trial.duration else None,
     )
@@ -275,6 +298,22 @@ def curve_of(folder: Path) -> dict[int, float]:
             row = json.loads(line)
             found[int(row["epoch"])] = float(row["val/top1"])
     return found
+
+
+def ranked(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that have a validation accuracy: finished ones first, then the others by the last one heard of.
+
+    Ties go to the lower loss, as where the best trial is chosen.
+    """
+    return sorted(
+        (trial for trial in trials if trial.top1 is not None),
+        key=lambda trial: (
+            trial.state != "finished",
+            -trial.top1,
+            math.inf if trial.loss is None else trial.loss,
+            trial.number,
+        ),
+    )
 
 
 def comparable(trials: Sequence[Trial]) -> tuple[int | None, list[tuple[Trial, float]]]:

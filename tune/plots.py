@@ -578,31 +578,20 @@ def _steps(curve: dict[int, float]) -> tuple[list[int], list[float]]:
     return list(curve), list(curve.values())
 
 
-def front(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials that no other beats: none has a top-1 as high at costs as low, and one of them better."""
-
-    def beats(one: Trial, other: Trial) -> bool:
-        ours, theirs = ((-t.values[0], *t.values[1:]) for t in (one, other))
-        return ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
-
-    those = [trial for trial in trials if len(trial.values) > 1]
-    return [one for one in those if not any(beats(other, one) for other in those)]
-
-
 def pareto(found: Findings) -> Picture:
     """Draw accuracy against each cost, and the trials that are the best at theirs."""
     title, name = "Accuracy against cost", "pareto"
-    those = [trial for trial in found.main if len(trial.values) == len(found.objectives)]
+    finished = [trial for trial in found.main if trial.state == "finished"]
+    those = [trial for trial in finished if trial.duplicate_of is None]
     if not those:
         return nothing(name, title, "No trial has finished yet.")
-    best = {trial.number for trial in front(those)}
     costs = found.objectives[1:]
     with canvas(WIDE, 3.9, ncols=len(costs), sharey=True, squeeze=False) as (
         figure,
         panels,
     ):
         for place, (axes, cost) in enumerate(zip(panels[0], costs, strict=True), 1):
-            points = [(t.values[place], t.values[0]) for t in those if t.number not in best]
+            points = [(t.values[place], t.values[0]) for t in those if not t.front]
             if points:
                 axes.scatter(
                     *zip(*points, strict=True),
@@ -612,9 +601,7 @@ def pareto(found: Findings) -> Picture:
                     lw=0,
                     label="beaten",
                 )
-            line = sorted(
-                (t.values[place], t.values[0], t.label) for t in those if t.number in best
-            )
+            line = sorted((t.values[place], t.values[0], t.label) for t in found.front)
             x, y = [one[0] for one in line], [one[1] for one in line]
             if len(costs) == 1:
                 axes.step(x, y, where="post", color=COLOURS["richkd"], lw=1.4, zorder=2)
@@ -638,6 +625,6 @@ def pareto(found: Findings) -> Picture:
             "left is better. Numbers are those of the trials.",
             wide=True,
             header=("trial", "front", *found.objectives),
-            rows=[(t.label, "yes" if t.number in best else "no", *t.values) for t in those],
+            rows=[(t.label, "yes" if t.front else "no", *t.values) for t in those],
             **save(figure),
         )

@@ -17,7 +17,7 @@ from tune import plots
 from tune.best import called
 from tune.display import describe, short
 from tune.draw import Picture, number, parameter
-from tune.findings import Findings, Trial, origin
+from tune.findings import Findings, Trial, origin, ranked
 from tune.page import (
     Beside,
     Block,
@@ -262,14 +262,6 @@ def value_of(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if value == round(value) else f"{value:.4g}"
     return "-" if value is None else str(value)
-
-
-def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials that have a validation accuracy: finished ones first, then the others by the last one heard of."""
-    return sorted(
-        (trial for trial in trials if trial.top1 is not None),
-        key=lambda trial: (trial.state != "finished", -trial.top1, trial.number),
-    )
 
 
 def leaderboard(found: Findings) -> list[Block]:
