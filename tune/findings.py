@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from richkd.config import Config, build, digest, read_layer
 from richkd.files import read_record
 from richkd.record import seed_folders
+from tune.agenda import STATES
 from tune.budget import spent
 from tune.driver import busy
 from tune.settings import Settings
@@ -34,12 +35,6 @@ FEW = 10  # trials below which nothing can be said about importance
 LEAST = 5  # trials that count as the best ones, where importance is asked for: PED-ANOVA's advice
 
 State = Literal["finished", "pruned", "failed", "infeasible", "running"]
-STATES: dict[TrialState, State] = {
-    TrialState.COMPLETE: "finished",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-    TrialState.RUNNING: "running",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,6 +149,17 @@ class Findings:
         return self.trials.get(MAIN, [])
 
     @property
+    def origin(self) -> str | None:
+        """What the best setting is, if the search did not find it but was given it."""
+        return origin(self.base.method.name, self.best.settings) if self.best else None
+
+    @property
+    def temperature_of(self) -> str:
+        """To which logits the searched temperature is relative: `task` or `fused`."""
+        of = self.settings.sweep.settings.get("loss.temperature_of")
+        return of or self.base.loss.temperature_of
+
+    @property
     def front(self) -> list[Trial]:
         """Trials of the main search that no other one betters in every objective, most accurate first."""
         return [trial for trial in ranked(self.main) if trial.front]
@@ -196,7 +202,8 @@ def gather(
     )
     if best is not None:
         settings = wanted.settings | settings_of(best)
-        config = sweep.resolve(settings if seed is None else settings | {"seed": seed})
+        settings |= {} if seed is None else {"seed": seed}
+        config = sweep.resolve(settings, sweep.base.method.name)  # as the refits are
         stale = seed is not None and digest(config) != runs[MAIN][seed]["digest"]
         seed = None if stale else seed
     front: set[int] = set()
@@ -212,7 +219,7 @@ def gather(
                 front=search.name == MAIN and trial.number in front,
             )
             for trial in search.study.get_trials(deepcopy=False)
-            if trial.state in STATES
+            if trial.state != TrialState.WAITING
         ]
         for search in searches
     }
@@ -269,7 +276,7 @@ def read_trial(
     trial: FrozenTrial, label: str, runs: Path, seeds: int, *, front: bool = False
 ) -> Trial:
     """Return a trial of a study as a plain row; its seeds are read from its run folders, where those lie here."""
-    state = STATES[trial.state]
+    state = STATES.get(trial.state, "running")
     if trial.user_attrs.get("failure") == "memory":
         state = "infeasible"
     each = [curve_of(folder) for folder in seed_folders(runs / "trials" / label, seeds)]

@@ -36,6 +36,7 @@ from tune.summary import STUDENTS, TEACHERS, spread
 
 ALPHA, TEMPERATURE, PROMPTS = "fusion.alpha", "loss.temperature", "clip.prompts"
 VAL = "validation top-1, %"
+LOGITS = {"task": "the task teacher's logits", "fused": "the fused logits"}
 COSTS = {"parameters": "parameters of the student", "latency": "latency, ms an image"}
 
 
@@ -59,12 +60,6 @@ def why(epoch: int | None) -> str:
     if epoch is None:
         return "All trials ran to their end."
     return f"Trials are compared after epoch {epoch}, which all of them reached, since some were stopped early."
-
-
-def temperature_of(found: Findings) -> str:
-    """Return to which logits the searched temperature is relative."""
-    of = found.settings.sweep.settings.get("loss.temperature_of", found.base.loss.temperature_of)
-    return "the task teacher's logits" if of == "task" else "the fused logits"
 
 
 def students(found: Findings) -> Picture:
@@ -255,7 +250,7 @@ def heat(found: Findings) -> Picture:
         axes.set_xlim(0, 1)
         axes.grid(visible=False)
         axes.set_xlabel(f"alpha at {scale_of(found)}")
-        axes.set_ylabel(f"T, of {temperature_of(found)}")
+        axes.set_ylabel(f"T, of {LOGITS[found.temperature_of]}")
         axes.set_title(title)
         bar = figure.colorbar(ScalarMappable(norm, SCALE), ax=axes, label=judged(epoch))
         bar.outline.set_visible(False)

@@ -17,7 +17,7 @@ from tune import plots
 from tune.best import called
 from tune.display import describe, short
 from tune.draw import Picture, number, parameter
-from tune.findings import Findings, Trial, origin, ranked
+from tune.findings import Findings, Trial, ranked
 from tune.page import (
     Beside,
     Block,
@@ -32,7 +32,7 @@ from tune.page import (
     to_markdown,
 )
 from tune.study import MAIN
-from tune.summary import STUDENTS, TEACHERS, columns
+from tune.summary import STUDENTS, TEACHERS, columns, top1_of
 
 LEADING = 20  # trials of the leaderboard; the table behind it has all
 FAILURES = 20  # that are shown, likewise
@@ -188,11 +188,10 @@ def summary(found: Findings) -> list[Block]:
     numbers = []
     for name in (name for name in (*TEACHERS, *STUDENTS) if name in found.summary):
         entry, gap = found.summary[name], found.summary[name].get("difference") or {}
-        mean = entry.get("mean", entry.get("top1"))
         numbers.append(
             (
                 name,
-                mean,
+                top1_of(entry),
                 entry["sd"],
                 entry["n"],
                 *(gap.get(k) for k in ("mean", "low", "high", "wins")),
@@ -230,8 +229,8 @@ def best(found: Findings) -> list[Block]:
             header=("key", "value"), rows=[(key, value_of(ran[key])) for key in keys if key in ran]
         )
     ]
-    if (given := origin(found.base.method.name, found.best.settings)) is not None:
-        blocks.append(Text(f"This is {given}.", "soft"))
+    if found.origin is not None:
+        blocks.append(Text(f"This is {found.origin}.", "soft"))
     blocks.append(
         Text(
             f"Trial {found.best.label} reached {found.best.top1:.2f} % on validation rows with it."
@@ -329,7 +328,7 @@ def leaderboard(found: Findings) -> list[Block]:
             blocks.append(
                 Text(
                     f"{more}Finished ones come first; pruned ones were stopped early, and show the last accuracy that was "
-                    f"heard of. T is relative to {'the task teacher' if _of_task(found) else 'the fused logits'}.",
+                    f"heard of. T is relative to {plots.LOGITS[found.temperature_of]}.",
                     "soft",
                 )
             )
@@ -338,17 +337,12 @@ def leaderboard(found: Findings) -> list[Block]:
     return blocks
 
 
-def _of_task(found: Findings) -> bool:
-    settings = found.settings.sweep.settings
-    return settings.get("loss.temperature_of", found.base.loss.temperature_of) == "task"
-
-
 def remark(found: Findings, trial: Trial) -> str:
     """Return what is to be known of a trial."""
     said = []
     if trial.duplicate_of is not None:
         said.append(f"the result of {trial.duplicate_of:03d}, whose settings are the same")
-    if trial.settings.get("loss.temperature_of") == "fused" and _of_task(found):
+    if trial.settings.get("loss.temperature_of") == "fused" and found.temperature_of == "task":
         said.append("as printed" if trial.shown().get("fusion.alpha") != 1 else "plain kd")
         if trial.shown().get("fusion.alpha", 1) != 1:
             said.append("T of the fused logits")

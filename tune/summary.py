@@ -130,6 +130,11 @@ def summarise(refits: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
     return summary
 
 
+def top1_of(entry: dict[str, Any]) -> float:
+    """Return the test top-1 of an entry of the summary, which is a student or a teacher, %."""
+    return entry["mean"] if "mean" in entry else entry["top1"]
+
+
 def winner(refits: dict[str, dict[int, dict[str, Any]]]) -> int | None:
     """Return the seed of the best refit of the setting found: highest validation accuracy, never test."""
     runs = refits.get("richkd", {})
@@ -148,9 +153,10 @@ def columns(summary: dict[str, Any]) -> dict[str, list]:
         if name not in summary:
             continue
         entry = summary[name]
-        mean = entry.get("mean", entry.get("top1"))
         gap = entry.get("difference")
-        accuracy = f"{mean:.2f}" + ("" if entry["sd"] is None else f" ± {entry['sd']:.2f}")
+        accuracy = f"{top1_of(entry):.2f}" + (
+            "" if entry["sd"] is None else f" ± {entry['sd']:.2f}"
+        )
         against = wins = ""
         if gap:
             against = f"{gap['mean']:+.2f}" + (
