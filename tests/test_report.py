@@ -17,6 +17,7 @@ import urllib.request
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -31,6 +32,7 @@ from richkd.config import build, digest, read
 from richkd.errors import Interrupted
 from richkd.files import read_json, write_json
 from tune import draw, launch, plots, report
+from tune.budget import Budget
 from tune.driver import locked
 from tune.findings import Trial, comparable, found_in, importance, ranked, read_trial
 from tune.page import Code, Text, to_html, to_markdown
@@ -448,22 +450,45 @@ def test_the_command_of_the_report_runs_what_the_best_refit_ran(swept):
     assert digest(build(read(words[4:]))) == run["digest"]
 
 
-def test_a_report_that_fails_is_a_warning_with_the_line_that_makes_it(faked, monkeypatch):
-    class Agenda:
-        searches, failed = (), {}
+def test_the_summary_of_a_sweep_is_what_its_report_was_made_of(tmp_path, monkeypatch):
+    folder, written = fake(tmp_path / "x"), []
+    sweep = Sweep(folder, asked_of(folder)[1])
+    agenda = SimpleNamespace(searches=open_searches(sweep, 12), failed={})
+    logbook = SimpleNamespace(conclude=lambda *_: {})
+    known = replace(found_in(folder), seconds=1.5)
+    monkeypatch.setattr(launch, "gather", lambda *_, **__: known)
+    monkeypatch.setattr(report, "write", lambda found: written.append(found) or folder / "page")
+    result = launch.conclude(sweep, agenda, logbook, Budget(folder / "spent.json", None, None))
+    assert written == [known]
+    assert (result["seconds"], result["summary"]) == (1.5, known.summary)
+    best = result["best"]
+    assert (best["trial"], best["val_top1"]) == (known.best.number, known.best.top1)
+    assert best["params"] == known.best.params
+    assert Path(best["checkpoint"]).parent.name == f"richkd-l-seed{known.seed}"
+    assert result.keys() <= read_json(folder / "summary.json").keys()
 
+
+def test_the_front_of_a_summary_is_that_of_the_report(tmp_path):
+    folder = costly(tmp_path / "x")
+    shown = launch.front(Sweep(folder, asked_of(folder)[1]), found := found_in(folder))
+    assert [one["trial"] for one in shown] == ["trial-001", "trial-002"]
+    assert [(one["top1"], one["parameters"]) for one in shown] == [(91.0, 2000.0), (80.0, 1000.0)]
+    assert [one["params"] for one in shown] == [found.main[k].params for k in (1, 2)]
+    assert [one["checkpoint"] for one in shown] == ["trials/001/best", "trials/002/best"]
+
+
+def test_a_report_that_fails_is_a_warning_with_the_line_that_makes_it(faked, monkeypatch):
     found = found_in(faked)
-    monkeypatch.setattr(launch, "gather", lambda *_, **__: found)
     monkeypatch.setattr(report, "write", lambda _: 1 / 0)
     with pytest.warns(UserWarning, match=r"ZeroDivisionError.*python -m tune report .*first"):
-        assert launch.report_of(found, Agenda) is None
+        assert launch.report_of(found) is None
 
     def stopped(_: object) -> None:
         raise Interrupted(2, "stopped")
 
     monkeypatch.setattr(report, "write", stopped)
     with pytest.raises(Interrupted):
-        launch.report_of(found, Agenda)
+        launch.report_of(found)
 
 
 def test_passwords_of_the_tracker_are_in_no_report(tmp_path):

@@ -29,7 +29,7 @@ from tune.budget import Budget
 from tune.display import Display, short, show
 from tune.driver import locked, resumable, work
 from tune.environment import differences, environment, fingerprint
-from tune.findings import ENVIRONMENT, gather, origin
+from tune.findings import ENVIRONMENT, Findings, gather
 from tune.first import STUDENTS_FILE, prepare
 from tune.logbook import Logbook
 from tune.places import check, machines_of
@@ -38,8 +38,8 @@ from tune.settings import UNHASHED as UNHASHED_SWEEP
 from tune.settings import Sweep as SweepSettings
 from tune.settings import digest as sweep_digest
 from tune.store import bring
-from tune.study import MAIN, Kind, Search, settings_of
-from tune.summary import STUDENTS, columns, read_refits, summarise, winner
+from tune.study import MAIN, Kind, Search
+from tune.summary import STUDENTS, columns
 from tune.sweep import Sweep, asked_of, budget_of, going_on, open_searches, state_of
 from tune.tracking import Tracker, public
 from tune.warmstart import printed
@@ -377,83 +377,76 @@ def set_aside(folder: Path) -> None:
 
 
 def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, budget: Budget) -> dict[str, Any]:
-    """Choose the best, summarise, and write it down: `summary.json` and MLflow."""
-    refits = read_refits(sweep.runs / "refits", sweep.labels)
-    search = agenda.searches[0]
-    trial, seed = search.best(), winner(refits)
-    if trial is None or seed is None:
-        reasons = "; ".join(sorted({why.text for why in agenda.failed.values()})[:3])
+    """Choose the best, summarise, and write it down: the report, `summary.json` and MLflow."""
+    budget.save()
+    found = gather(sweep, agenda.searches, state="finished", failures=agenda.failed)
+    if found.best is None or found.seed is None:
+        reasons = "; ".join(sorted({why.text for why in found.failures.values()})[:3])
         raise RichkdError(
-            f"no trial of {sweep.folder.name} gave a student: {reasons or 'all were stopped early'}."
+            f"no trial of {found.name} gave a student: {reasons or 'all were stopped early'}."
         )
-    best = sweep.trial(search, trial.number, trial.params, settings_of(trial))
-    shown = flatten(to_dict(best.config))
-    metrics = refits["richkd"][seed]
-    summary = summarise(refits)
+    ran = flatten(to_dict(found.config))
+    params = {key: ran[key] for key in found.best.params}
+    metrics = found.refits[MAIN][found.seed]
+    refit = sweep.runs / "refits" / f"{found.labels[MAIN]}-seed{found.seed}"
+    search = agenda.searches[0]
     result = {
-        "sweep": str(sweep.folder),
-        "trials": sum(s.trials for s in agenda.searches),
+        "sweep": str(found.folder),
+        "trials": sum(found.asked.values()),
         "states": {search.name: search.states() for search in agenda.searches},
         "duplicates": sum(search.duplicates for search in agenda.searches),
-        "failed": len(agenda.failed),
-        "failures": {job: why.text for job, why in agenda.failed.items()},
-        "failure_kinds": {job: why.kind for job, why in agenda.failed.items()},
-        "failures_by_class": Counter(why.kind for why in agenda.failed.values()),
+        "failed": len(found.failures),
+        "failures": {job: why.text for job, why in found.failures.items()},
+        "failure_kinds": {job: why.kind for job, why in found.failures.items()},
+        "failures_by_class": Counter(why.kind for why in found.failures.values()),
         "best": {
-            "trial": trial.number,
-            "val_top1": trial.values[0],
-            "params": best.params,
-            "settings": {key: shown[key] for key in (*best.params, "loss.temperature_of")},
-            "origin": origin(sweep.base.method.name, settings_of(trial)),
-            "scale": best.config.clip.scale,
-            "seed": seed,
-            "checkpoint": _within(
-                sweep.runs / "refits" / f"{sweep.labels['richkd']}-seed{seed}" / "best",
-                sweep.folder,
-            ),
+            "trial": found.best.number,
+            "val_top1": found.best.top1,
+            "params": params,
+            "settings": params | {"loss.temperature_of": ran["loss.temperature_of"]},
+            "origin": found.origin,
+            "scale": found.config.clip.scale,
+            "seed": found.seed,
+            "checkpoint": _within(refit / "best", sweep.folder),
             "recorded": {"val_top1": metrics["best_val_top1"], "test_top1": metrics["test/top1"]},
         },
-        "front": front(sweep, search),
+        "front": front(sweep, found),
         "leading": [f"trial-{search.label(number)}" for number in search.leading(LEADING)],
-        "summary": summary,
-        "seconds": budget.seconds,
-        "gpu_seconds": budget.gpu_seconds,
+        "summary": found.summary,
+        "seconds": found.seconds,
+        "gpu_seconds": found.gpu_seconds,
         "machine": {"cores": os.cpu_count(), "platform": platform.platform()},
+        "report": report_of(found),
     }
-    budget.save()  # the report reads it
-    result["report"] = report_of(sweep, agenda)
-    result["mlflow"] = logbook.conclude(result, columns(summary))
+    result["mlflow"] = logbook.conclude(result, columns(found.summary))
     write_json(sweep.folder / "summary.json", result)
     return located(sweep.folder, result)
 
 
-def front(sweep: Sweep, search: Search) -> list[dict[str, Any]]:
+def front(sweep: Sweep, found: Findings) -> list[dict[str, Any]]:
     """Return the trials that none betters in every objective, as plain JSON; nothing with accuracy alone."""
-    if len(search.objectives) == 1:
-        return []
-    found = []
-    for trial in search.front():
-        job = sweep.trial(search, trial.number, trial.params, settings_of(trial))
-        values = dict(zip(search.objectives, trial.values, strict=True))
-        best = seed_folders(job.folder, sweep.settings.sweep.seeds_per_trial)[0] / "best"
-        place = {} if job.store else {"checkpoint": _within(best, sweep.folder)}
-        found.append({"trial": job.id, **values, "params": job.params, **place})
-    return found
+    shown = []
+    for trial in found.front:
+        values = dict(zip(found.objectives, trial.values, strict=True))
+        folder = sweep.runs / "trials" / trial.label
+        best = seed_folders(folder, found.settings.sweep.seeds_per_trial)[0] / "best"
+        place = {} if sweep.store else {"checkpoint": _within(best, sweep.folder)}
+        shown.append({"trial": f"trial-{trial.label}", **values, "params": trial.shown(), **place})
+    return shown
 
 
-def report_of(sweep: Sweep, agenda: Agenda) -> str | None:
+def report_of(found: Findings) -> str | None:
     """Write the report of a sweep that has ended, and return where; a report that fails is a warning, and None."""
     try:
         from tune.report import write  # with what draws
 
-        found = gather(sweep, agenda.searches, state="finished", failures=agenda.failed)
-        return _within(write(found), sweep.folder)
+        return _within(write(found), found.folder)
     except Stopped:  # a second signal
         raise
     except Exception as error:
         warnings.warn(
             f"the report could not be written ({type(error).__name__}: {error}); once that is mended: python -m tune "
-            f"report {called(sweep.folder)}",
+            f"report {called(found.folder)}",
             stacklevel=2,
         )
         return None
