@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from faked import fake
 from scipy import stats
-from small import command
+from small import ROOT, command
 
 from richkd.errors import ConfigError
 from richkd.files import read_json, write_json
@@ -125,6 +127,17 @@ def test_the_table_fits_into_a_terminal(pair, tmp_path, count):
 def test_less_than_two_sweeps_are_refused(pair, count):
     with pytest.raises(ConfigError, match="two sweeps or more"):
         compare([pair[0]] * (count + 1) if count else [])
+
+
+def test_a_comparison_is_made_without_what_draws_and_without_ray_and_mlflow(pair):
+    code = f"""
+import sys
+from tune.__main__ import ABOUT, VERBS, main
+words = ["compare", "{pair[0]}", "{pair[1]}"]
+assert main("python -m tune", ABOUT, VERBS, words) == 0
+assert not {{"mlflow", "ray", "matplotlib"}} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def test_the_verb_prints_writes_and_answers(pair):

@@ -173,7 +173,13 @@ def test_settings_are_told_in_few_characters(params, text):
     assert describe(params) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.5, "0.5"), (3, "3"), ("a", "a"), (None, "None")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *((0.5, "0.5"), (0.123456, "0.123"), (3, "3"), (2.0, "2"), (78042.0, "78042")),
+        *((1e20, "1e+20"), (float("inf"), "inf"), ("a", "a"), (True, "True"), (None, "-")),
+    ],
+)
 def test_a_value_is_said_shortly(value, text):
     assert say(value) == text
 

@@ -12,8 +12,8 @@ from richkd import escape
 from richkd.config import UNHASHED, flatten, to_dict
 from richkd.errors import ConfigError
 from richkd.files import make_folder, write_atomic
+from tune.display import duration, say
 from tune.findings import Findings, found_in
-from tune.report import duration, value_of
 from tune.study import MAIN
 from tune.summary import STUDENTS, difference
 
@@ -53,7 +53,7 @@ def compare(folders: list[Path], csv: Path | None = None) -> dict[str, Any]:
     first, *others = found
     differing, warnings = settings_that_differ(found), []
     for row, one in zip(rows, found, strict=True):
-        row |= {key: value_of(_settings(one).get(key)) for key in differing if key not in NAMED}
+        row |= {key: say(_settings(one).get(key)) for key in differing if key not in NAMED}
     for one in others:
         warnings += [f"{first.name} and {one.name}: {why}" for why in incomparable(first, one)]
     differences = {
@@ -142,7 +142,7 @@ def _other_data(one: Findings, other: Findings) -> list[str]:
 def _values(one: Findings, other: Findings) -> list[str]:
     ours, theirs = _settings(one), _settings(other)
     return [
-        f"{key} {value_of(ours.get(key))} and {value_of(theirs.get(key))}"
+        f"{key} {say(ours.get(key))} and {say(theirs.get(key))}"
         for key in settings_that_differ([one, other])
         if key.startswith(DECISIVE)
     ]
@@ -216,7 +216,7 @@ def _shown(row: dict[str, Any], gap: dict[str, Any] | None) -> dict[str, str]:
         shown["best val"] = f"{row['best val top-1']:.2f}"
     for key, value in row.items():
         if key.startswith("found "):
-            shown[key] = escape.line(value_of(value))
+            shown[key] = escape.line(say(value))
     for student in reversed(STUDENTS):
         if (mean := row[f"test {student}"]) is not None:
             sd, n = row[f"test {student} sd"], row[f"test {student} n"]

@@ -35,9 +35,19 @@ STYLES = {
 }
 
 
-def say(value: Any) -> str:
-    """Return a searched value in few characters."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def say(value: Any, digits: int = 3) -> str:
+    """Return a setting in few characters: a fraction with so many digits, what is whole with all of its own."""
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.{digits}g}"
+    return "-" if value is None else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    for size, name in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.0f} s"
 
 
 def describe(params: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from richkd.config import command_of, dump, flatten, to_dict
 from richkd.files import write_atomic
 from tune import plots
 from tune.best import called
-from tune.display import describe, short
+from tune.display import describe, duration, say, short
 from tune.draw import Picture, number, parameter
 from tune.findings import Findings, Trial, ranked
 from tune.page import (
@@ -35,6 +35,7 @@ from tune.study import MAIN
 from tune.summary import STUDENTS, TEACHERS, columns, top1_of
 
 LEADING = 20  # trials of the leaderboard; the table behind it has all
+DIGITS = 4  # of settings in tables
 FAILURES = 20  # that are shown, likewise
 SECTIONS = (
     "sweep",
@@ -151,14 +152,6 @@ def tiles(found: Findings) -> list[tuple[str, str, str]]:
     return shown
 
 
-def duration(seconds: float) -> str:
-    """Return a time in the unit that suits it."""
-    for size, name in ((3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {name}"
-    return f"{seconds:.0f} s"
-
-
 def verdict(found: Findings) -> str:
     """Return in one sentence whether the search was worth it: the paired difference to plain distillation, tuned as well."""
     gap, own = found.summary.get("difference_tuned"), f"{found.labels[MAIN]} as found"
@@ -226,7 +219,8 @@ def best(found: Findings) -> list[Block]:
     keys = dict.fromkeys((*found.best.params, "loss.temperature_of", "clip.scale"))
     blocks: list[Block] = [
         Table(
-            header=("key", "value"), rows=[(key, value_of(ran[key])) for key in keys if key in ran]
+            header=("key", "value"),
+            rows=[(key, say(ran[key], DIGITS)) for key in keys if key in ran],
         )
     ]
     if found.origin is not None:
@@ -256,13 +250,6 @@ def best(found: Findings) -> list[Block]:
     return blocks
 
 
-def value_of(value: Any) -> str:
-    """Return a setting as text."""
-    if isinstance(value, float):
-        return f"{value:.0f}" if value == round(value) else f"{value:.4g}"
-    return "-" if value is None else str(value)
-
-
 def leaderboard(found: Findings) -> list[Block]:
     """Return the best trials of each search."""
     blocks: list[Block] = []
@@ -287,8 +274,8 @@ def leaderboard(found: Findings) -> list[Block]:
                 trial.label,
                 trial.state,
                 f"{trial.top1:.2f}",
-                *(value_of(v) for v in (*trial.values[1:], *[None] * len(costs))[: len(costs)]),
-                *(value_of(trial.shown().get(key)) for key in keys),
+                *(say(v, DIGITS) for v in (*trial.values[1:], *[None] * len(costs))[: len(costs)]),
+                *(say(trial.shown().get(key), DIGITS) for key in keys),
                 str(trial.epochs),
                 remark(found, trial),
             ]
