@@ -49,9 +49,11 @@ def test_the_difference_is_paired_by_seed_and_has_the_interval_of_the_t_test(pai
     ours, theirs = accuracies(pair[1], "richkd-l"), accuracies(pair[0], "richkd-l")
     test = stats.ttest_rel(ours, theirs)
     low, high = test.confidence_interval(0.95)
-    gap = found["differences"]["two"]
-    assert gap["mean"] == pytest.approx(sum(ours) / 3 - sum(theirs) / 3)
-    assert (gap["low"], gap["high"], gap["n"]) == (pytest.approx(low), pytest.approx(high), 3)
+    first, gap = found["sweeps"]
+    assert gap["to the first mean"] == pytest.approx(sum(ours) / 3 - sum(theirs) / 3)
+    assert gap["to the first low"] == pytest.approx(low)
+    assert gap["to the first high"] == pytest.approx(high)
+    assert (first["to the first n"], gap["to the first n"]) == (None, 3)
     assert found["warnings"] == []
     assert any(f"({low:+.2f} to {high:+.2f})" in line for line in lines(found))
 
@@ -86,7 +88,7 @@ def test_without_a_name_the_table_lies_beside_the_sweeps(pair):
 def test_what_cannot_be_compared_is_said(pair, tmp_path, words, said, pairs):
     found = compare([pair[0], fake(tmp_path / "other", 2, words=words)])
     assert found["warnings"] == [f"one and other: {said}"]
-    assert (found["differences"]["other"] is not None) == pairs
+    assert (found["sweeps"][1]["to the first mean"] is not None) == pairs
     assert any(line.startswith("careful") and said in line for line in lines(found))
 
 
@@ -97,7 +99,7 @@ def test_sweeps_of_other_data_have_no_difference(pair, tmp_path):
         write_json(path, read_json(path) | {"data": "1" * 64})
     (other / "summary.json").unlink()
     found = compare([pair[0], other])
-    assert found["differences"]["other"] is None
+    assert found["sweeps"][1]["to the first mean"] is None
     assert found["warnings"] == [
         "one and other: other data (digest 000000000000 and 111111111111)",
         "one and other: other is stopped",
@@ -106,7 +108,7 @@ def test_sweeps_of_other_data_have_no_difference(pair, tmp_path):
 
 def test_a_sweep_without_refits_is_compared_as_far_as_it_goes(pair, tmp_path):
     found = compare([pair[0], fake(tmp_path / "begun", 1, complete=0, seeds=0)])
-    assert found["differences"]["begun"] is None
+    assert found["sweeps"][1]["to the first mean"] is None
     assert table(found["csv"])[1]["test richkd"] == ""
     assert any("stopped" in line for line in lines(found))
 
@@ -121,6 +123,32 @@ def test_the_table_fits_into_a_terminal(pair, tmp_path, count):
     rows = shown[: shown.index("")]
     assert max(map(len, rows)) <= 100
     assert all(any(folder.name in line for line in rows) for folder in folders)
+
+
+def test_sweeps_of_the_same_name_are_told_apart(pair, tmp_path, monkeypatch):
+    shutil.copytree(pair[1], tmp_path / "old" / "one")
+    monkeypatch.chdir(tmp_path)
+    found = compare([pair[0], Path("old/one")])
+    first, other = found["sweeps"]
+    assert (first["sweep"], other["sweep"]) == (str(pair[0].resolve()), "old/one")
+    assert [row["folder"] for row in table(found["csv"])] == [str(pair[0]), f"{tmp_path}/old/one"]
+    assert first["to the first mean"] is None
+    ours, theirs = accuracies(pair[1], "richkd-l"), accuracies(pair[0], "richkd-l")
+    assert other["to the first mean"] == pytest.approx(sum(ours) / 3 - sum(theirs) / 3)
+    assert any("old/one" in line for line in lines(found))
+
+
+def test_a_sweep_by_two_spellings_is_one(pair, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(pair[0])
+    monkeypatch.chdir(pair[0].parent)
+    with pytest.raises(ConfigError, match="two sweeps or more but got one"):
+        compare([pair[0], Path("one"), tmp_path / "link"])
+
+
+def test_settings_that_differ_are_shown_to_their_last_digit(pair, tmp_path):
+    found = compare([pair[0], fake(tmp_path / "x", 2, words=("train.lr=0.0500001",))])
+    assert [row["train.lr"] for row in found["sweeps"]] == [0.05, 0.0500001]
+    assert any(line.split()[-2:] == ["0.05", "0.0500001"] for line in lines(found) if line)
 
 
 @pytest.mark.parametrize("count", [0, 1])

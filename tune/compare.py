@@ -1,6 +1,7 @@
 """Sweeps beside each other: what each was asked for, what it found, and the paired difference between them."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from richkd import escape
 from richkd.config import UNHASHED, flatten, to_dict
 from richkd.errors import ConfigError
 from richkd.files import make_folder, write_atomic
-from tune.display import duration, say
+from tune.display import duration, say, short
 from tune.findings import Findings, found_in
 from tune.study import MAIN
 from tune.summary import STUDENTS, difference
 
+GAPS = ("richkd - kd_tuned", "to the first")  # what the columns of a paired difference begin with
+EXACT = 12  # digits of a setting, where sweeps may differ in the last of them
 ASIDE = 4  # sweeps that stand side by side; more of them are rows
 NAMED = (
     "data.source",
@@ -36,47 +39,49 @@ def compare(folders: list[Path], csv: Path | None = None) -> dict[str, Any]:
         csv: Where the table goes; None: `comparison.csv` beside the first sweep.
 
     Returns:
-        `sweeps` (what is known of each, by column), `differences` (paired, of each to the first, None where they cannot be
-        compared), `warnings` (what does not compare, a line each) and `csv`.
+        `sweeps` (what is known of each, by column), `warnings` (what does not compare, a line each) and `csv`.
 
     Raises:
         ConfigError: If there are not two sweeps.
         CorruptError: If a record cannot be read.
     """
-    if len(set(folders)) < 2:
+    folders = list(dict.fromkeys(folder.resolve() for folder in folders))
+    if len(folders) < 2:
         got = ", ".join(folder.name for folder in folders) or "none"
         raise ConfigError(
             f"compare needs two sweeps or more but got {got}; name them: SWEEP SWEEP."
         )
-    found = [found_in(folder) for folder in dict.fromkeys(folders)]
-    rows = [row_of(one) for one in found]
-    first, *others = found
+    found = [found_in(folder) for folder in folders]
+    titles = titles_of(folders)
+    rows = [row_of(one, title) for one, title in zip(found, titles, strict=True)]
     differing, warnings = settings_that_differ(found), []
-    for row, one in zip(rows, found, strict=True):
-        row |= {key: say(_settings(one).get(key)) for key in differing if key not in NAMED}
-    for one in others:
-        warnings += [f"{first.name} and {one.name}: {why}" for why in incomparable(first, one)]
-    differences = {
-        one.name: None if _other_data(first, one) else difference(_tested(one), _tested(first))
-        for one in others
-    }
-    path = csv or first.folder.parent / "comparison.csv"
+    for row, one, title in zip(rows, found, titles, strict=True):
+        gap = None
+        if one is not found[0]:
+            warnings += incomparable(found[0], one, (titles[0], title))
+            if not _other_data(found[0], one):
+                gap = difference(_tested(one), _tested(found[0]))
+        row |= {f"{GAPS[1]} {key}": (gap or {}).get(key) for key in ("mean", "low", "high", "n")}
+        row |= {key: _settings(one).get(key) for key in differing if key not in NAMED}
+    path = csv or folders[0].parent / "comparison.csv"
     make_folder(path.parent, "--csv")
-    write_atomic(path, to_csv(rows, differences))
-    return {
-        "sweeps": rows,
-        "differences": differences,
-        "warnings": warnings,
-        "csv": str(path),
-    }
+    write_atomic(path, to_csv(rows))
+    return {"sweeps": rows, "warnings": warnings, "csv": str(path)}
 
 
-def row_of(found: Findings) -> dict[str, Any]:
+def titles_of(folders: list[Path]) -> list[str]:
+    """Return what sweeps are called beside each other: their names, and where others have the same their folders."""
+    names = Counter(folder.name for folder in folders)
+    return [folder.name if names[folder.name] == 1 else short(folder) for folder in folders]
+
+
+def row_of(found: Findings, title: str) -> dict[str, Any]:
     """Return what is known of a sweep, by column."""
     own = found.summary.get("difference_tuned") or {}
     ended = sum(t.state != "running" for trials in found.trials.values() for t in trials)
     row = {
-        "sweep": found.name,
+        "sweep": title,
+        "folder": str(found.folder),
         "state": found.state,
         "data": found.base.data.source,
         "data digest": (_digest(found) or "")[:12],
@@ -94,7 +99,7 @@ def row_of(found: Findings) -> dict[str, Any]:
         entry = found.summary.get(student, {})
         row |= {f"test {student}": entry.get("mean"), f"test {student} sd": entry.get("sd")}
         row |= {f"test {student} n": entry.get("n")}
-    row |= {f"richkd - kd_tuned {key}": own.get(key) for key in ("mean", "low", "high", "n")}
+    row |= {f"{GAPS[0]} {key}": own.get(key) for key in ("mean", "low", "high", "n")}
     return row | {"hours": found.seconds / 3600, "gpu hours": found.gpu_seconds / 3600}
 
 
@@ -142,36 +147,32 @@ def _other_data(one: Findings, other: Findings) -> list[str]:
 def _values(one: Findings, other: Findings) -> list[str]:
     ours, theirs = _settings(one), _settings(other)
     return [
-        f"{key} {say(ours.get(key))} and {say(theirs.get(key))}"
+        f"{key} {say(ours.get(key), EXACT)} and {say(theirs.get(key), EXACT)}"
         for key in settings_that_differ([one, other])
         if key.startswith(DECISIVE)
     ]
 
 
-def incomparable(one: Findings, other: Findings) -> list[str]:
-    """Return what keeps the accuracies of two sweeps from being compared, a line each."""
+def incomparable(one: Findings, other: Findings, titles: tuple[str, str]) -> list[str]:
+    """Return what keeps the accuracies of two sweeps, which are called by their titles, from being compared, a line each."""
     said = _other_data(one, other)
     said += [why for why in _values(one, other) if why not in said]
-    said += [f"{each.name} is {each.state}" for each in (one, other) if each.state != "finished"]
-    return said
+    states = zip(titles, (one.state, other.state), strict=True)
+    said += [f"{title} is {state}" for title, state in states if state != "finished"]
+    return [f"{' and '.join(titles)}: {why}" for why in said]
 
 
-def to_csv(rows: list[dict[str, Any]], differences: dict[str, dict[str, Any] | None]) -> bytes:
+def to_csv(rows: list[dict[str, Any]]) -> bytes:
     """Return the comparison as CSV, a row a sweep."""
-    gaps = ("mean", "low", "high", "n")
     header = list(dict.fromkeys(key for row in rows for key in row))
-    lines = []
-    for row in rows:
-        gap = differences.get(row["sweep"]) or {}
-        lines.append([*(row.get(key) for key in header), *(gap.get(key) for key in gaps)])
-    return escape.to_csv([*header, *(f"to {rows[0]['sweep']} {key}" for key in gaps)], lines)
+    return escape.to_csv(header, [[row.get(key) for key in header] for row in rows])
 
 
 def lines(found: dict[str, Any], width: int | None = None) -> list[str]:
     """Return a comparison as lines for a terminal: up to `ASIDE` sweeps are columns, more are rows."""
     width = max(80, width or shutil.get_terminal_size((100, 24)).columns)
-    rows, differences = found["sweeps"], found["differences"]
-    shown = [_shown(row, differences.get(row["sweep"])) for row in rows]
+    rows = found["sweeps"]
+    shown = [_shown(row) for row in rows]
     keys = list(dict.fromkeys(key for one in shown for key in one))
     wide = len(rows) > ASIDE
     if wide:
@@ -208,7 +209,7 @@ def lines(found: dict[str, Any], width: int | None = None) -> list[str]:
     return [*said, f"table      {found['csv']}"]
 
 
-def _shown(row: dict[str, Any], gap: dict[str, Any] | None) -> dict[str, str]:
+def _shown(row: dict[str, Any]) -> dict[str, str]:
     """Return a row as a person reads it."""
     kept = ("state", "data", "student", "epochs", "trials", "refit seeds", "clip.scale")
     shown = {key: str(row[key]) for key in kept}
@@ -222,22 +223,21 @@ def _shown(row: dict[str, Any], gap: dict[str, Any] | None) -> dict[str, str]:
             sd, n = row[f"test {student} sd"], row[f"test {student} n"]
             title = STUDENTS[student].title.removeprefix("richkd-l, ")
             shown[title] = f"{mean:.2f}" + ("" if sd is None else f" ± {sd:.2f}") + f" ({n})"
-    if row["richkd - kd_tuned mean"] is not None:
-        shown["to kd, tuned"] = _gap(
-            {k: row[f"richkd - kd_tuned {k}"] for k in ("mean", "low", "high")}
-        )
-    shown["to the first"] = "" if gap is None else _gap(gap)
+    shown["to kd, tuned"] = _gap(row, GAPS[0])
+    shown["to the first"] = _gap(row, GAPS[1])
     shown["took"] = duration(3600 * row["hours"])
     if row["gpu hours"]:
         shown["GPU hours"] = f"{row['gpu hours']:.3g}"
-    known = ("sweep", "data digest", "best val top-1", "hours", "gpu hours", *kept)
+    known = ("sweep", "folder", "data digest", "best val top-1", "hours", "gpu hours", *kept)
     for key, value in row.items():
-        if key not in known and not key.startswith(("found ", "test ", "richkd - ")):
-            shown[key] = escape.line(str(value))
+        if key not in known and not key.startswith(("found ", "test ", *GAPS)):
+            shown[key] = escape.line(say(value, EXACT))
     return shown
 
 
-def _gap(gap: dict[str, Any]) -> str:
-    if gap["low"] is None:
-        return f"{gap['mean']:+.2f}"
-    return f"{gap['mean']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})"
+def _gap(row: dict[str, Any], name: str) -> str:
+    """Return a difference of a row with its interval, nothing if there is none."""
+    mean, low, high = (row[f"{name} {key}"] for key in ("mean", "low", "high"))
+    if mean is None:
+        return ""
+    return f"{mean:+.2f}" + ("" if low is None else f" ({low:+.2f} to {high:+.2f})")
