@@ -416,6 +416,22 @@ def test_a_sweep_with_costs_shows_what_accuracy_costs(faked, costs):
     assert all(f">{cost}</th>" in page for cost in costs)
 
 
+def test_the_leaderboard_says_where_first_trials_are_from(faked):
+    found = found_in(faked)
+    rng = np.random.default_rng(0)
+    sources = ("paper", "first/trial-003", "a|<b>/trial-kd-001", None)
+    main = [
+        read_trial(trial(rng, TrialState.COMPLETE, ("a",), source=source), f"00{k}", Path(), 1)
+        for k, source in enumerate(sources)
+    ]
+    board, _ = report.leaderboard(replace(found, trials={"richkd": main}))
+    remarks = {row[0]: row[-1] for row in board.rows}
+    assert remarks == {
+        **{"000": "", "001": "from first/trial-003"},
+        **{"002": "from a|<b>/trial-kd-001", "003": ""},
+    }
+
+
 def gap(*values: float) -> dict:
     """Return a difference over two seeds, or one without an interval."""
     mean = statistics.fmean(values)

@@ -54,6 +54,7 @@ class Trial:
         loss: Validation loss at its best epoch, which decides between trials of the same accuracy.
         front: Whether no other trial betters it in every objective; of several objectives, in the main search, each setting once.
         duplicate_of: Number of the trial whose result it was given, since the settings are the same.
+        source: Where one of the first trials is from, such as `paper`, or a trial of another sweep.
         seconds: It took.
     """
 
@@ -69,6 +70,7 @@ class Trial:
     loss: float | None = None
     front: bool = False
     duplicate_of: int | None = None
+    source: str | None = None
     seconds: float | None = None
 
     @property
@@ -293,6 +295,7 @@ def read_trial(
         loss=trial.user_attrs.get("val_loss"),
         front=front,
         duplicate_of=trial.user_attrs.get("duplicate_of"),
+        source=trial.user_attrs.get("source"),
         seconds=trial.duration.total_seconds() if trial.duration else None,
     )
 

@@ -33,6 +33,7 @@ from tune.page import (
 )
 from tune.study import MAIN
 from tune.summary import STUDENTS, TEACHERS, columns, top1_of
+from tune.warmstart import PAPER
 
 LEADING = 20  # trials of the leaderboard; the table behind it has all
 DIGITS = 4  # of settings in tables
@@ -333,6 +334,8 @@ def remark(found: Findings, trial: Trial) -> str:
         said.append("as printed" if trial.shown().get("fusion.alpha") != 1 else "plain kd")
         if trial.shown().get("fusion.alpha", 1) != 1:
             said.append("T of the fused logits")
+    if trial.source not in (None, PAPER):
+        said.append(f"from {trial.source}")
     return ", ".join(said)
 
 
