@@ -392,6 +392,31 @@ def test_picture_table_and_summary_have_the_front_of_the_search(tmp_path):
     assert rows == {"000": "no", "001": "yes", "002": "yes", "004": "no", "005": "no"}
 
 
+def test_points_of_a_front_that_coincide_have_one_label(tmp_path):
+    found = found_in(costly(tmp_path / "x"))
+    twin = replace(found.main[1], number=6, label="006")
+    main = [*found.main, twin]
+    main[1] = replace(main[1], params=main[1].params | {"student.name": "cnn16"})
+    main[2] = replace(main[2], params=main[2].params | {"student.name": "cnn8"})
+    found = replace(found, trials={"richkd": main})
+    same = replace(twin, params=main[1].params)
+    of_one = replace(found, trials={"richkd": [*main[:-1], same]})
+    assert plots.labels(of_one, 1) == {
+        (1000.0, 80.0): "cnn8: 002",
+        (2000.0, 91.0): "cnn16: 001, 006",
+    }
+    assert plots.pareto(of_one).svg
+    more = [replace(same, number=k, label=f"{k:03d}") for k in range(7, 10)]
+    many = replace(found, trials={"richkd": [*of_one.main, *more]})
+    assert plots.labels(many, 1)[2000.0, 91.0] == "cnn16: 001, 006, 007, 008 …"
+    wide = [
+        replace(same, number=10 + k, label=f"{10 + k:03d}", values=(70.0 - k, 900.0 - k))
+        for k in range(5)
+    ]
+    crowded = replace(found, trials={"richkd": [*of_one.main, *wide]})
+    assert plots.labels(crowded, 1)[2000.0, 91.0] == "001, 006"
+
+
 def test_trials_of_the_same_accuracy_are_ranked_by_loss_as_the_best_is_chosen(tmp_path):
     found = found_in(costly(tmp_path / "x"))
     assert [one.label for one in ranked(found.main)] == ["005", "001", "003", "000", "004", "002"]

@@ -35,6 +35,9 @@ from tune.study import MAIN
 from tune.summary import STUDENTS, TEACHERS, spread
 
 ALPHA, TEMPERATURE, PROMPTS = "fusion.alpha", "loss.temperature", "clip.prompts"
+STUDENT = "student.name"
+LABELS = 12  # of points on a front; half as many have room for the name of a student
+TOGETHER = 4  # trials that a point names
 VAL = "validation top-1, %"
 LOGITS = {"task": "the task teacher's logits", "fused": "the fused logits"}
 COSTS = {"parameters": "parameters of the student", "latency": "latency, ms an image"}
@@ -596,15 +599,15 @@ def pareto(found: Findings) -> Picture:
                     lw=0,
                     label="beaten",
                 )
-            line = sorted((t.values[place], t.values[0], t.label) for t in found.front)
-            x, y = [one[0] for one in line], [one[1] for one in line]
+            texts = labels(found, place)
+            x, y = zip(*texts, strict=True)
             if len(costs) == 1:
                 axes.step(x, y, where="post", color=COLOURS["richkd"], lw=1.4, zorder=2)
             axes.scatter(
                 x, y, s=46, color=COLOURS["richkd"], lw=0, zorder=3, label="front: nothing beats it"
             )
-            for one in line[:12]:
-                axes.annotate(one[2], one[:2], (5, -11), textcoords="offset points", fontsize=8.5)
+            for at, text in list(texts.items())[:LABELS]:
+                axes.annotate(text, at, (5, -11), textcoords="offset points", fontsize=8.5)
             axes.set_xlabel(COSTS.get(cost, drawable(cost)))
             if min(x) > 0 and max(t.values[place] for t in those) > 8 * min(
                 t.values[place] for t in those
@@ -612,14 +615,37 @@ def pareto(found: Findings) -> Picture:
                 axes.set_xscale("log")
         panels[0][0].set_ylabel(VAL)
         panels[0][0].set_title(title)
-        panels[0][0].legend(loc="lower right")
+        panels[0][0].margins(y=0.12)  # for a label below the lowest point
+        figure.legend(
+            *panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2
+        )
         return Picture(
             name=name,
             title=title,
-            text="A trial on the front has no other that is at least as accurate at no higher cost; above and to the "
+            text="A trial on the front has no other that is better in one of these and as good in the rest; above and to the "
             "left is better. Numbers are those of the trials.",
             wide=True,
             header=("trial", "front", *found.objectives),
             rows=[(t.label, "yes" if t.front else "no", *t.values) for t in those],
             **save(figure),
         )
+
+
+def labels(found: Findings, place: int) -> dict[tuple[float, float], str]:
+    """Return what stands beside each point of the front, by cost and top-1: its trials, and their student if there is room.
+
+    Args:
+        found: Of several objectives.
+        place: Of the cost among them.
+    """
+    points: dict[tuple[float, float], list[Trial]] = {}
+    for trial in sorted(found.front, key=lambda trial: (trial.values[place], trial.values[0])):
+        points.setdefault((trial.values[place], trial.values[0]), []).append(trial)
+    texts = {}
+    for at, those in points.items():
+        numbers = [trial.label for trial in sorted(those, key=lambda trial: trial.number)]
+        texts[at] = ", ".join(numbers[:TOGETHER]) + " …" * (len(numbers) > TOGETHER)
+        names = {trial.params.get(STUDENT) for trial in those}
+        if len(names) == 1 and None not in names and len(points) <= LABELS / 2:
+            texts[at] = f"{drawable(names.pop())}: {texts[at]}"
+    return texts
