@@ -101,6 +101,8 @@ def fake(
         *words,
     )
     layers = read(list(words))
+    if prompts != PROMPTS:  # names that no config takes, but that an older study may hold
+        layers = layers.over("", {"sweep.space.clip.prompts": None})
     folder.mkdir(parents=True)
     asked = {"name": folder.name, "started": "2026-01-01T00:00:00+0000", "layers": layers.to_list()}
     write_json(folder / "sweep.json", asked | {"tracking": "http://127.0.0.1:9"})

@@ -6,6 +6,7 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
+from richkd import escape
 from richkd.methods import METHODS
 from tune.space import Space
 
@@ -111,6 +112,6 @@ def _holds(distribution: BaseDistribution, value: Any) -> bool:
 def said(distribution: BaseDistribution) -> str:
     """Return a distribution in a few words."""
     if isinstance(distribution, CategoricalDistribution):
-        return ", ".join(map(str, distribution.choices))
+        return ", ".join(escape.line(str(choice)) for choice in distribution.choices)
     step = f" in steps of {distribution.step:g}" if distribution.step not in (None, 1) else ""
     return f"{distribution.low:g} to {distribution.high:g}{step}"
