@@ -25,6 +25,11 @@ import pytest
 from faked import HOSTILE, fake, trial
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.distributions import (
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.trial import TrialState
 from small import ROOT, command
 
@@ -363,6 +368,43 @@ def test_all_pictures_are_drawn_of_trials_that_lack_a_parameter(faked):
     drawn = plots.pictures(less)
     assert all(picture.svg for picture in drawn)
     Reader(to_html("x", report.document(less, drawn)))
+
+
+ALPHAS = [FloatDistribution(0, 1), IntDistribution(0, 1), CategoricalDistribution((0, 0.5, 1.0))]
+TEMPERATURES = [
+    *(FloatDistribution(0.5, 8, log=True), FloatDistribution(1, 4, step=0.5)),
+    *(IntDistribution(1, 8), IntDistribution(1, 8, log=True)),
+    *(CategoricalDistribution((2, 4)), CategoricalDistribution((0.5, 4, 2.0))),
+]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "temperature"), list(zip(2 * ALPHAS, TEMPERATURES, strict=True)), ids=str
+)
+def test_all_pictures_are_drawn_whatever_parameters_are_drawn_from(faked, alpha, temperature):
+    found = found_in(faked)
+    space = {
+        "fusion.alpha": alpha,
+        "loss.temperature": temperature,
+        "loss.logit": temperature,
+        "clip.prompts": CategoricalDistribution((None, "a", "b")),
+        "student.residual": CategoricalDistribution((True, False)),
+    }
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    main = []
+    for one in found.main:
+        params = study.ask(space).params
+        main.append(replace(one, params=params, space=space, settings=params))
+    best = next(one for one in main if one.number == found.best.number)
+    found = replace(found, trials=found.trials | {"richkd": main}, best=best)
+    drawn = {picture.name: picture for picture in plots.pictures(found)}
+    assert [name for name, picture in drawn.items() if not picture.svg] == []
+    rows = drawn["heat"].rows
+    params = {one.label: one.params for one in main}
+    assert rows and all(
+        row[1:3] == (params[row[0]]["fusion.alpha"], params[row[0]]["loss.temperature"])
+        for row in rows
+    )
 
 
 def costly(folder: Path) -> Path:
