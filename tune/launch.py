@@ -44,8 +44,6 @@ from tune.sweep import Sweep, asked_of, budget_of, going_on, open_searches, stat
 from tune.tracking import Tracker, public
 from tune.warmstart import printed
 
-# names that are looked up when a run starts: each choice is tried before any trial
-NAMED = ("student.name", "teacher.name", "clip.prompts", "clip.logits")
 LEADING = 5  # trials that the link to MLflow's comparison shows; more would make it very long
 # what `show` reads of a summary
 SUMMARY = (

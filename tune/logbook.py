@@ -17,6 +17,7 @@ from tune.best import called
 from tune.settings import Settings
 from tune.settings import digest as sweep_digest
 from tune.space import Space
+from tune.summary import top1_of
 from tune.tracking import Tracker
 
 STATUS = {"finished": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
@@ -130,7 +131,7 @@ class Logbook:
         metrics |= {f"failed/{name}": count for name, count in failures.items()}
         for name, entry in summary.items():
             if entry and not name.startswith("difference"):
-                metrics[f"summary/{name}"] = entry.get("mean", entry.get("top1"))
+                metrics[f"summary/{name}"] = top1_of(entry)
         for name, other in (("difference", "kd"), ("difference_tuned", "kd_tuned")):
             if summary.get(name):
                 metrics[f"summary/richkd_minus_{other}"] = summary[name]["mean"]
