@@ -257,6 +257,15 @@ def _model(words: list[str]) -> tuple[Path, list[str]]:
     return place, names[1:]
 
 
+def _called(place: Path) -> str:
+    """Return what the student of a run, a sweep or a checkpoint is called: of a run in a sweep with the sweep's name."""
+    run = place.parent if place.name in ("best", "last") else place
+    for sweep in run.parents:
+        if (sweep / "sweep.json").exists():
+            return "-".join((sweep.name, *run.relative_to(sweep).parts))
+    return run.name
+
+
 def export(arguments: argparse.Namespace) -> Done:
     """Write the student of a run, a sweep or a checkpoint for other programs."""
     place, more = _model(arguments.words)
@@ -267,8 +276,8 @@ def export(arguments: argparse.Namespace) -> Done:
     from richkd import export as exporting
     from richkd.student import find_checkpoint
 
-    checkpoint, called = find_checkpoint(place), place.resolve()
-    name = called.parent.name if called.name in ("best", "last") else called.name
+    checkpoint = find_checkpoint(place)
+    name = _called(place.resolve())
     target = Path(f"{name}-export" if arguments.to is None else arguments.to)
     answer = exporting.export(checkpoint, target, name, arguments.stop)
     say(f"{name}, {answer['parameters']:,} parameters, into {answer['folder']}")

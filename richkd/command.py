@@ -58,6 +58,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self.shown = False  # by a display, whose lines another writer would break
 
     def __call__(self) -> int | None:
         """Return the signal that came, None so far."""
@@ -67,6 +68,8 @@ class Stop:
         if self.signum is not None:
             raise Interrupted(signum, "stopped at once; the last finished epoch is kept")
         self.signum = signum
+        if self.shown:
+            return
         # not print: its lock may be held by the code that this interrupts
         os.write(2, b"\nstopping as soon as nothing is lost; once more to stop at once\n")
 

@@ -87,7 +87,9 @@ def expand(section: Any, *keys: str) -> None:
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ConfigError unless `value` is one of `choices`."""
     if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)} but got {value!r}.")
+        near = get_close_matches(str(value), choices, 1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ConfigError(f"{name} must be one of {', '.join(choices)} but got {value!r}{hint}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

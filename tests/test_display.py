@@ -10,6 +10,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from richkd.command import Stop
 from richkd.config import Config, Fusion, Loss, Train
 from tune.agenda import Job
 from tune.display import Display, describe, describe_job, say, show
@@ -243,7 +244,7 @@ def test_equal_students_are_said_to_be_equal_and_not_to_differ_by_nothing(capsys
     assert "equal, seed by seed" in said
     assert "+0.00" not in said
     assert "cnn8 at clip.scale none" in said
-    assert "none betters" not in said
+    assert "Pareto" not in said
 
 
 def test_the_front_is_a_table_of_its_objectives(capsys):
@@ -255,7 +256,21 @@ def test_the_front_is_a_table_of_its_objectives(capsys):
     said = capsys.readouterr().out
     rows = [line.split() for line in said.splitlines() if line.startswith("trial-0")]
     assert rows == [
-        ["trial-003", "91.25", "0.123457", "cnn[8]"],
+        ["trial-003", "91.25", "0.123", "cnn[8]"],
         ["trial-001", "80.00", "0.05", "cnn4", "alpha", "0.5"],
     ]
-    assert "top-1, %  latency, ms" in said
+    assert "top-1, %  latency, ms an image" in said
+
+
+def test_a_signal_is_shown_by_the_live_table_and_by_nobody_beside_it(capfd):
+    stop = Stop()
+    file = io.StringIO()
+    with Display("s", Console(file=file, force_terminal=True, width=80), stop=stop) as display:
+        assert "stopping" not in display.draw().plain
+        stop._handle(2, None)
+        assert "stopping" in display.header()
+        assert "stopping" in display.draw().plain
+    assert capfd.readouterr().err == ""
+    stop.signum = None
+    stop._handle(2, None)
+    assert "stopping" in capfd.readouterr().err

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from richkd import checkpoint, export, load_student, models
-from richkd.__main__ import ABOUT, VERBS
+from richkd.__main__ import ABOUT, VERBS, _called
 from richkd.command import main
 from richkd.config import Layers, build, digest, read, to_dict
 from richkd.data import load
@@ -339,3 +339,21 @@ def test_a_wrong_command_line_is_told(tmp_path, monkeypatch, capsys, words, mess
     (tmp_path / "here").mkdir()
     assert command("export", *words) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("kd3", "kd3"),
+        ("kd3/best", "kd3"),
+        ("s", "s"),
+        ("s/trials/007/last", "s-trials-007"),
+        ("s/trials/007/seed1", "s-trials-007-seed1"),
+        ("s/refits/richkd-l-seed3/best", "s-refits-richkd-l-seed3"),
+    ],
+)
+def test_a_student_is_called_as_its_run_with_its_sweep(place, name, tmp_path):
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "s").mkdir(exist_ok=True)
+    (tmp_path / "s" / "sweep.json").touch()
+    assert _called(tmp_path / place) == name

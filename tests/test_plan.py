@@ -359,6 +359,7 @@ def test_every_mistake_is_listed_at_once_with_exit_2(here, tmp_path, capfd):
         "teacher:\n  name: cnn25\n"
     )
     words = [str(path), *here, "data.source=digits", "clip.model=miniature", "clip.prompts=digits"]
+    words.append("warmstart.sources=[paper, frist]")
     assert (
         main("python -m tune", "", VERBS, ["plan", *words, "tracking.uri=sqlite:////dev/null/x.db"])
         == 2
@@ -368,10 +369,17 @@ def test_every_mistake_is_listed_at_once_with_exit_2(here, tmp_path, capfd):
     for word in (
         *(f"{path}:2: there is no key train.lrr", f"{path}:3: train.epochs must be"),
         *(f"{path}:5: there is no key sweep.trialz", f"{path}:7: sweep.space: fusion.alpha"),
-        *(f"{path}:8: sweep.space: train.lr", "'cnn9'", "'digist'", "'cnn25'", "tracking.uri"),
+        *(
+            f"{path}:8: sweep.space: train.lr",
+            "'cnn9'",
+            "'digist'",
+            "'cnn25'",
+            "tracking.uri",
+            "sources=frist",
+        ),
     ):
         assert [line for line in lines if word in line], word
-    assert len(lines) == 9
+    assert len(lines) == 10
     assert sorted(tmp_path.iterdir()) == [path]
 
 

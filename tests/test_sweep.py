@@ -407,3 +407,13 @@ def test_a_bad_sweep_is_refused_in_one_line_before_anything_runs(
     for word in BAD[override]:
         assert word in str(caught.value)
     assert not list(tmp_path.iterdir())  # nothing that would be in the way of the next try
+
+
+def test_who_looks_for_a_sweep_is_told_what_there_is_instead(tmp_path):
+    for folder, record in (("first", "sweep.json"), ("kd3", "run.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / record).write_text("{}")
+    with pytest.raises(ConfigError, match="'frist'.*did you mean first"):
+        find_sweep("frist", tmp_path)
+    with pytest.raises(ConfigError, match="kd3 is a single run.*richkd evaluate kd3"):
+        find_sweep("kd3", tmp_path)

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import warnings
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,15 @@ def find_sweep(wanted: str | None, storage: Path, *, finished: bool = False) -> 
         ids = folder / "mlflow.json"
         if ids.exists() and read_record(ids).get(folder.name) == wanted:
             return folder
-    names = ", ".join(sorted(folder.name for folder in folders)) or "none"
+    if any((place / "run.json").exists() for place in (storage / wanted, Path(wanted))):
+        raise ConfigError(
+            f"{wanted} is a single run, no sweep; look at it: python -m richkd evaluate {shlex.quote(wanted)}"
+        )
+    names = sorted(folder.name for folder in folders)
+    near = get_close_matches(wanted, names, 1)
+    hint = f"; did you mean {near[0]}?" if near else "."
     raise ConfigError(
-        f"SWEEP must be a name, a folder or an MLflow run id but got {wanted!r}; {storage} has {names}."
+        f"SWEEP must be a name, a folder or an MLflow run id but got {wanted!r}; {storage} has {', '.join(names) or 'none'}{hint}"
     )
 
 

@@ -85,7 +85,7 @@ def row_of(found: Findings, title: str) -> dict[str, Any]:
         "state": found.state,
         "data": found.base.data.source,
         "data digest": (_digest(found) or "")[:12],
-        "student": found.base.student.name,
+        "student": "searched" if "student.name" in found.space else found.base.student.name,
         "epochs": found.base.train.epochs,
         "trials": ended,
         "refit seeds": found.settings.refit.seeds,

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from richkd.command import silence
+from richkd.command import Stop, silence
 from richkd.progress import lines
 from tune.agenda import Agenda, Job
 from tune.best import called
@@ -25,7 +25,8 @@ SHORT = {
     "clip.logits": "",
     "student.name": "",
 }
-UNITS = {"top1": "top-1, %", "latency": "latency, ms"}
+UNITS = {"top1": "top-1, %", "latency": "latency, ms an image"}
+FORMATS = {"top1": "{:.2f}", "parameters": "{:,.0f}"}
 STYLES = {
     "finished": "green",
     "running": "cyan",
@@ -83,9 +84,11 @@ class Terminal(Console):
 class Display:
     """Listens to an agenda and draws it; also shows the progress of preparations."""
 
-    def __init__(self, title: str, console: Console | None = None) -> None:
+    def __init__(
+        self, title: str, console: Console | None = None, stop: Stop | None = None
+    ) -> None:
         self.console = console or Terminal(highlight=False, soft_wrap=True)
-        self.title, self.started_at = title, time.monotonic()
+        self.title, self.stop, self.started_at = title, stop or Stop(), time.monotonic()
         self.rows: dict[str, dict[str, Any]] = {}
         self.best: tuple[float, str] | None = None
         self.agenda: Agenda | None = None
@@ -105,10 +108,12 @@ class Display:
                 console=self.console, get_renderable=self.draw, refresh_per_second=4, transient=True
             )
             self.live.start()
+            self.stop.shown = True
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.live is not None:
+            self.stop.shown = False
             self.live.stop()
             self.live = None
 
@@ -167,14 +172,14 @@ class Display:
         parts += [f"{states.count(s)} {s}" for s in ("pruned", "failed") if states.count(s)]
         if self.best:
             parts.append(f"best {self.best[0]:.2f} % ({self.best[1]})")
-        if self.agenda and self.agenda.stopping:
+        if self.stop() is not None or (self.agenda and self.agenda.stopping):
             parts.append("stopping (again: at once)")
         return f"{', '.join(parts)}, {elapsed // 60}:{elapsed % 60:02d}"
 
     def draw(self) -> Table | Text:
         """Return what the live display shows now."""
         if not self.rows:
-            return Text(self.preparing)
+            return Text(self.preparing + "  stopping" * (self.stop() is not None))
         width = min(80, self.console.width)
         title = Text(f"{self.title[:width]}\n{self.header()}")  # a name in brackets is no markup
         table = Table(title=title, width=width, box=None, pad_edge=False)
@@ -232,8 +237,12 @@ def show(result: dict[str, Any]) -> None:
         )
     if result.get("front"):  # a sweep of before has none
         line("")
-        line("trials that none betters in every objective, on validation; students under trials/ID")
+        line("Pareto front on validation: no other trial is as good in each and better in one")
         console.print(front_table(result["front"]))
+        if (place := result["front"][0].get("checkpoint")) is not None:
+            line(
+                f"export one by its folder: python -m richkd export {short(Path(result['sweep']) / place)}"
+            )
     line("")
     settings = {key: value for key, value in best["settings"].items() if key != "clip.scale"}
     line("best setting", f"{describe(settings)} at clip.scale {best['scale']}")
@@ -262,9 +271,7 @@ def front_table(front: list[dict[str, Any]]) -> Table:
         table.add_column(UNITS.get(name, name), justify="left" if name == "trial" else "right")
     table.add_column("settings")
     for each in front:
-        cells = [
-            f"{each[name]:,.6g}" if name != "top1" else f"{each[name]:.2f}" for name in objectives
-        ]
+        cells = [FORMATS.get(name, "{:.3g}").format(each[name]) for name in objectives]
         table.add_row(each["trial"], *cells, Text(describe(each["params"])))
     return table
 

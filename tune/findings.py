@@ -75,10 +75,8 @@ class Trial:
 
     @property
     def top1(self) -> float | None:
-        """Validation top-1, %: of its best epoch if it has finished, else the last one heard of."""
-        if self.values:
-            return self.values[0]
-        return self.curve[self.epochs] if self.curve else None
+        """Validation top-1 of its best epoch so far, %."""
+        return self.values[0] if self.values else max(self.curve.values(), default=None)
 
     @property
     def epochs(self) -> int:
@@ -88,6 +86,11 @@ class Trial:
     def shown(self) -> dict[str, Any]:
         """Return its searched parameters as it ran them."""
         return {key: self.settings.get(key, value) for key, value in self.params.items()}
+
+    def told(self) -> dict[str, Any]:
+        """Return `shown`, and what T is relative to where that is not what the sweep's other trials have."""
+        own = {key: value for key, value in self.settings.items() if key == "loss.temperature_of"}
+        return self.shown() | (own if self.settings.get("fusion.alpha", 1) != 1 else {})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,7 +241,7 @@ def gather(
         curves=curves,
         runs=runs,
         configs=configs,
-        summary=summarise(refits),
+        summary=_with_students(summarise(refits), configs),
         best=next((t for t in found.get(MAIN, []) if best and t.number == best.number), None),
         stale=stale,
         seed=seed,
@@ -247,6 +250,15 @@ def gather(
         environment=read_record(told) if (told := sweep.folder / ENVIRONMENT).exists() else {},
         **spent(sweep.folder / "spent.json"),
     )
+
+
+def _with_students(summary: dict[str, Any], configs: dict[str, Config]) -> dict[str, Any]:
+    """Return a summary that names the students where methods were refitted with different ones."""
+    names = {method: config.student.name for method, config in configs.items()}
+    if len(set(names.values())) > 1:
+        for method in names.keys() & summary.keys():
+            summary[method]["student"] = names[method]
+    return summary
 
 
 def found_in(folder: Path) -> Findings:

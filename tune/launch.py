@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from richkd import cache
-from richkd.command import Stop
+from richkd.command import Stop, say
 from richkd.config import UNHASHED, Layers, build, digest, dump, flatten, in_range, one_of, to_dict
 from richkd.data import load
 from richkd.errors import ConfigError, RichkdError, Stopped
@@ -156,6 +156,9 @@ def go_on(
     if (folder / "summary.json").exists() and not (resettled or longer) and more == More():
         result = located(folder, read_record(folder / "summary.json", *SUMMARY))
         show(result)
+        say(
+            f"nothing was left to do; give it more: python -m tune resume {called(folder)} --add-trials 16"
+        )
         return result
     now = fingerprint()
     found = resettled + differences(asked.get("fingerprint", now), now)
@@ -245,7 +248,7 @@ def carry_out(
     trials, budget = wanted.trials + asked.get("more_trials", 0), budget_of(sweep, asked)
     if not new and budget.used_up():
         raise Stopped(f"the budget is used up; go on with: {going_on(folder, budget)}")
-    with Display(folder.name) as display:
+    with Display(folder.name, stop=stop) as display:
         display.line(f"sweep {folder.name} in {short(folder)}")
         if len(wanted.objectives) > 1 and wanted.scheduler != "none":
             display.line(f"nothing stops early for {', '.join(wanted.objectives)} together")
@@ -429,7 +432,7 @@ def front(sweep: Sweep, found: Findings) -> list[dict[str, Any]]:
         folder = sweep.runs / "trials" / trial.label
         best = seed_folders(folder, found.settings.sweep.seeds_per_trial)[0] / "best"
         place = {} if sweep.store else {"checkpoint": _within(best, sweep.folder)}
-        shown.append({"trial": f"trial-{trial.label}", **values, "params": trial.shown(), **place})
+        shown.append({"trial": f"trial-{trial.label}", **values, "params": trial.told(), **place})
     return shown
 
 

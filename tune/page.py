@@ -27,7 +27,7 @@ h2 { font-size: 19px; margin: 40px 0 12px; padding-top: 4px }
 p { margin: 8px 0; max-width: 78ch; overflow-wrap: anywhere } .soft { color: var(--soft) } .lead { font-size: 17px }
 .card, figure, .scroll { background: var(--card); border: 1px solid var(--line); border-radius: 10px }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px; margin: 20px 0 }
-.tile { padding: 14px 16px } .tile b { display: block; font-size: 24px; line-height: 1.25; font-variant-numeric: tabular-nums }
+.tile { padding: 14px 16px } .tile b { display: block; white-space: nowrap; font-size: 21px; line-height: 1.25; font-variant-numeric: tabular-nums }
 .tile span { color: var(--soft); font-size: 13px }
 .note { background: var(--warn); border-left: 4px solid var(--warn-line); border-radius: 4px; padding: 10px 14px; margin: 16px 0;
   overflow-wrap: anywhere }
@@ -43,7 +43,7 @@ figcaption b { color: var(--ink) }
 .scroll { overflow-x: auto; margin: 8px 0; width: fit-content; max-width: 100% }
 table { border-collapse: collapse; font-size: 14px }
 td:first-child { white-space: nowrap }
-th, td { padding: 6px 11px; text-align: left; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums;
+th, td { padding: 6px 9px; text-align: left; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums;
   max-width: 60ch; overflow-wrap: break-word }
 tr:last-child td { border-bottom: 0 } th { color: var(--soft); font-weight: 600; font-size: 13px }
 .right { text-align: right; white-space: nowrap } tr.strong td { font-weight: 600 }

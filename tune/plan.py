@@ -22,13 +22,13 @@ from richkd.progress import stoppable
 from tune.best import called
 from tune.costs import cramped, folders_of, in_bytes, measured, side_by_side
 from tune.display import Display
-from tune.first import NAMED
+from tune.first import NAMED, earlier_points
 from tune.places import check, machines_of
 from tune.settings import Settings
 from tune.summary import STUDENTS
 from tune.sweep import Sweep, state_of
 from tune.tracking import Tracker, public
-from tune.warmstart import printed
+from tune.warmstart import PAPER, printed
 
 WIDTH = 80
 
@@ -55,7 +55,7 @@ def plan(
     if sweep is None:
         return {"mistakes": told}
     typos, machines, task, found = list(told), [], None, {}
-    with Display("plan") as display:
+    with Display("plan", stop=stop) as display:
         progress = stoppable(display.progress, stop or Stop())
         with _into(told):
             machines = machines_of(address)
@@ -144,6 +144,10 @@ def unanswered(sweep: Sweep, tracking: str) -> list[str]:
             f"sweep.name={name} is taken: {sweep.folder} holds a sweep; go on with it (python -m tune resume {called(sweep.folder)}), "
             "or choose another."
         )
+    for source in sweep.settings.warmstart.sources:
+        if source != PAPER:
+            with _into(told):
+                earlier_points(sweep, source)
     for field, path in folders_of(sweep).items():
         with _into(told):
             check_writable(path, field)

@@ -136,7 +136,7 @@ def alpha(found: Findings) -> Picture:
     with canvas() as (figure, axes):
         low = cut(axes, [t.top1 for t in tried], strong)
         for state, label in (
-            ("pruned", "stopped early, at its last epoch"),
+            ("pruned", "stopped early, at its best epoch"),
             ("running", "under way"),
             ("finished", "finished, at its best epoch"),
         ):
@@ -277,7 +277,7 @@ def importances(found: Findings) -> Picture:
     epoch, values = comparable(found.main)
     shares = importance(values)
     if shares is None:
-        text = f"Which parameter matters is not said of fewer than {FEW} trials that differ; here are {len(values)}."
+        text = f"Needs at least {FEW} trials that differ; this sweep has {len(values)}."
         return nothing(name, title, text)
     keys = list(shares)[::-1]
     with canvas(NARROW, 1.3 + 0.42 * len(keys)) as (figure, axes):

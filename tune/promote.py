@@ -280,7 +280,7 @@ def lines(answer: dict[str, Any]) -> list[str]:
     told = [
         f"model      {model}, {number}: {answer['refit']} of {answer['sweep']}{known}",
         f"validation {answer['val']}",
-        f"test       {answer['test']}{beside}; shown, and not looked at",
+        f"test       {answer['test']}{beside}; validation decides",
         f"{alias:<11}{'would be: ' * answer['dry_run']}{answer['verdict']}",
     ]
     if answer["dry_run"]:

@@ -104,9 +104,12 @@ def about(found: Findings) -> str:
     """Return in a sentence what the sweep is."""
     base, seeds = found.base, found.settings.sweep.seeds_per_trial
     each = f", each of {seeds} seeds" if seeds > 1 else ""
+    choices = getattr(found.space.get("student.name"), "choices", (base.student.name,))
+    students = f"student{'s' * (len(choices) > 1)} {', '.join(choices)}"
+    trials = found.asked.get(MAIN, found.settings.sweep.trials)
     return (
-        f"A sweep of {base.method.name} on {base.data.source}: student {base.student.name}, {base.train.epochs} epochs, "
-        f"{found.settings.sweep.trials} trials and as many of kd{each}, refits over {found.settings.refit.seeds} seeds. "
+        f"A sweep of {base.method.name} on {base.data.source}: {students}, {base.train.epochs} epochs, "
+        f"{trials} trials and as many of kd{each}, refits over {found.settings.refit.seeds} seeds. "
         "Settings are chosen on validation rows; test rows are read once, by the refits."
     )
 
@@ -315,8 +318,8 @@ def leaderboard(found: Findings) -> list[Block]:
             )
             blocks.append(
                 Text(
-                    f"{more}Finished ones come first; pruned ones were stopped early, and show the last accuracy that was "
-                    f"heard of. T is relative to {plots.LOGITS[found.temperature_of]}.",
+                    f"{more}Finished ones come first; pruned ones were stopped early, and show the best epoch until then. "
+                    f"T is relative to {plots.LOGITS[found.temperature_of]}.",
                     "soft",
                 )
             )
@@ -417,7 +420,7 @@ def lines(found: Findings, page: Path) -> list[str]:
         verdict(found),
     ]
     for trial in ranked(found.main)[:5]:
-        shown = escape.line(describe(trial.shown()))
+        shown = escape.line(describe(trial.told()))
         said.append(f"trial {trial.label}  {trial.state:<9} val {trial.top1:6.2f}  {shown}")
     study = found.settings.sweep.study or f"sqlite:///{short(found.folder / 'study.db')}"
     return [*said, f"live       optuna-dashboard {study}"]

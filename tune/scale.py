@@ -104,7 +104,7 @@ def scale(
     for resources in shares.values():
         fit(resources, machines, gpu=config.device != "cpu")
     found: list[dict[str, Any]] = []
-    with Display("scale") as display, temporary(config.storage) as folder:
+    with Display("scale", stop=stop) as display, temporary(config.storage) as folder:
         progress = stoppable(display.progress, stop)
         task = distill.open_task(config, progress)
         distill.initial_student(config, task.dataset)

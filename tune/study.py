@@ -296,9 +296,9 @@ class Search:
         return len(failed)
 
     def leading(self, count: int) -> list[int]:
-        """Return the numbers of the best trials, complete ones first, then by the last accuracy heard of."""
+        """Return the numbers of the best trials, complete ones first, then by the best accuracy heard of."""
         stopped = [
-            (-trial.intermediate_values[max(trial.intermediate_values)], trial.number)
+            (-max(trial.intermediate_values.values()), trial.number)
             for trial in self.study.get_trials(deepcopy=False, states=[TrialState.PRUNED])
             if trial.intermediate_values
             and not trial.user_attrs.keys() & {"failure", "duplicate_of"}

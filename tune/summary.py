@@ -153,6 +153,7 @@ def columns(summary: dict[str, Any]) -> dict[str, list]:
         if name not in summary:
             continue
         entry = summary[name]
+        label += f", {entry['student']}" if "student" in entry else ""
         gap = entry.get("difference")
         accuracy = f"{top1_of(entry):.2f}" + (
             "" if entry["sd"] is None else f" ± {entry['sd']:.2f}"

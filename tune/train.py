@@ -121,7 +121,7 @@ def train(
     fit(settings.resources, machines_of(address), gpu=config.device != "cpu")
     Tracker.address(settings.tracking.uri)  # refused now, if at all
     folder = folder.resolve()
-    with Display(folder.name) as display:
+    with Display(folder.name, stop=stop) as display:
         workers = settings.resources.workers
         display.line(
             f"{config.method.name} on {config.data.source} over {workers} worker{'s' * (workers > 1)}, into {folder}"

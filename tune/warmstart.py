@@ -75,7 +75,7 @@ def _nearest(distribution: BaseDistribution, value: Any) -> Any:
 def within(
     space: Space, fixed: Mapping[str, Any], ran: Mapping[str, Any], searched: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return where in `space` a trial of another sweep lies.
+    """Return where in `space` a trial of another sweep lies, between two steps at the nearest one.
 
     Args:
         space: What is searched now.
@@ -90,7 +90,7 @@ def within(
     for key in space.active(ran):
         if not _holds(space.distributions[key], ran[key]):
             raise Outside(f"{key}={ran[key]} is not in {said(space.distributions[key])}")
-        params[key] = ran[key]
+        params[key] = _nearest(space.distributions[key], ran[key])  # a step may be new
     for key in searched:
         if key not in params and ran[key] != fixed[key]:
             raise Outside(f"{key}={ran[key]} is not searched, and is {fixed[key]}")
@@ -101,12 +101,7 @@ def _holds(distribution: BaseDistribution, value: Any) -> bool:
     if isinstance(distribution, CategoricalDistribution):
         return value in distribution.choices
     number = int if isinstance(distribution, IntDistribution) else int | float
-    if not isinstance(value, number) or not distribution.low <= value <= distribution.high:
-        return False
-    if distribution.step is None:
-        return True
-    steps = (value - distribution.low) / distribution.step
-    return abs(steps - round(steps)) < 1e-8
+    return isinstance(value, number) and distribution.low <= value <= distribution.high
 
 
 def said(distribution: BaseDistribution) -> str:
