@@ -816,10 +816,10 @@ def words(config: Config) -> list[str]:
         for key, value in wanted.items()
         if value != beneath[key] and key not in ("storage", "cache")
     }
-    return [f"{key}={_scalar(value)}" for key, value in (said | differing).items()]
+    return [f"{key}={scalar(value)}" for key, value in (said | differing).items()]
 
 
-def _scalar(value: Any) -> str:
+def scalar(value: Any) -> str:
     """Return a value as YAML in one line, such as an override holds."""
     text = yaml.dump(
         [value], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf

@@ -179,6 +179,8 @@ def test_settings_are_told_in_few_characters(params, text):
     [
         *((0.5, "0.5"), (0.123456, "0.123"), (3, "3"), (2.0, "2"), (78042.0, "78042")),
         *((1e20, "1e+20"), (float("inf"), "inf"), ("a", "a"), (True, "True"), (None, "-")),
+        ({"choice": ["A", "no"], "when": {"k": 1}}, "{choice: [A, 'no'], when: {k: 1}}"),
+        (("top1", "latency"), "[top1, latency]"),
     ],
 )
 def test_a_value_is_said_shortly(value, text):

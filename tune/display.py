@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from richkd.command import Stop, silence
+from richkd.config import scalar
 from richkd.progress import lines
 from tune.agenda import Agenda, Job
 from tune.best import called
@@ -40,6 +41,8 @@ def say(value: Any, digits: int = 3) -> str:
     """Return a setting in few characters: a fraction with so many digits, what is whole with all of its own."""
     if isinstance(value, float):
         return f"{value:.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.{digits}g}"
+    if isinstance(value, dict | list | tuple):
+        return scalar(list(value) if isinstance(value, tuple) else value)
     return "-" if value is None else str(value)
 
 

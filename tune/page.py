@@ -43,7 +43,7 @@ figcaption b { color: var(--ink) }
 .scroll { overflow-x: auto; margin: 8px 0; width: fit-content; max-width: 100% }
 table { border-collapse: collapse; font-size: 14px }
 td:first-child { white-space: nowrap }
-th, td { padding: 6px 9px; text-align: left; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums;
+th, td { padding: 6px 7px; text-align: left; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums;
   max-width: 60ch; overflow-wrap: break-word }
 tr:last-child td { border-bottom: 0 } th { color: var(--soft); font-weight: 600; font-size: 13px }
 .right { text-align: right; white-space: nowrap } tr.strong td { font-weight: 600 }
