@@ -345,6 +345,7 @@ def settings(miniature, cache_root, tmp_path) -> list[str]:
     ]
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(180)
 def test_a_job_ships_the_code_without_the_data_and_sweeps(head, server, settings, tmp_path):
     project = tmp_path / "project"
@@ -390,6 +391,7 @@ def test_a_job_ships_the_code_without_the_data_and_sweeps(head, server, settings
     assert found - {"__pycache__"} == code
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(180)
 def test_workers_on_machines_without_our_code_get_it_from_the_driver(head, settings, tmp_path):
     words = [

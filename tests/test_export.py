@@ -75,16 +75,11 @@ def shipped(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     "name",
     [
+        *("resnet8x4", "wrn_16_1", "vgg8", "mobilenetv2", "timm/resnet10t"),
         *(
-            "resnet8x4",
-            "resnet18",
-            "wrn_16_1",
-            "vgg8",
-            "mobilenetv2",
-            "shufflenetv1",
-            "shufflenetv2",
+            pytest.param(name, marks=pytest.mark.soak)  # 10 s each
+            for name in ("resnet18", "shufflenetv1", "shufflenetv2")
         ),
-        "timm/resnet10t",
     ],
 )
 def test_families_compute_the_same_in_both_programs_at_any_batch(tmp_path, name, capfd):

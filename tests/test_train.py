@@ -163,6 +163,7 @@ class Stopping(Script):
         return super().epoch(job, metrics) and job.id != "stopped"
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(240)
 def test_trials_of_several_workers_give_back_what_they_took_however_they_end(
     cluster, overrides, tmp_path

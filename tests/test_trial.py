@@ -229,6 +229,7 @@ def test_one_seed_that_diverges_fails_the_trial_at_once(reports, monkeypatch, tm
     assert "step 1 of epoch 1" in said["failed"]
 
 
+@pytest.mark.soak
 def test_a_process_that_hangs_ends_itself_and_is_given_up_the_third_time(reports, tmp_path):
     folder = tmp_path / "run"
     job = job_of(folder, patience=3.0)
