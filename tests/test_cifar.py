@@ -145,6 +145,7 @@ def test_a_download_without_internet_is_one_line(tmp_path, monkeypatch, capsys, 
     assert "download it on a machine with internet and give data.root" in line
 
 
+@pytest.mark.soak
 @needs_cifar100
 def test_a_student_learns_from_real_images(tmp_path):
     words = [

@@ -169,6 +169,7 @@ def two_nodes(tmp_path_factory) -> dict:
     return json.loads(found.stdout.splitlines()[-1]) | {"entries": entries, "folder": folder}
 
 
+@pytest.mark.soak
 def test_other_machine_is_sent_what_it_lacks_once(two_nodes):
     names = [f"{entry.parent.name}/{entry.name}" for entry in two_nodes["entries"]]
     second = two_nodes["second"]
@@ -182,18 +183,21 @@ def test_other_machine_is_sent_what_it_lacks_once(two_nodes):
         assert files_of(arrived) == files_of(entry)
 
 
+@pytest.mark.soak
 def test_machine_that_does_not_see_the_drivers_file_is_named(two_nodes):
     assert two_nodes["seen"] == []
     assert two_nodes["unseen"] == [two_nodes["name"]]
     assert two_nodes["left"] == []
 
 
+@pytest.mark.soak
 def test_cache_that_a_machine_cannot_write_is_refused_by_its_name(two_nodes):
     kind, text = two_nodes["refused"]
     assert kind == "ConfigError"
     assert text.startswith(f"{two_nodes['name']}: cache must be a folder")
 
 
+@pytest.mark.soak
 def test_lost_machine_is_a_warning_and_sees_nothing(two_nodes):
     assert two_nodes["lost"] == {}
     assert len(two_nodes["warned"]) == 1 and "lost was lost" in two_nodes["warned"][0]

@@ -312,6 +312,7 @@ def test_dead_server_is_an_error_within_a_bounded_time(server, tmp_path, monkeyp
     refused(Store(URL), tmp_path, ["NETWORK_CONNECTION"])
 
 
+@pytest.mark.soak
 def test_server_that_never_answers_is_an_error_within_a_bounded_time(server, tmp_path, monkeypatch):
     monkeypatch.setattr(stores, "TIMEOUT", 1.0)
     monkeypatch.setattr(stores, "ATTEMPTS", 1)

@@ -321,13 +321,13 @@ def test_a_name_is_not_used_twice(swept):
         sweeps.start(layers)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("signum", "storage", "moment"),
     [
         (signal.SIGINT, "runs", "trials/*/metrics.jsonl"),
-        # Ray is starting
-        pytest.param(signal.SIGTERM, "other place", "study.db", marks=pytest.mark.soak),
+        (signal.SIGTERM, "other place", "study.db"),  # Ray is starting
     ],
 )
 def test_a_signal_stops_a_sweep_and_the_line_that_it_prints_finishes_it(

@@ -259,6 +259,7 @@ def test_progress_makes_good_what_hung_before(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.soak
 def test_a_report_may_take_as_long_as_tune_likes(tmp_path):
     code, reported = ended(job_of(tmp_path / "run", "train.epochs=1", patience=3.0), "slow report")
     assert code == 0
