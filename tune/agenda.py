@@ -175,7 +175,7 @@ class Agenda:
 
     def _answer(self, job: Job, search: Search, known: FrozenTrial) -> None:
         """End a trial that has run already, under another number, without running it again."""
-        metrics = search.answer(job.number, known) | job.costs
+        metrics = search.answer(job.number, known)
         for listener in self.listeners:
             listener.started(job)
             listener.ended(job, STATES[known.state], metrics)

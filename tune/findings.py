@@ -26,8 +26,8 @@ from tune.driver import busy
 from tune.settings import Settings
 from tune.study import MAIN, Failure, Search, settings_of
 from tune.summary import read_refits, summarise, winner
-from tune.sweep import Sweep, asked_of, open_searches
-from tune.warmstart import printed
+from tune.sweep import Sweep, asked_of, open_searches, trials_of
+from tune.warmstart import plain, printed
 
 ENVIRONMENT = "environment.json"
 TOP1 = "top1"  # the objective that every sweep has
@@ -199,12 +199,8 @@ def gather(
             curves.setdefault(student, {})[seed] = curve_of(path.parent)
             if student not in configs:
                 configs[student] = build(read_layer(path.with_name("config.yaml")))
-    best, seed, config, stale = (
-        searches[0].best() if searches else None,
-        winner(refits),
-        None,
-        False,
-    )
+    best, seed = searches[0].best() if searches else None, winner(refits)
+    config, stale = None, False
     if best is not None:
         settings = wanted.settings | settings_of(best)
         settings |= {} if seed is None else {"seed": seed}
@@ -271,7 +267,7 @@ def found_in(folder: Path) -> Findings:
     sweep = Sweep(folder, layers)
     wanted, searches, failures = sweep.settings.sweep, [], {}
     if (folder / "study.db").exists() or wanted.study is not None:
-        searches = open_searches(sweep, wanted.trials + asked.get("more_trials", 0))
+        searches = open_searches(sweep, trials_of(sweep, asked))
     for search in searches:
         failures |= {f"trial-{search.label(n)}": why for n, why in search.failures().items()}
     state = "running" if busy(folder) else "stopped"
@@ -323,7 +319,7 @@ def curve_of(folder: Path) -> dict[int, float]:
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials that have a validation accuracy: finished ones first, then the others by the last one heard of.
+    """Return the trials that have a validation accuracy: finished ones first, then the others by their best epoch.
 
     Ties go to the lower loss, as where the best trial is chosen.
     """
@@ -381,6 +377,6 @@ def origin(method: str, settings: dict[str, Any]) -> str | None:
     """Return what a best setting is, if the search did not find it but was given it."""
     if printed(method).items() <= settings.items():
         return "the paper's own setting; nothing that was tried is better"
-    if (printed("kd") | {"fusion.alpha": 1.0}).items() <= settings.items():
+    if plain().items() <= settings.items():
         return "plain distillation; no fusion that was tried is better"
     return None

@@ -13,8 +13,8 @@ from richkd.teachers import FusedTeacher
 from tune.best import find_sweep
 from tune.space import Space
 from tune.study import MAIN, settings_of
-from tune.sweep import Sweep, asked_of, open_searches, student_of
-from tune.warmstart import PAPER, Outside, Point, is_printed, place, printed, within
+from tune.sweep import Sweep, asked_of, open_searches, student_of, trials_of
+from tune.warmstart import PAPER, Outside, Point, is_printed, place, plain, printed, within
 
 # names that are looked up when a run starts: each choice is tried before any trial
 NAMED = ("student.name", "teacher.name", "clip.prompts", "clip.logits")
@@ -60,7 +60,6 @@ def paper_points(sweep: Sweep, task: distill.Task, teacher: FusedTeacher) -> dic
     Where the search's T is relative to the task teacher's, its place in the space depends on how wide both spread here.
     """
     paper = printed(sweep.base.method.name)
-    plain = printed("kd") | {"fusion.alpha": 1.0}
     ratio = 1.0
     if sweep.resolve(sweep.settings.sweep.settings).loss.temperature_of == "task":
         rows = task.split.transfer
@@ -70,9 +69,9 @@ def paper_points(sweep: Sweep, task: distill.Task, teacher: FusedTeacher) -> dic
     return {
         MAIN: [
             as_printed(paper, sweep.space, base, ratio),
-            as_printed(plain, sweep.space, base, 1.0),
+            as_printed(plain(), sweep.space, base, 1.0),
         ],
-        "kd": [as_printed(printed("kd"), sweep.space.of_baseline(), base | plain, 1.0)],
+        "kd": [as_printed(printed("kd"), sweep.space.of_baseline(), base | plain(), 1.0)],
     }
 
 
@@ -100,11 +99,10 @@ def earlier_points(sweep: Sweep, source: str) -> dict[str, list[Point]]:
         raise ConfigError(f"warmstart.sources={source}: {error}") from error
     asked, layers = asked_of(folder)
     before = Sweep(folder, layers)
-    trials = before.settings.sweep.trials + asked.get("more_trials", 0)
     paper = PAPER in sweep.settings.warmstart.sources
     points: dict[str, list[Point]] = {MAIN: [], "kd": []}
     outside, known = [], 0
-    for search in open_searches(before, trials):
+    for search in open_searches(before, trials_of(before, asked)):
         main = search.name == MAIN
         space = sweep.space if main else sweep.space.of_baseline()
         method = sweep.resolve(sweep.settings.sweep.settings, None if main else "kd")

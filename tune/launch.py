@@ -40,7 +40,7 @@ from tune.settings import digest as sweep_digest
 from tune.store import bring
 from tune.study import MAIN, Kind, Search
 from tune.summary import STUDENTS, columns
-from tune.sweep import Sweep, asked_of, budget_of, going_on, open_searches, state_of
+from tune.sweep import Sweep, asked_of, budget_of, going_on, open_searches, state_of, trials_of
 from tune.tracking import Tracker, public
 from tune.warmstart import printed
 
@@ -245,7 +245,7 @@ def carry_out(
         sweep.store.probe()
     check_place(sweep, tracking, address)
     wanted = sweep.settings.sweep
-    trials, budget = wanted.trials + asked.get("more_trials", 0), budget_of(sweep, asked)
+    budget = budget_of(sweep, asked)
     if not new and budget.used_up():
         raise Stopped(f"the budget is used up; go on with: {going_on(folder, budget)}")
     with Display(folder.name, stop=stop) as display:
@@ -268,7 +268,7 @@ def carry_out(
                     f"{folder.name} was gone on with by another driver meanwhile; run the same command again."
                 )
             # before the sweep is there: one that goes on has no first trials to give
-            searches = open_searches(sweep, trials, first)
+            searches = open_searches(sweep, trials_of(sweep, asked), first)
             if new and any(search.ended or search.left_over for search in searches):
                 raise ConfigError(
                     f"sweep.name={folder.name} is taken: sweep.study has trials of that name; choose another."

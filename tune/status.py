@@ -11,7 +11,7 @@ from tune.display import describe
 from tune.driver import busy, owner_of
 from tune.spool import Spool
 from tune.study import MAIN, settings_of
-from tune.sweep import Sweep, asked_of, budget_of, going_on, open_searches
+from tune.sweep import Sweep, asked_of, budget_of, going_on, open_searches, trials_of
 
 WORDS = {"complete": "finished", "fail": "failed"}  # as the summary and MLflow call it
 
@@ -30,7 +30,7 @@ def status(folder: Path) -> dict[str, Any]:
     """
     asked, layers = asked_of(folder)
     sweep = Sweep(folder, layers)
-    wanted, more = sweep.settings.sweep, asked.get("more_trials", 0)
+    wanted = sweep.settings.sweep
     driver, finished = owner_of(folder), (folder / "summary.json").exists()
     running = busy(folder)
     budget = budget_of(sweep, asked)
@@ -51,7 +51,7 @@ def status(folder: Path) -> dict[str, Any]:
     }
     states: Counter[str] = Counter()
     if (folder / "study.db").exists() or wanted.study is not None:
-        for search in open_searches(sweep, wanted.trials + more):
+        for search in open_searches(sweep, trials_of(sweep, asked)):
             states.update(search.states())
             found["trials"]["of"] = found["trials"].get("of", 0) + search.trials
             for number, why in search.failures().items():

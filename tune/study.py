@@ -175,9 +175,8 @@ class Search:
             trial.set_user_attr("error", why.text)
             trial.set_user_attr("failure", why.kind)
             if why.kind == "memory":
-                with warnings.catch_warnings(
-                    action="ignore"
-                ):  # it may be, of a driver that was killed then
+                # a driver that was killed then may have set it
+                with warnings.catch_warnings(action="ignore"):
                     trial.set_constraint("memory", 1.0)
                 state = TrialState.PRUNED
         values = None
@@ -256,15 +255,14 @@ class Search:
         trials = self.study.get_trials(deepcopy=False)
         again = {trial.user_attrs.get("retry_of") for trial in trials}
         return {
-            trial.number: Failure(trial.user_attrs["failure"], trial.user_attrs["error"])
+            trial.number: why
             for trial in trials
-            if "failure" in trial.user_attrs and trial.number not in again
+            if (why := failure_of(trial)) is not None and trial.number not in again
         }
 
     def failed(self, number: int) -> Failure | None:
         """Return why a trial failed, of which a driver was killed before it could end it; None if it did not."""
-        told = self.running[number].user_attrs
-        return Failure(told["failure"], told["error"]) if "failure" in told else None
+        return failure_of(self.running[number])
 
     def stale(self, number: int, stamp: str) -> bool:
         """Whether a trial has run with other settings than those of the digest `stamp`, which it is to run with now.
@@ -313,6 +311,12 @@ class Search:
             for trial in self.study.get_trials(deepcopy=False)
         ]
         return {name: names.count(name) for name in sorted(set(names))}
+
+
+def failure_of(trial: FrozenTrial | Trial) -> Failure | None:
+    """Return why a trial failed, None if it did not."""
+    told = trial.user_attrs
+    return Failure(told["failure"], told["error"]) if "failure" in told else None
 
 
 def settings_of(trial: FrozenTrial | Trial) -> dict[str, Any]:

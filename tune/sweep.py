@@ -164,6 +164,11 @@ def asked_of(folder: Path) -> tuple[dict[str, Any], Layers]:
         ) from error
 
 
+def trials_of(sweep: Sweep, asked: dict[str, Any]) -> int:
+    """Return how many trials each search has: what its settings say, and what `sweep.json` says that it was given since."""
+    return sweep.settings.sweep.trials + asked.get("more_trials", 0)
+
+
 def budget_of(sweep: Sweep, asked: dict[str, Any]) -> Budget:
     """Return what a sweep may take: what its settings say, and what `sweep.json` says that it was given since."""
     wanted = sweep.settings.sweep

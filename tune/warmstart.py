@@ -34,10 +34,14 @@ def printed(method: str) -> dict[str, Any]:
     return {key: preset[key] for key in keys} | {"loss.temperature_of": "fused"}
 
 
+def plain() -> dict[str, Any]:
+    """Return plain distillation as printed, as a setting of a fused method: the task teacher alone."""
+    return printed("kd") | {"fusion.alpha": 1.0}
+
+
 def is_printed(method: str, settings: Mapping[str, Any]) -> bool:
     """Whether a trial ran a method as printed, or plain distillation as printed, whatever else it ran with."""
-    plain = printed("kd") | {"fusion.alpha": 1.0}
-    return any(each.items() <= settings.items() for each in (printed(method), plain))
+    return any(each.items() <= settings.items() for each in (printed(method), plain()))
 
 
 def place(
