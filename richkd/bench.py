@@ -15,7 +15,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from richkd.data.pictures import picture
 from richkd.distill import Task
 from richkd.errors import Interrupted
 from richkd.progress import Progress, stoppable
+from richkd.steps import Slice, Steps
 from richkd.teachers import FusedTeacher
 
 METHODS = {"student": "ce", "kd": "kd", "richkd-l": "richkd-l"}  # the method of each variant
@@ -67,35 +68,36 @@ class Ours:
         config: The run.
         task: Its data.
         teacher: None where nothing is distilled.
+        again: Number of blocks of batches that it goes through again and again; None: all of them.
     """
 
-    def __init__(self, config: Config, task: Task, teacher: FusedTeacher | None) -> None:
-        self.config, self.teacher = config, teacher
+    def __init__(
+        self, config: Config, task: Task, teacher: FusedTeacher | None, again: int | None = None
+    ) -> None:
+        self.config, self.teacher, self.again = config, teacher, again
         self.student = distill.open_student(config, task).train()
-        self.optimizer = distill.open_optimizer(config, self.student)
-        self.batches = distill.open_batches(config, task, distilled=teacher is not None)
-        self.steps = self._endless()
+        optimizer = distill.open_optimizer(config, self.student)
+        batches = distill.open_batches(config, task, distilled=teacher is not None)
+        self.steps = Steps(config, self.student, teacher, optimizer, batches)
+        self.blocks = self._endless()
 
-    def _endless(self) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], float]]:
-        """Yield batches and how much of the training lies behind; it begins again where it would end."""
-        steps = len(self.batches)
+    def _endless(self) -> Iterator[list[tuple[Slice, float]]]:
+        """Yield blocks of slices, each with how much of the training lies behind; it begins again where it would end."""
+        steps, epochs = len(self.steps.batches), self.config.train.epochs
         for epoch in count():
-            for k, batch in enumerate(self.batches.epoch(epoch)):
-                yield (
-                    batch,
-                    (epoch % self.config.train.epochs + k / steps) / self.config.train.epochs,
-                )
+            done = count((epoch % epochs) * steps)
+            for block in islice(self.steps.blocks(0 if self.again else epoch), self.again):
+                yield [(part, next(done) / (steps * epochs)) for part in block]
 
     def burst(self, steps: int) -> int:
-        """Take `steps` steps and return how many images they saw."""
-        views, images = self.batches.views, 0
-        terms = torch.zeros(steps, len(distill.TERMS), device=views.device)
-        for k in range(steps):
-            batch, progress = next(self.steps)
-            terms[k] = distill.train_step(
-                self.config, self.student, self.teacher, self.optimizer, views, batch, progress
-            )
-            images += len(batch[0])
+        """Take `steps` steps, and what is left of their last block; return how many images they saw."""
+        images, taken = 0, 0
+        while taken < steps:
+            block = next(self.blocks)
+            for part, progress in block:
+                self.steps.take(part, progress)
+                images += part.total
+            taken += len(block)
         return images
 
 
