@@ -274,17 +274,13 @@ def open_task(
 
     network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     crops = views["train_views"]
-    rows, width = len(crops) * crops.count, classes + (network.head.in_features if features else 0)
-    dtype = DTYPES[config.table]
-    how = config.views
-    if how == "auto":
-        fits = rows * width * np.dtype(dtype).itemsize <= MOST
-        how = "exact" if fits and (config.shared or epochs >= LONG) else "online"
-    table = None
+    width = classes + (network.head.in_features if features else 0)
+    how, table = views_in_use(config, crops, width, epochs), None
     if how == "exact" and cache_root is not None:
         key = {"teacher": seen, "images": dataset.train.digest, "torch": torch.__version__}
         key |= {"pad": crops.pad, "flips": crops.flips, "features": features}
-        table = Table(cache_root, "teacher-views", key, rows, width, dtype)
+        rows = len(crops) * crops.count
+        table = Table(cache_root, "teacher-views", key, rows, width, DTYPES[config.table])
     said = (seen, how, config.table if how == "exact" else None)
     return TaskTeacher(
         identity=_short(hashlib.sha256(repr(said).encode()).hexdigest()),
@@ -296,6 +292,23 @@ def open_task(
         keep=None if cache_root is None else keep,
         **views,
     )
+
+
+def views_in_use(config: Teacher, crops: Views, width: int, epochs: int) -> str:
+    """Return how a network meets the student's crops: what `teacher.views` says, where `auto` looks at what a table is worth.
+
+    In `epochs` epochs a run meets V (1 - (1 - 1 / V)^epochs) of the V crops of an image, in LONG of 162 a third.
+
+    Args:
+        config: Says what is wanted.
+        crops: Training images.
+        width: Numbers that are kept of each crop.
+        epochs: Of the run that asks.
+    """
+    if config.views != "auto":
+        return config.views
+    kept = len(crops) * crops.count * width * np.dtype(DTYPES[config.table]).itemsize
+    return "exact" if kept <= MOST and (config.shared or epochs >= LONG) else "online"
 
 
 def _network(
