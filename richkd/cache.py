@@ -111,7 +111,8 @@ def rows(
         progress: Called with kind, finished rows and `count`. May raise to stop; finished shards stay.
 
     Returns:
-        Float32 `(count, width)`, memory-mapped and read-only, so that all processes share one copy.
+        Float32 `(count, width)`, memory-mapped copy on write, so that all processes share one copy, none can damage the
+        file, and PyTorch takes it.
 
     Raises:
         DataError: If `compute` returned another shape or a value that is not finite.
@@ -467,4 +468,4 @@ def _header(count: int, width: int) -> bytes:
 
 def _table(entry: Path, count: int, width: int) -> np.ndarray:
     offset = len(_header(count, width))
-    return np.memmap(entry / ROWS, dtype="<f4", mode="r", offset=offset, shape=(count, width))
+    return np.memmap(entry / ROWS, dtype="<f4", mode="c", offset=offset, shape=(count, width))

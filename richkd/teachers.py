@@ -166,7 +166,7 @@ class TaskTeacher:
 
         if self.keep is None:
             return torch.from_numpy(compute(0, len(views))).to(views.device)
-        return torch.tensor(self.keep(part, compute)).to(views.device)
+        return torch.from_numpy(self.keep(part, compute)).to(views.device)
 
 
 @contextlib.contextmanager
