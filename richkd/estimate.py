@@ -30,6 +30,7 @@ from richkd.threads import threads
 # kinds of the cache that take their time, or room
 LONG = ("teachers", "clip-images", "teacher-logits", "teacher-views")
 BURSTS = 5  # of steps that are timed
+BURST_SECONDS = 0.25  # of each, where they go on side by side
 ROWS = 2048  # of a pass that is timed
 WRITES = 3  # pairs of epochs whose writing is timed
 PICTURES = 16  # that CLIP is timed on
@@ -288,6 +289,36 @@ def pace(
         testing=passing * len(task.dataset.test),
         kept=kept,
     )
+
+
+class Training:
+    """A run's steps for as long as one asks, beside others on the same device: to see how many go together.
+
+    Args:
+        config: The run; what it would have to compute first is not computed.
+        count: Threads.
+    """
+
+    def __init__(self, config: Config, count: int) -> None:
+        torch.set_num_threads(count)
+        task = distill.open_task(config)
+        self.device = task.device
+        self.ours = bench.Ours(config, task, stand_in(config, task))
+        self.length = bench.burst_length(self.ours, BURST_SECONDS, self.device)
+
+    def train(self, seconds: float) -> float:
+        """Train for so many seconds, and return the median of the bursts' images a second."""
+        end, speeds = time.perf_counter() + seconds, []
+        while not speeds or time.perf_counter() < end:
+            speeds.append(bench.speed(self.ours, self.length, self.device))
+        return statistics.median(speeds)
+
+    def memory(self) -> float:
+        """Return the share of a GPU's memory that all of its processes hold, contexts included; 0 on a CPU."""
+        if self.device.type != "cuda":
+            return 0.0
+        free, total = torch.cuda.mem_get_info(self.device)
+        return 1 - free / total
 
 
 def _row_seconds(network: nn.Module, views: Views, rows: Tensor, labels: Tensor) -> float:

@@ -311,6 +311,7 @@ def run(
     store: Store | None = None,
     dashboard: str | None = None,
     progress: Progress | None = None,
+    settle: Callable[..., Resources] | None = None,
 ) -> None:
     """Let Ray Tune run the agenda's jobs, each in a process that goes on to the next.
 
@@ -326,6 +327,8 @@ def run(
         store: Where run folders are kept, if not on a disk that all machines share; so are Ray's own notes.
         dashboard: Address of this machine at which a cluster that is started shows Ray's dashboard; None: nowhere.
         progress: Told how many machines have what the cache of this one has; may raise to stop.
+        settle: Given `resources`, CPUs and GPUs of each machine, and the number of runs, says what a job takes; None:
+            that is settled.
     """
     ours = not ray.is_initialized()
     if ours:
@@ -359,9 +362,12 @@ def run(
         def fits() -> tuple[int, dict[str, float]]:
             return fit(resources, [node.resources for node in alive()], gpu=gpu)
 
-        slots, each = fits()
+        fits()  # or it is refused, before anything takes its time
         shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
         share(cache.used(), progress=progress)
+        if settle is not None:
+            resources = settle(resources, [node.resources for node in alive()], agenda.total)
+        slots, each = fits()
         path, files = str(scratch.parent), None
         if store is not None:
             path, files = store.base, store.files
