@@ -381,6 +381,12 @@ class ClipTeacher:
     logit_scale: float | None  # None if only given logits are known
     source: str = "clip.prompts"  # the key that it comes from
     weight: float = 1.0  # its share of the zero-shot logits
+    # logits of crops of training rows, as `logits` takes them; None: of the whole images, whatever the crop
+    crops: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def logits(self, rows: Tensor, views: Tensor) -> Tensor:
+        """Return logits `(B, K)` of those crops of training rows."""
+        return self.train[rows] if self.crops is None else self.crops(rows, views)
 
 
 def open_clip_teachers(
@@ -446,12 +452,22 @@ def open_clip_teacher(
         for part in (dataset.train, dataset.test)
     )
     parts = [clip.identity, templates, dataset.names, dataset.digest, config.reduce]
+    crops = None
+    if config.views != "whole":
+        parts.append(config.views)
+        look = zeroshot.crop_features(clip, config.views, dataset, cache_root, progress)
+
+        def crops(rows: Tensor, views: Tensor) -> Tensor:
+            image = look(rows, views).to(device)
+            return fusion.zero_shot_logits(image, text, clip.logit_scale, config.reduce)
+
     return ClipTeacher(
         identity=_short(hashlib.sha256(json.dumps(parts).encode()).hexdigest()),
         train=train,
         test=test,
         logit_scale=clip.logit_scale,
         source=f"{field}.prompts",
+        crops=crops,
     )
 
 
@@ -576,7 +592,9 @@ class FusedTeacher:
             )
             for clip in clips
         ]
-        self.zero_shot = {part: self._mixed(part) for part in ("train", "test")}
+        self.zero_shot = {
+            part: self._mixed([getattr(clip, part) for clip in clips]) for part in ("train", "test")
+        }
         self.temperature = config.loss.temperature
         if config.loss.temperature_of == "task" and self.alpha < 1:
             spread = fusion.spread(task.train[rows])
@@ -590,13 +608,16 @@ class FusedTeacher:
                 "see whether one of the teachers is constant."
             )
 
-    def _mixed(self, part: str) -> Tensor | None:
-        """Return the zero-shot logits of `train` or `test`, scaled and mixed, None unless all are known."""
-        known = [getattr(clip, part) for clip in self.clips]
+    def _mixed(self, known: list[Tensor | None]) -> Tensor | None:
+        """Return the logits of the zero-shot teachers, scaled and mixed, None unless all are known."""
         if not known or any(each is None for each in known):
             return None
         shares = [f * clip.weight for f, clip in zip(self.factors, self.clips, strict=True)]
         return sum(share * each for share, each in zip(shares, known, strict=True))
+
+    def zero_shot_logits(self, rows: Tensor, views: Tensor) -> Tensor | None:
+        """Return the mixed zero-shot logits `(B, K)` for those crops of training rows, None where there are none."""
+        return self._mixed([clip.logits(rows, views) for clip in self.clips])
 
     def parts(self, part: str) -> tuple[Tensor, Tensor]:
         """Return task and zero-shot logits of all un-augmented rows of `train` or `test`, both scaled.
@@ -629,10 +650,7 @@ class FusedTeacher:
 
     def target(self, rows: Tensor, views: Tensor) -> Tensor:
         """Return the target's log-probabilities `(B, K)` for those crops of training rows, both on the CPU."""
-        clip = None
-        if self.clips:
-            clip = self.zero_shot["train"]
-            clip = clip[rows.to(clip.device)]
+        clip = self.zero_shot_logits(rows, views)
         task = self.task.logits(rows, views) if self.task is not None and self.alpha > 0 else clip
         return fusion.target(
             task, task if clip is None else clip, self.alpha, self.temperature, self.space
