@@ -364,17 +364,22 @@ def teacher_pace(config: Config, task: Task, folder: Path, *, seconds: float) ->
     return pace(teachers.teacher_recipe(config), task, None, folder, seconds=seconds)
 
 
-def unseen(config: Config, task: Task) -> list[Lack]:
-    """Return which images the zero-shot teachers that have a share have not looked at, by model."""
+def unseen(config: Config, task: Task, progress: Progress | None = None) -> list[Lack]:
+    """Return which images, whole or in a stored view, the zero-shot teachers that have a share have not seen, by model."""
     found = []
     for _, given, _ in teachers.shares(config.clip):
         if given.logits is not None:
             continue
         clip = zeroshot.load(
-            given.model, given.pretrained, given.file, device=task.device, root=task.cache
+            given.model,
+            given.pretrained,
+            given.file,
+            device=task.device,
+            root=task.cache,
+            progress=progress,
         )
         parts = []
-        for part in (task.dataset.train, task.dataset.test):
+        for part in zeroshot.looks(given.views, task.dataset):
             try:
                 with cache.found_only("clip-images"):
                     zeroshot.image_features(clip, part, task.cache)
@@ -409,7 +414,7 @@ def unjudged(config: Config, task: Task) -> list[Lack]:
     return [Lack(what=what, bytes=4 * rows * own.classes, seconds=seconds)]
 
 
-def _look_seconds(clip: zeroshot.ZeroShot, images: Images) -> float:
+def _look_seconds(clip: zeroshot.ZeroShot, images: Images | zeroshot.Crops) -> float:
     """Return the seconds that CLIP takes over an image."""
     clip.encoder.encode_images(images.pictures(0, 1))  # the first allocates memory
     some = min(PICTURES, len(images))

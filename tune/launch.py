@@ -254,7 +254,14 @@ def carry_out(
         display.line(f"sweep {folder.name} in {short(folder)}")
         if len(wanted.objectives) > 1 and wanted.scheduler != "none":
             display.line(f"nothing stops early for {', '.join(wanted.objectives)} together")
-        first = prepare(sweep, stoppable(display.progress, stop), new=new)
+        first = prepare(
+            sweep,
+            stoppable(display.progress, stop),
+            new=new,
+            stop=stop,
+            address=address,
+            dashboard=dashboard,
+        )
         make_folder(folder, "storage")
         with locked(folder):
             if new:

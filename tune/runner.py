@@ -298,6 +298,40 @@ def runtime_env() -> dict[str, Any]:
     }
 
 
+def connect(stop: Stop, address: str | None, dashboard: str | None = None) -> None:
+    """Connect this process with a Ray cluster, if it is not yet; one of our own ends with the process.
+
+    The arguments are those of `run`.
+    """
+    if ray.is_initialized():
+        return
+    try:
+        context = ray.init(
+            # one that runs already has its own dashboard, or none
+            address=(address or os.environ.get("RAY_ADDRESS", "local"))
+            if dashboard is None
+            else "local",
+            include_dashboard=dashboard is not None,
+            dashboard_host=dashboard or "127.0.0.1",
+            runtime_env=runtime_env(),
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    except SystemExit as left:  # Ray's handler, in place until ours is again
+        raise Interrupted(signal.SIGTERM, "interrupted while Ray started") from left
+    except (ValueError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise unusable(address, reason) from error
+    stop.install()
+    if dashboard is not None:
+        say(
+            f"dashboard  http://{context.dashboard_url}, with the token that `ray get-auth-token` prints"
+        )
+    # a screen about each process that dies, of which `Deaths` has a line, and on a full disk about its own notes
+    for module in ("execution.experiment_state", "execution.tune_controller", "tune"):
+        logging.getLogger(f"ray.tune.{module}").setLevel(logging.CRITICAL)
+
+
 def run(
     agenda: Agenda,
     stop: Stop,
@@ -330,33 +364,7 @@ def run(
         settle: Given `resources`, CPUs and GPUs of each machine, and the number of runs, says what a job takes; None:
             that is settled.
     """
-    ours = not ray.is_initialized()
-    if ours:
-        try:
-            context = ray.init(
-                # one that runs already has its own dashboard, or none
-                address=(address or os.environ.get("RAY_ADDRESS", "local"))
-                if dashboard is None
-                else "local",
-                include_dashboard=dashboard is not None,
-                dashboard_host=dashboard or "127.0.0.1",
-                runtime_env=runtime_env(),
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-        except SystemExit as left:  # Ray's handler, in place until ours is again
-            raise Interrupted(signal.SIGTERM, "interrupted while Ray started") from left
-        except (ValueError, OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise unusable(address, reason) from error
-        stop.install()
-        if dashboard is not None:
-            say(
-                f"dashboard  http://{context.dashboard_url}, with the token that `ray get-auth-token` prints"
-            )
-        # a screen about each process that dies, of which `Deaths` has a line, and on a full disk about its own notes
-        for module in ("execution.experiment_state", "execution.tune_controller", "tune"):
-            logging.getLogger(f"ray.tune.{module}").setLevel(logging.CRITICAL)
+    connect(stop, address, dashboard)
     try:
 
         def fits() -> tuple[int, dict[str, float]]:
