@@ -386,7 +386,9 @@ class ClipTeacher:
 
     def logits(self, rows: Tensor, views: Tensor) -> Tensor:
         """Return logits `(B, K)` of those crops of training rows."""
-        return self.train[rows] if self.crops is None else self.crops(rows, views)
+        if self.crops is not None:
+            return self.crops(rows, views)
+        return self.train[rows.to(self.train.device)]
 
 
 def open_clip_teachers(
