@@ -118,13 +118,11 @@ def test_the_fused_optimiser_takes_the_steps_of_the_plain_one(words, tmp_path, m
 class Recording:
     """What stands for torch.cuda's graph on a CPU: nothing is computed as it is captured, all as it is replayed."""
 
-    def replay(self) -> None:
-        """Take the step."""
-
     def __init__(self) -> None:
         self.replays = 0
 
     def replay(self) -> None:
+        """Take the step."""
         self.replays += 1
         self.owner.values.copy_(self.owner.steps.step(self.owner.part))
 

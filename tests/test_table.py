@@ -409,3 +409,23 @@ def test_a_run_from_a_table_is_gone_on_with_by_a_run_that_asks_alike(tmp_path, c
     _, straight = trained(words, tmp_path / "straight")
     found = checkpoint.load(tmp_path / "run" / "last").weights
     assert all(torch.equal(value, found[name]) for name, value in straight.items())
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_batch_norms_are_folded_into_convolutions_without_an_error(name, tmp_path):
+    torch.manual_seed(0)
+    network = models.build(name, 10).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    task = teachers.TaskTeacher(
+        identity="", classes=10, train_views=None, test_views=None, network=network
+    )
+    assert task.folded is not network
+    left = sum(isinstance(m, torch.nn.BatchNorm2d) for m in task.folded.modules())
+    assert left < sum(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules()) / 1.5
+    images = torch.randn(16, 3, 32, 32)
+    with torch.no_grad():
+        apart = (task.folded(images) - network(images)).norm() / network(images).norm()
+    assert apart < 2e-6
