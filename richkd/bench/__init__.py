@@ -1,0 +1,309 @@
+"""Images per second and memory of training on this machine, beside those of a loop as it is usually written.
+
+    python -m richkd bench                                  # the embedded digits
+    python -m richkd bench my.yaml student.name=resnet8x4 --seconds=60 --json
+    python -m richkd bench my.yaml --variants=kd+table,richkd-l+table+bf16
+    python -m richkd bench my.yaml --table12                # CLIP live and cached, as in the paper's supplement
+
+A variant takes the steps of a run: `student` learns from the labels alone, `kd` from the task teacher, `richkd-l` from both
+teachers. Behind the method stands what is changed about it:
+
+    +table    the task teacher's logits of each crop come from its table (teacher.views=exact), which is full: the batches
+              of a burst are a small fixed set whose rows are asked for beforehand
+    +bf16     the student's layers are computed in bf16 (train.precision=bf16)
+    +live     CLIP looks at each crop (clip.views=online)
+
+`reference` does the job of `richkd-l` with PIL images, a DataLoader and the losses written out. All run in turn, a short
+burst each, so that what else the machine does meets all of them alike. The JSON object is, but for what describes machine
+and job:
+
+    rates       what the machine was measured to do in a second: FLOPs of a matrix product in fp32 and bf16, bytes that a
+                copy reads and writes, launches (null on a CPU)
+    work        flops, outputs, weights, launches of student and teacher, see `floors.Work`
+    rounds      how often each was measured
+    variants    of each its images_per_second (median), low and high (quartiles), ratio (median of its speed by the
+                reference's in the same round), seconds_per_epoch, memory (bytes at most) and floor: the least seconds an
+                image by flops, bytes and launches, the images_per_second that they allow, and which of them binds
+    parts       images per second, low and high of what is measured alone: fill (teacher over random crops, as a table is
+                filled), augment and pil (batches of 128 random crops as `Views.images` and torchvision make them)
+    ratios      medians over pairs of bursts, one right after the other: richkd-l/reference:bf16 and :fp32 and richkd-l/kd with
+                the table full, augment/pil; one whose variants were not measured is left out
+    errors      their standard errors
+    computed    see `computed`; {} where nothing is filled
+"""
+
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from richkd import distill, zeroshot
+from richkd.bench import floors, memory
+from richkd.bench.variants import (
+    REFERENCE,
+    Crops,
+    Loop,
+    Ours,
+    Variant,
+    burst_length,
+    of_method,
+    open_loops,
+    speed,
+)
+from richkd.config import Config
+from richkd.distill import Task
+from richkd.errors import Interrupted
+from richkd.progress import Progress, stoppable
+
+__all__ = ["Ours", "burst_length", "measure", "of_method", "speed"]
+
+SECONDS = 20.0  # of a measurement, unless said otherwise
+ROUNDS = 10  # that are aimed at
+LEAST_ROUNDS = 3  # also if they take longer than asked, as with slow networks
+MORE_PAIRS = 3  # a round, of the two that are compared to a few percent
+PARTS = ("fill", "augment", "pil")
+OF_QUARTILES = (
+    1.2533 / 1.3490
+)  # error of a median by that of a mean; between quartiles lie 1.349 deviations
+FEW = 2  # images on which work is counted
+TRIALS = 10  # of the sweep that is computed
+
+
+def compared(config: Config) -> dict[str, tuple[str, str]]:
+    """Return by name the pairs of loops whose speeds are compared."""
+    full = "" if config.teacher.logits is not None else "+table"
+    return {
+        "richkd-l/reference:bf16": (f"richkd-l{full}+bf16", REFERENCE),
+        "richkd-l/reference:fp32": (f"richkd-l{full}", REFERENCE),
+        "richkd-l/kd": (f"richkd-l{full}", f"kd{full}"),
+        "augment/pil": ("augment", "pil"),
+    }
+
+
+def measure(
+    config: Config,
+    variants: list[Variant],
+    seconds: float = SECONDS,
+    progress: Progress | None = None,
+    stop: Callable[[], int | None] = lambda: None,
+) -> dict[str, Any]:
+    """Measure how fast each variant trains with the data, student and teachers of `config`, and in how much memory.
+
+    Args:
+        config: The run; its method and the keys that variants change are of no effect.
+        variants: What to measure beside the reference.
+        seconds: How long to measure in all; three rounds are made in any case. Preparations come on top.
+        progress: Called with what is being prepared, or measured, done and total.
+        stop: Asked before each burst; a signal number ends the measurement.
+
+    Returns:
+        Plain JSON, as above.
+
+    Raises:
+        ConfigError: If something does not fit together.
+        Interrupted: If `stop` said so.
+    """
+    told = stoppable(progress, stop)
+    task = distill.open_task(config, told)
+    device = task.device
+
+    def before_a_burst(percent: int) -> None:
+        if (signum := stop()) is not None:
+            raise Interrupted(signum, "interrupted while measuring; nothing is kept of it")
+        if progress is not None:
+            progress("measurement", percent, 100)
+
+    # torchvision draws from the global generator
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        loops = open_loops(config, task, variants, told)
+        both = compared(config)["richkd-l/kd"]
+        pairs = MORE_PAIRS if set(both) <= set(loops) else 0
+        before_a_burst(0)
+        rates = floors.rates(device)
+        steps, taken = {}, {}
+        each = seconds / ((len(loops) + 2 * pairs) * ROUNDS)
+        began = time.perf_counter()
+        for name, loop in loops.items():
+            before_a_burst(0)
+            if not isinstance(loop, Crops):
+                taken[name] = memory.peak(loop, device)
+            steps[name] = burst_length(loop, each, device)
+        speeds = {name: [] for name in loops}
+        more: list[tuple[float, float]] = []
+        while len(speeds[REFERENCE]) < LEAST_ROUNDS or time.perf_counter() - began < seconds:
+
+            def burst(name: str) -> float:
+                before_a_burst(min(int(100 * (time.perf_counter() - began) / seconds), 99))
+                return speed(loops[name], steps[name], device)
+
+            for name in loops:
+                speeds[name].append(burst(name))
+            for k in range(pairs):  # now the one goes first, now the other
+                found = {name: burst(name) for name in both[:: 1 if k % 2 else -1]}
+                more.append((found[both[0]], found[both[1]]))
+    if progress is not None:
+        progress("measurement", 100, 100)
+    trained = [name for name, loop in loops.items() if not isinstance(loop, Crops)]
+    work = worked(config, task, loops)
+    order = torch.cat(distill.open_batches(config, task, distilled=True).order(0))
+    found = {}
+    for name in trained:
+        parts = done(name, work)
+        found[name] = summary(speeds[name]) | {
+            "ratio": ratio(speeds[name], speeds[REFERENCE])[0],
+            "memory": taken[name],
+            "floor": floors.floor(parts, config.train.batch_size, rates),
+        }
+        found[name]["seconds_per_epoch"] = len(order) / found[name]["images_per_second"]
+    ratios = {}
+    for name, (one, other) in compared(config).items():
+        if {one, other} <= set(loops):
+            beside = more if name == "richkd-l/kd" else []
+            pairs = [*zip(speeds[one], speeds[other], strict=True), *beside]
+            ratios[name] = ratio(*zip(*pairs, strict=True))
+    parts = {name: summary(speeds[name]) for name in PARTS if name in loops}
+    return described(config, task) | {
+        "rates": rates,
+        "work": {name: asdict(each) for name, each in work.items()},
+        "rounds": len(speeds[REFERENCE]),
+        "variants": found,
+        "parts": parts,
+        "ratios": {name: middle for name, (middle, _) in ratios.items()},
+        "errors": {name: error for name, (_, error) in ratios.items()},
+        "computed": computed(config, task, order, found, parts),
+    }
+
+
+def summary(speeds: list[float]) -> dict[str, float]:
+    """Return median and quartiles of the rounds' `speeds`."""
+    low, median, high = statistics.quantiles(speeds, n=4, method="inclusive")
+    return {"images_per_second": median, "low": low, "high": high}
+
+
+def ratio(speeds: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Return the median of the ratios of `speeds` to `others`, pair by pair, and its standard error.
+
+    The error is that of a normal law with the quartiles of the ratios: a few that other work disturbed do not count.
+    """
+    ratios = [a / b for a, b in zip(speeds, others, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return median, OF_QUARTILES * (high - low) / math.sqrt(len(ratios))
+
+
+def worked(config: Config, task: Task, loops: dict[str, Loop]) -> dict[str, floors.Work]:
+    """Return what the student does in a step, and the teachers that are run in some loop in a look at as many images."""
+    reference = loops[REFERENCE]
+    images = task.train.images(torch.from_numpy(task.split.transfer[:FEW]))
+    found = {"student": floors.work(reference.student, images, training=True)}
+    if reference.teacher is not None:
+        found["teacher"] = floors.work(reference.teacher, images, training=False)
+    if any("+live" in name for name in loops):
+        own = config.clip
+        clip = zeroshot.load(
+            own.model, own.pretrained, own.file, device=task.device, root=task.cache
+        )
+        pictures = list(task.dataset.train.pictures(0, FEW))
+        found["clip"] = floors.work(*tower(clip.encoder, pictures), training=False)
+    return found
+
+
+def tower(encoder: zeroshot.Encoder, pictures: list[Image.Image]) -> tuple[nn.Module, Tensor]:
+    """Return the image tower of a CLIP, and those pictures as it sees them."""
+    network, seen = encoder.network.visual, []
+    hook = network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    encoder.encode_images(pictures)
+    hook.remove()
+    return network, seen[0]
+
+
+def done(name: str, work: dict[str, floors.Work]) -> list[tuple[floors.Work, str]]:
+    """Return what the loop of that name does for a batch, and in which precision."""
+    method, *changes = name.split("+")
+    found = [(work["student"], "bf16" if "bf16" in changes else "fp32")]
+    if "teacher" in work and method != "student" and "table" not in changes:
+        found.append((work["teacher"], "fp32"))
+    if "live" in changes:
+        found.append((work["clip"], "fp32"))
+    return found
+
+
+def computed(
+    config: Config,
+    task: Task,
+    order: Tensor,
+    variants: dict[str, dict[str, Any]],
+    parts: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    """Compute what training takes in which a table is filled as it goes, from the measured rates.
+
+    An image has V views. One that is drawn n times over all epochs needs V (1 - (1 - 1 / V)^n) rows of the table, each
+    computed once. The trials of a sweep have one seed and so meet the same views: the first one pays for all.
+
+    Returns:
+        Plain JSON: `epochs`, `views` (V), `fills` (rows of the table an image needs), `variant` (whose steps are taken),
+        `first_run` and `sweep_of_10` (how many times faster than the reference a run is alone, and a trial of ten), and of
+        both the `seconds_per_epoch`. Nothing if there is no table, or none was measured.
+    """
+    names = [name for name in ("richkd-l+table+bf16", "richkd-l+table") if name in variants]
+    if not names or "fill" not in parts:
+        return {}
+    epochs, views = config.train.epochs, (2 * task.train.pad + 1) ** 2 * task.train.flips
+    fills = filled(torch.bincount(order) * epochs, views)
+    filling = fills / parts["fill"]["images_per_second"] / epochs
+    stepping, usual = (variants[name]["seconds_per_epoch"] for name in (names[0], REFERENCE))
+    first, later = stepping + filling, stepping + filling / TRIALS
+    return {
+        "epochs": epochs,
+        "views": views,
+        "fills": fills / len(task.split.transfer),
+        "variant": names[0],
+        "first_run": usual / first,
+        f"sweep_of_{TRIALS}": usual / later,
+        "seconds_per_epoch": {"first_run": first, f"sweep_of_{TRIALS}": later},
+    }
+
+
+def filled(draws: Tensor, views: int) -> float:
+    """Return how many views of all images are expected to occur where each image is drawn `draws` `(N,)` times."""
+    return float(views * (1 - (1 - 1 / views) ** draws.double()).sum())
+
+
+def described(config: Config, task: Task) -> dict[str, Any]:
+    """Return what a measurement was made with: the machine and the job."""
+    device = task.device
+    given, clip = config.teacher, config.clip
+    teacher = "given logits" if given.logits is not None else given.name
+    if given.checkpoint is not None and not Path(given.checkpoint).is_file():
+        teacher = given.checkpoint  # a run or checkpoint of richkd knows its network itself
+    return {
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "versions": {name: version(name) for name in ("torch", "torchvision", "pillow")}
+        | {"python": platform.python_version()},
+        "data": task.dataset.name,
+        "size": list(task.dataset.size),
+        "student": config.student.name,
+        "teacher": teacher,
+        "clip": "given logits" if clip.logits is not None else clip.model,
+        "batch_size": config.train.batch_size,
+    }
+
+
+def processor() -> str:
+    """Return the name of the CPU, where the system says it, and the instructions that PyTorch uses."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
