@@ -19,13 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 PASSES = {False: (2, 1), True: (5, 8)}  # over outputs and weights, of a look and of a training step
 SECONDS = 0.25  # for each rate
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices
 COPIED = 2**27  # bytes: more than stay in a cache
 LAUNCHES = 1000  # in a graph
+# by the counter itself; attention on a CPU does what it does on a GPU
+UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: (
+        sdpa_flop_count(query, key, value)
+    )
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -74,7 +80,7 @@ def work(network: nn.Module, images: Tensor, *, training: bool) -> Work:
         if isinstance(module, _ConvNd | nn.Linear):
             module.register_forward_hook(seen)
     grouped = any(isinstance(each, _ConvNd) and each.groups > 1 for each in network.modules())
-    flops, launches = FlopCounterMode(display=False), Launches()
+    flops, launches = FlopCounterMode(display=False, custom_mapping=UNCOUNTED), Launches()
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # in which attention is not counted
     with torch.enable_grad(), flops, launches:
