@@ -169,8 +169,39 @@ def folder(
     return entry
 
 
-def _build(entry: Path, build: Callable[[Path], None]) -> None:
-    """Build the folder of an entry, in place of a damaged one if there is one."""
+def growing(
+    root: Path,
+    kind: str,
+    key: dict[str, Any],
+    begin: Callable[[Path], None],
+    usable: Callable[[Path], bool],
+) -> Path:
+    """Return the folder of an artefact that goes on growing; what is in it is checked by who reads it.
+
+    It is not among those that `used` returns: each machine has its own.
+
+    Args:
+        root: Cache folder.
+        kind: What it is; a folder of that name.
+        key: All that it depends on, as plain JSON.
+        begin: Puts into the empty folder that it is given what it begins with.
+        usable: Whether a folder that is there can be gone on with; it is begun anew, with a warning, if not.
+
+    Raises:
+        ConfigError: If it is not there and the cache cannot be written.
+    """
+    description = _describe(kind, key)
+    entry = _entry(root, description)
+    if not (entry.exists() and usable(entry)):
+        _check_made(kind)
+        with _locked(root, entry, description, None):
+            if not (entry.exists() and usable(entry)):
+                _build(entry, begin, summed=False)
+    return entry
+
+
+def _build(entry: Path, build: Callable[[Path], None], *, summed: bool = True) -> None:
+    """Build the folder of an entry, in place of a damaged one if there is one, its checksums `summed` up beside it."""
     if entry.exists():
         warnings.warn(
             f"{entry} is damaged, and is built again. If this happens twice, check the disk.",
@@ -183,7 +214,8 @@ def _build(entry: Path, build: Callable[[Path], None]) -> None:
         build(partial)
         for path in partial.rglob("*"):
             sync(path)
-        write_atomic(_sums_of(entry), _sums(partial, lambda *_: None))
+        if summed:
+            write_atomic(_sums_of(entry), _sums(partial, lambda *_: None))
         if entry.exists():
             shutil.rmtree(entry)
         _publish(partial, entry)

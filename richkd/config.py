@@ -160,9 +160,23 @@ class Teacher:
     mean: tuple[float, ...] | None = None  # of its input's channels, in 0 to 1; None: its own
     std: tuple[float, ...] | None = None
     size: int | None = None  # pixels of a side that it sees; None: its own, or the data's
+    views: str = "auto"  # how it meets the student's crops: auto | online | exact | single
+    shared: bool = False  # whether other runs ask it, too, for which `auto` keeps what it says; a sweep sets it
+    table: str = (
+        "fp16"  # what `exact` keeps: fp16, within 5e-4 of a logit, or fp32, the logit itself
+    )
+    precision: str = "fp32"  # in which it is run; bf16 is faster, and some 4e-3 of a logit off
 
     def __post_init__(self) -> None:
         expand(self, "checkpoint", "logits")
+        one_of("teacher.views", self.views, ("auto", "online", "exact", "single"))
+        one_of("teacher.table", self.table, ("fp16", "fp32"))
+        one_of("teacher.precision", self.precision, ("fp32", "bf16"))
+        if self.logits is not None and self.views in ("online", "exact"):
+            raise ConfigError(
+                f"teacher.views={self.views} needs a network but teacher.logits knows no crops; leave it out, or give "
+                "teacher.checkpoint."
+            )
         one_of("teacher.shortcut", self.shortcut, ("A", "B"))
         in_range("teacher.epochs", self.epochs, 1, 100_000)
         in_range("teacher.batch_size", self.batch_size, 2, 1_000_000)
@@ -313,8 +327,11 @@ class Train:
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    precision: str = "auto"  # of the student's layers: fp32, bf16 (autocast), auto: bf16 on a GPU
+    graphs: bool = True  # whether a GPU replays the step as one CUDA graph; of one worker alone
 
     def __post_init__(self) -> None:
+        one_of("train.precision", self.precision, ("auto", "fp32", "bf16"))
         in_range("train.epochs", self.epochs, 1, 100_000)
         in_range("train.batch_size", self.batch_size, 2, 1_000_000)
         in_range("train.lr", self.lr, 1e-8, 100)

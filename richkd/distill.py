@@ -1,4 +1,4 @@
-"""Distil one student: step, epoch, run.
+"""Distil one student: what a run opens, the run, its test.
 
     python -m richkd distill                                # richkd-l on the embedded digits
     python -m richkd distill method.name=kd seed=3 --json
@@ -9,7 +9,6 @@ validation accuracy). Test rows are not read here but once, by `test`, after the
 """
 
 import contextlib
-import copy
 import math
 import time
 from collections.abc import Callable
@@ -21,25 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from richkd import cache, checkpoint, fusion, losses, models, teachers
+from richkd import cache, checkpoint, models, teachers
 from richkd.config import Config, Layers, Teacher, build, digest, flatten
 from richkd.data import Batches, Dataset, Split, Views, load, split
 from richkd.data.batches import stream_seed
-from richkd.errors import ConfigError, Interrupted, NonFiniteError
+from richkd.errors import ConfigError, NonFiniteError
 from richkd.evaluate import accuracy, evaluate
 from richkd.evaluate.accuracy import network_logits
 from richkd.files import read_record, write_json
 from richkd.progress import Progress, stoppable
 from richkd.record import TESTED, Record, held, momentum_of, seed_folders
+from richkd.steps import ADVICE, ALONE, Steps, check_slices
 from richkd.student import network_of
 from richkd.threads import one_thread
 from richkd.workers import Group
 
-ADVICE = "lower train.lr or loss.logit, or raise loss.temperature"  # of a run that diverged
-ALONE = Group()
 MOMENT = 1.0  # seconds for a process that has just been stopped to leave its folder
 SOME = 500  # held-out rows on which a teacher that is not trained here is looked at
-TERMS = ("loss_ce", "loss_logit", "loss", "target_entropy")
 
 _looked_at: set[tuple[str, ...]] = set()  # teachers, with the rows that they were asked about
 
@@ -125,7 +122,14 @@ def open_teacher(
         given = config.teacher
         trained = None if given.brought else trained_teacher(config, task, progress)
         own = teachers.open_task(
-            given, trained, task.dataset, task.train, task.test, task.cache, progress
+            given,
+            trained,
+            task.dataset,
+            task.train,
+            task.test,
+            task.cache,
+            progress,
+            config.train.epochs,
         )
     check_teachers(config.teacher, task, own, clips)
     return teachers.FusedTeacher(config, task.split, task.labels, own, clips)
@@ -177,165 +181,6 @@ def trained_teacher(config: Config, task: Task, progress: Progress | None = None
     return cache.folder(task.cache, "teachers", key, build, progress=progress) / "run" / "last"
 
 
-def step(
-    config: Config,
-    student: nn.Module,
-    teacher: teachers.FusedTeacher | None,
-    images: Tensor,
-    rows: Tensor,
-    labels: Tensor,
-    views: Tensor,
-    total: tuple[int, int],
-) -> Tensor:
-    """Return what one worker's slice adds to the values of TERMS, `(4,)`; the third is the loss to descend.
-
-    Args:
-        config: Weights of the losses.
-        student: Network, possibly wrapped for several workers.
-        teacher: None where nothing is distilled.
-        images: The slice as the student sees it.
-        rows: Its training rows.
-        labels: Its visible labels.
-        views: Its crops.
-        total: Rows and labelled rows of the global batch.
-    """
-    logits = student(images)
-    ce = losses.cross_entropy(logits, labels.to(logits.device), total[1])
-    if teacher is None:
-        zero = ce.new_zeros(())
-        return torch.stack([ce.detach(), zero, config.loss.ce * ce, zero])
-    target = teacher.target(rows, views)
-    logit = losses.kd(logits, target, teacher.temperature, total[0])
-    loss = config.loss.ce * ce + config.loss.logit * logit
-    entropy = fusion.entropy(target) * (len(rows) / total[0])
-    return torch.stack([ce.detach(), logit.detach(), loss, entropy])
-
-
-def idle(student: nn.Module, image: Tensor) -> Tensor:
-    """Return the values of a worker whose slice is empty: zeros that go back through the whole network.
-
-    The others wait for its gradients. In eval mode, so that the image changes no statistics.
-    """
-    student.eval()
-    zero = 0 * student(image).sum()
-    student.train()
-    return torch.stack([zero.detach(), zero.detach(), zero, zero.detach()])
-
-
-def train_step(
-    config: Config,
-    student: nn.Module,
-    teacher: teachers.FusedTeacher | None,
-    optimizer: torch.optim.Optimizer,
-    views_of: Views,
-    batch: tuple[Tensor, Tensor, Tensor],
-    progress: float,
-    group: Group = ALONE,
-) -> Tensor:
-    """Take one step of the optimiser and return what this worker's slice adds to the values of TERMS, `(4,)`.
-
-    Args:
-        config: The run.
-        student: As `group.wrap` returned it, in training mode.
-        teacher: None where nothing is distilled.
-        optimizer: Of the student's parameters.
-        views_of: Training images.
-        batch: Rows, visible labels and views of the global batch.
-        progress: How much of the training lies behind, 0 to 1; sets the learning rate.
-        group: The workers; each takes its slice of the batch.
-    """
-    rows, labels, views = batch
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = config.train.lr * (0.5 + 0.5 * math.cos(math.pi * progress))
-    total, part = (len(rows), int((labels >= 0).sum())), group.slice(len(rows))
-    if part.start == part.stop:
-        values = idle(student, views_of.images(rows[:1], views[:1]))
-    else:
-        mine = rows[part], labels[part], views[part]
-        images = views_of.images(mine[0], mine[2])
-        values = step(config, student, teacher, images, *mine, total)
-    optimizer.zero_grad(set_to_none=True)
-    # the gradients of several workers are averaged, where they should add up
-    (group.size * values[2]).backward()
-    optimizer.step()
-    return values.detach()
-
-
-def train_epoch(
-    config: Config,
-    student: nn.Module,
-    teacher: teachers.FusedTeacher | None,
-    optimizer: torch.optim.Optimizer,
-    batches: Batches,
-    epoch: int,
-    stop: Callable[[], int | None],
-    group: Group,
-) -> dict[str, float]:
-    """Train for one epoch and return the mean of each of TERMS over the global batches.
-
-    The terms stay on the device until the epoch has ended, so that no step waits for the host.
-
-    Args:
-        config: The run.
-        student: As `group.wrap` returned it.
-        teacher: None where nothing is distilled.
-        optimizer: Of the student's parameters.
-        batches: Global batches.
-        epoch: From 0.
-        stop: Asked before each step; a signal number ends the run.
-        group: The workers; each takes its slice of each batch.
-
-    Raises:
-        NonFiniteError: If a term or a weight is NaN or infinite; names epoch, step and term.
-        Interrupted: If `stop` returned a signal.
-    """
-    student.train()
-    views_of, steps = batches.views, len(batches)
-    terms = torch.zeros(steps, len(TERMS), device=views_of.device)
-    for k, batch in enumerate(batches.epoch(epoch)):
-        if (signum := stop()) is not None:
-            raise Interrupted(signum, f"interrupted in epoch {epoch + 1} of {config.train.epochs}")
-        progress = (epoch * steps + k) / (config.train.epochs * steps)
-        terms[k] = train_step(config, student, teacher, optimizer, views_of, batch, progress, group)
-    terms = group.total(terms)
-    group.copy_from_first(student.buffers())
-    check_finite(terms.cpu(), student, epoch)
-    return dict(zip(TERMS, terms.double().mean(0).tolist(), strict=True))
-
-
-def check_slices(batches: Batches, student: nn.Module, group: Group) -> None:
-    """Raise ConfigError if some worker would get one row that the student's batch norm cannot take alone.
-
-    It cannot where the last map has a single pixel.
-    """
-    sizes = {len(batches.transfer) % batches.batch_size, batches.batch_size} - {0}
-    if batches.share is not None:
-        sizes = {batches.batch_size}
-    if not any(1 in group.lengths(rows) for rows in sizes):
-        return
-    try:
-        copy.deepcopy(student).train()(batches.views.images(batches.transfer[:1]))
-    except ValueError as error:  # of batch norm
-        raise ConfigError(
-            f"train.batch_size={batches.batch_size} leaves a batch, or a worker's slice of one, of a single row of the "
-            f"{len(batches.transfer)}, which the student's batch norm cannot take; change it a little."
-        ) from error
-
-
-def check_finite(terms: Tensor, student: nn.Module, epoch: int) -> None:
-    """Raise NonFiniteError naming the first step and term of `terms` `(steps, 4)`, or the weight, not finite."""
-    if not terms.isfinite().all():
-        where = (~terms.isfinite()).nonzero()[0].tolist()
-        raise NonFiniteError(
-            f"{TERMS[where[1]]} is {terms[where[0], where[1]].item()} at step {where[0] + 1} of epoch {epoch + 1}; "
-            f"{ADVICE}."
-        )
-    for name, value in student.state_dict().items():
-        if not value.isfinite().all():
-            name = name.removeprefix("module.")  # of a student wrapped for several workers
-            raise NonFiniteError(f"weight {name} is not finite after epoch {epoch + 1}; {ADVICE}.")
-
-
 def initial_student(config: Config, dataset: Dataset) -> nn.Module:
     """Return the untrained student; its weights depend on the seed alone, not on what ran before."""
     with torch.random.fork_rng(devices=[]):
@@ -366,10 +211,11 @@ def open_batches(config: Config, task: Task, *, distilled: bool) -> Batches:
 
 
 def open_optimizer(config: Config, student: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimiser of the student's parameters; each step sets its learning rate."""
+    """Return the optimiser of the student's parameters; each step sets its learning rate, which lies on a GPU if they do."""
+    lr, device = config.train.lr, next(student.parameters()).device
     return torch.optim.SGD(
         student.parameters(),
-        lr=config.train.lr,
+        lr=torch.tensor(lr, device=device) if device.type == "cuda" else lr,
         momentum=config.train.momentum,
         weight_decay=config.train.weight_decay,
         fused=True,
@@ -414,7 +260,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         """Take the folder and, on all workers, the state that lies in it."""
-        group, task = self.group, self.task
+        config, group, task = self.config, self.group, self.task
         meta, rows = None, []
         with contextlib.ExitStack() as opened:
             if self.record is not None:
@@ -426,29 +272,21 @@ class Run:
             meta, self.rows = group.from_first([meta, rows])
             self.best = meta["best"] if meta else None
             share_state(group, self.student, self.optimizer, momentum=len(self.rows) > 0)
-            self.wrapped = group.wrap(self.student)
+            wrapped = group.wrap(self.student)
+            self.steps = Steps(config, wrapped, self.teacher, self.optimizer, self.batches, group)
             self.opened = opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Give the folder back, and what belongs to the workers' group, which may end before this object does."""
         self.opened.close()
-        del self.wrapped
+        del self.steps
 
     def advance(self) -> None:
         """Train for one epoch, look at the held-out rows, and keep both."""
-        config, group, epoch = self.config, self.group, len(self.rows)
+        group, epoch = self.group, len(self.rows)
         began = time.monotonic()
-        trained = train_epoch(
-            config,
-            self.wrapped,
-            self.teacher,
-            self.optimizer,
-            self.batches,
-            epoch,
-            self.stop,
-            group,
-        )
+        trained = self.steps.epoch(epoch, self.stop)
         seconds = time.monotonic() - began
         mine = self.held_out[group.slice(len(self.held_out))]
         logits = network_logits(self.student, self.task.train, mine)
@@ -464,7 +302,7 @@ class Run:
             **{f"val/{name}": value for name, value in found.items()},
             "best_val_top1": self.best["top1"],
             "best_val_loss": self.best["loss"],
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
             "seconds": time.monotonic() - began,
             "images_per_second": self.batches.rows / seconds,
         }

@@ -22,6 +22,7 @@ from richkd.errors import ConfigError, CorruptError
 from richkd.evaluate.accuracy import accuracy, network_logits
 from richkd.progress import Progress
 from richkd.record import Record
+from richkd.steps import ALONE, check_slices
 from richkd.teachers import ClipTeacher, FusedTeacher, TaskTeacher
 from richkd.threads import threads
 
@@ -125,7 +126,7 @@ def mistakes(config: Config, task: Task, progress: Progress | None = None) -> li
     def student() -> None:
         network = distill.initial_student(config, task.dataset)
         batches = distill.open_batches(config, task, distilled=True)
-        distill.check_slices(batches, network, distill.ALONE)
+        check_slices(batches, network, ALONE)
 
     def trained() -> None:
         if not config.teacher.brought:

@@ -1,16 +1,17 @@
 """The fused teacher as one object: rows and views in, the student's target out.
 
-Whether a teacher's logits are computed online, read from a cache or from a file is decided here and
-nowhere else.
+Whether a teacher's logits are computed online, looked up in a table or read from a file is decided here and nowhere
+else.
 
 Shapes: N training rows, M test rows, B rows of a batch, K classes.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
 from richkd import cache, checkpoint, fusion, logits, models, zeroshot
 from richkd.config import Clip, Config, Teacher, Train, ZeroShot
@@ -30,12 +32,24 @@ from richkd.models import foreign, library
 from richkd.models.library import Preprocessing
 from richkd.progress import Progress
 from richkd.student import check_meta, find_checkpoint, network_of
+from richkd.table import Table
+from richkd.threads import ahead, one_thread
 from richkd.zeroshot import prompts
+
+LONG = 60  # epochs from which on a run meets the same crops often enough for a table
+MOST = 8 * 2**30  # bytes of a table that is made unasked
+DTYPES = {"fp16": np.float16, "fp32": np.float32}  # of a table
+LEAST = 16  # images in a batch: fewer take another path through the convolutions, and get other last bits
+PIXELS = {
+    "cpu": 2**16,
+    "cuda": 2**20,
+}  # in a batch: 64 CIFAR images, more would not stay in a core's cache; 1024
+IMAGES_AHEAD = 16  # whose crops are computed between two looks at who wants to stop
 
 
 @dataclass(kw_only=True, eq=False)
 class TaskTeacher:
-    """The user's own teacher: a network run on what the student sees, or given logits.
+    """The user's own teacher: a network and what it says of what the student sees, or given logits.
 
     Attributes:
         identity: Changes with its outputs; a run goes on with the same one only.
@@ -44,6 +58,9 @@ class TaskTeacher:
         test_views: Test images, likewise.
         network: Frozen, in eval mode; None if its logits were given.
         given: Logits `(N, K)` of the training rows and `(M, K)` of the test rows, un-augmented, None where unknown.
+        single: Whether it says of each crop what it says of the whole image, which is wrong under augmentation.
+        table: What it says of each crop of each training row, known or computed when it is asked; None asks the network.
+        precision: In which the network is run, `fp32` or `bf16`.
         keep: Keeps what the network says of whole parts, by the part's name; None computes it anew.
     """
 
@@ -53,20 +70,85 @@ class TaskTeacher:
     test_views: Views
     network: nn.Module | None = None
     given: tuple[Tensor, Tensor | None] | None = None
+    single: bool = False
+    table: Table | None = None
+    precision: str = "fp32"
     keep: Callable[[str, Callable[[int, int], np.ndarray]], np.ndarray] | None = None
 
-    def logits(self, rows: Tensor, views: Tensor | None) -> Tensor:
-        """Return logits `(B, K)` of those crops of training rows; given logits know no crops."""
-        if self.network is None:
-            return self.given[0][rows]
-        with torch.no_grad():
-            return self.network(self.train_views.images(rows, views))
+    def logits(self, rows: Tensor, views: Tensor) -> Tensor:
+        """Return logits `(B, K)` of those crops of training rows, both on the CPU."""
+        if self.network is None or self.single:
+            return self.train[rows.to(self.train.device)]
+        return self._crops(rows, views)[:, : self.classes]
+
+    def features(self, rows: Tensor, views: Tensor) -> Tensor:
+        """Return the pooled features `(B, D)` of those crops, of a teacher that was opened for them."""
+        return self._crops(rows, views)[:, self.classes :]
+
+    def _crops(self, rows: Tensor, views: Tensor) -> Tensor:
+        if self.table is None:
+            return self._run(self.train_views, rows, views)
+        numbers = rows * self.train_views.count + self.train_views.number(views)
+        found = torch.from_numpy(self.table.get(numbers.numpy(), self._unknown))
+        if self.train_views.device.type == "cuda":
+            found = found.pin_memory().to(self.train_views.device, non_blocking=True)
+        return found.float()
+
+    def _unknown(self, numbers: np.ndarray) -> np.ndarray:
+        """Return what the network says of rows of the table."""
+        rows, views = (
+            torch.from_numpy(part) for part in np.divmod(numbers, self.train_views.count)
+        )
+        return self._run(self.train_views, rows, self.train_views.numbered(views)).cpu().numpy()
+
+    def fill(self, progress: Progress | None = None) -> None:
+        """Compute all rows of the table that are not known yet; `progress` may raise to stop, and they stay."""
+        each, total = IMAGES_AHEAD * self.train_views.count, len(self.table)
+        for start in range(0, total, each):
+            if progress is not None:
+                progress(self.table.kind, start, total)
+            self.table.get(np.arange(start, min(start + each, total)), self._unknown)
+        if progress is not None:
+            progress(self.table.kind, total, total)
+
+    def _run(self, part: Views, rows: Tensor, views: Tensor | None = None) -> Tensor:
+        """Return what the network says of crops of `part`, or of whole images: the same whoever else is in a batch.
+
+        That holds for batches from LEAST on and one thread, so that all rows of a table are those that one process would
+        have computed. Several threads of the CPU have a batch each.
+        """
+        device, count = part.device, len(rows)
+        more = -count % LEAST  # the last row again
+        chosen = torch.cat([torch.arange(count), torch.full((more,), count - 1)])
+        each = max(PIXELS[device.type] // math.prod(part.shape[:2]) // LEAST, 1) * LEAST
+
+        def run(batch: Tensor) -> Tensor:
+            images = part.images(rows[batch], None if views is None else views[batch])
+            with torch.no_grad(), exactly(device, self.precision):
+                return self.folded(images).float()
+
+        batches, workers = chosen.split(each), torch.get_num_threads()
+        if device.type == "cpu" and min(workers, len(batches)) > 1:
+            with one_thread():
+                said = list(ahead(run, batches, workers))
+        else:
+            said = [run(batch) for batch in batches]
+        return torch.cat(said)[:count]
+
+    @cached_property
+    def folded(self) -> nn.Module:
+        """The network with its batch norms folded into its convolutions, where it can be traced: exact, and faster."""
+        try:
+            folded = fuse(self.network)
+        except Exception:  # whatever stands in the way of a trace
+            return self.network
+        return folded.to(memory_format=torch.channels_last)
 
     def plain(self, rows: Tensor) -> Tensor:
         """Return logits `(B, K)` of un-augmented training rows."""
         if self.network is None:
             return self.given[0][rows]
-        return network_logits(self.network, self.train_views, rows)
+        return self._run(self.train_views, rows)[:, : self.classes]
 
     @cached_property
     def train(self) -> Tensor:
@@ -80,11 +162,34 @@ class TaskTeacher:
 
     def _whole(self, part: str, views: Views) -> Tensor:
         def compute(start: int, stop: int) -> np.ndarray:
-            return network_logits(self.network, views, torch.arange(start, stop)).cpu().numpy()
+            return self._run(views, torch.arange(start, stop))[:, : self.classes].cpu().numpy()
 
         if self.keep is None:
             return torch.from_numpy(compute(0, len(views))).to(views.device)
         return torch.tensor(self.keep(part, compute)).to(views.device)
+
+
+@contextlib.contextmanager
+def exactly(device: torch.device, precision: str) -> Iterator[None]:
+    """Compute in fp32 as fp32, which a GPU's convolutions are not unless they are told, or in bf16."""
+    exact = contextlib.nullcontext()
+    if device.type == "cuda":
+        exact = torch.backends.cudnn.flags(deterministic=True, allow_tf32=False)
+    with exact, torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        yield
+
+
+class Outputs(nn.Module):
+    """The logits of a network and, behind them, its pooled features."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return `(N, K + D)` of `images` `(N, C, H, W)`."""
+        features = self.network.features(images)
+        return torch.cat([self.network.head(features), features], 1)
 
 
 class Resized(nn.Module):
@@ -95,12 +200,18 @@ class Resized(nn.Module):
 
     def __init__(self, network: nn.Module, size: int) -> None:
         super().__init__()
-        self.network, self.size = network, size
+        self.network, self.size, self.head = network, size, network.head
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`."""
+        size = (self.size, self.size)
+        return self.network.features(
+            F.interpolate(images, size, mode="bilinear", align_corners=False)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits `(N, K)` of `images` `(N, C, H, W)`."""
-        size = (self.size, self.size)
-        return self.network(F.interpolate(images, size, mode="bilinear", align_corners=False))
+        return self.head(self.features(images))
 
 
 def open_task(
@@ -111,6 +222,8 @@ def open_task(
     test_views: Views,
     cache_root: Path | None = None,
     progress: Progress | None = None,
+    epochs: int = 1,
+    features: bool = False,
 ) -> TaskTeacher:
     """Return the task teacher of `config`.
 
@@ -120,8 +233,10 @@ def open_task(
         dataset: Task; its classes must be the teacher's.
         train_views: Training images.
         test_views: Test images.
-        cache_root: Where its logits of whole parts are kept; None keeps nothing.
+        cache_root: Where what it says is kept; None keeps nothing.
         progress: Told how far such a computation is.
+        epochs: Of the run that asks; of a long one `teacher.views=auto` keeps what it says of crops.
+        features: Whether its pooled features are asked for, too.
     """
     views = {"train_views": train_views, "test_views": test_views}
     classes, device = len(dataset.names), train_views.device
@@ -147,20 +262,37 @@ def open_task(
     if size is not None and (size, size) != dataset.size:
         network = Resized(network, size)
     models.check_size(network, dataset.channels, dataset.size, field="teacher.name, teacher.size")
-    identity = _short(hashlib.sha256(repr((sha256, mean, std, size)).encode()).hexdigest())
+    wanted = (sha256, mean, std, size, config.precision)
+    seen = _short(hashlib.sha256(repr(wanted).encode()).hexdigest())
 
     def keep(part: str, compute: Callable[[int, int], np.ndarray]) -> np.ndarray:
         images: Images = getattr(dataset, part)
-        key = {"teacher": identity, "images": images.digest, "torch": torch.__version__}
+        key = {"teacher": seen, "images": images.digest, "torch": torch.__version__}
         return cache.rows(
             cache_root, "teacher-logits", key, len(images), classes, compute, progress=progress
         )
 
     network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    crops = views["train_views"]
+    rows, width = len(crops) * crops.count, classes + (network.head.in_features if features else 0)
+    dtype = DTYPES[config.table]
+    how = config.views
+    if how == "auto":
+        fits = rows * width * np.dtype(dtype).itemsize <= MOST
+        how = "exact" if fits and (config.shared or epochs >= LONG) else "online"
+    table = None
+    if how == "exact" and cache_root is not None:
+        key = {"teacher": seen, "images": dataset.train.digest, "torch": torch.__version__}
+        key |= {"pad": crops.pad, "flips": crops.flips, "features": features}
+        table = Table(cache_root, "teacher-views", key, rows, width, dtype)
+    said = (seen, how, config.table if how == "exact" else None)
     return TaskTeacher(
-        identity=identity,
+        identity=_short(hashlib.sha256(repr(said).encode()).hexdigest()),
         classes=classes,
-        network=network,
+        network=Outputs(network) if features else network,
+        single=how == "single",
+        table=table,
+        precision=config.precision,
         keep=None if cache_root is None else keep,
         **views,
     )
@@ -483,8 +615,11 @@ class FusedTeacher:
         return found
 
     def target(self, rows: Tensor, views: Tensor) -> Tensor:
-        """Return the target's log-probabilities `(B, K)` for those crops of training rows."""
-        clip = self.zero_shot["train"][rows] if self.clips else None
+        """Return the target's log-probabilities `(B, K)` for those crops of training rows, both on the CPU."""
+        clip = None
+        if self.clips:
+            clip = self.zero_shot["train"]
+            clip = clip[rows.to(clip.device)]
         task = self.task.logits(rows, views) if self.task is not None and self.alpha > 0 else clip
         return fusion.target(
             task, task if clip is None else clip, self.alpha, self.temperature, self.space

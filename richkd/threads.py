@@ -35,9 +35,10 @@ def one_thread() -> contextlib.AbstractContextManager[None]:
     return threads(1)
 
 
-def ahead(read: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
-    """Yield `read(item)` for each item, in order, read by as many threads as there are cores, a few items ahead."""
-    count = os.cpu_count() or 1
+def ahead(
+    read: Callable[[T], U], items: Iterable[T], count: int = os.cpu_count() or 1
+) -> Iterator[U]:
+    """Yield `read(item)` for each item, in order, read by `count` threads, one a core if not said, a few items ahead."""
     pool, flying = ThreadPoolExecutor(count), deque()
     try:
         for item in items:

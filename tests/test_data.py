@@ -55,6 +55,32 @@ def test_every_view_is_torchvision_s(channels, pad, flip):
         assert torch.equal(found[k], cropped(task.train.pixels[7], *view, pad)), view
 
 
+@given(seed=st.integers(0, 2**32 - 1), pad=st.integers(0, 4), flip=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_a_random_crop_and_flip_of_torchvision_is_one_of_the_views(seed, pad, flip):
+    task = dataset(images(channels=3), pad=pad, flip=flip)
+    views = Views(task.train, task, torch.device("cpu"))
+    drawing = [v2.RandomCrop(task.size, padding=pad), *[v2.RandomHorizontalFlip()] * flip]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drawn = v2.Compose(drawing)(torch.from_numpy(task.train.pixels[7]).permute(2, 0, 1))
+    every = views.numbered(torch.arange(views.count))
+    found = views.pixels(torch.full((views.count,), 7), every)
+    assert (found == drawn.permute(1, 2, 0)).all((1, 2, 3)).any()
+
+
+@given(pad=st.integers(0, 9), flip=st.booleans())
+@settings(deadline=None)
+def test_views_are_numbered_from_flip_to_dy_and_back(pad, flip):
+    task = dataset(pad=pad, flip=flip)
+    views = Views(task.train, task, torch.device("cpu"))
+    offsets = range(2 * pad + 1)
+    every = torch.cartesian_prod(*map(torch.tensor, (offsets, offsets, range(1 + flip))))
+    assert views.count == len(every)
+    assert torch.equal(views.number(every), torch.arange(views.count))
+    assert torch.equal(views.numbered(torch.arange(views.count)), every)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_drawn_batch_is_torchvision_s_normalised(channels, flip):

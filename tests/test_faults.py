@@ -47,22 +47,22 @@ def test_each_fault_ends_its_trial_alone_and_is_called_by_its_name(
 ):
     def afflicted(job: dict) -> None:  # nested, since a worker cannot import this file
         """Run a job, of which one hangs in its third epoch."""
-        from richkd import distill
+        from richkd.steps import Steps
         from tune import trial
 
-        whole = distill.train_step
+        whole = Steps.take
 
-        def step(*arguments, **more):
-            if arguments[6] >= 2 / 6:  # of the training
+        def take(steps, part, progress):
+            if progress >= 2 / 6:  # of the training
                 time.sleep(600)
-            return whole(*arguments, **more)
+            return whole(steps, part, progress)
 
         if job["id"] == "hangs":
-            distill.train_step = step
+            Steps.take = take
         try:
             trial.trial(job)
         finally:
-            distill.train_step = whole
+            Steps.take = whole
 
     base = build(
         read(["method.name=ce", f"cache={cache_root}", f"train.epochs={EPOCHS}", "device=cpu"])
@@ -114,7 +114,7 @@ def test_each_fault_ends_its_trial_alone_and_is_called_by_its_name(
     assert script.epochs["killed"] == script.epochs["sound"] == list(range(1, EPOCHS + 1))
     assert (script.epochs["diverges"], script.epochs["hangs"]) == ([], [1, 2])
     hung = (tmp_path / "hangs" / "hung.txt").read_text()
-    assert hung.count("Timeout (") == 2 and "train_epoch" in hung
+    assert hung.count("Timeout (") == 2 and "in epoch" in hung
     assert not (tmp_path / "diverges" / "best").exists()
     for part in ("last", "best"):
         found, expected = (

@@ -23,6 +23,7 @@ from torch import distributed
 from richkd import checkpoint, distill, record
 from richkd.config import build, read, to_dict
 from richkd.errors import DataError, NonFiniteError
+from richkd.steps import Steps
 from tune import trial as trials
 from tune.trial import UNSURE, WORKER_RESTARTS, trial
 from tune.watchdog import Watchdog, hangs
@@ -64,6 +65,7 @@ from pathlib import Path
 import ray.tune
 from richkd import distill
 from richkd.config import build, read
+from richkd.steps import Steps
 from tune.trial import trial
 
 job, how = json.loads(sys.argv[1]), sys.argv[2]
@@ -77,14 +79,14 @@ def report(metrics):
         time.sleep(job["patience"] + 1)
 
 ray.tune.report = report
-step = distill.train_step
+take = Steps.take
 
-def stuck(*arguments):
-    if how == "stuck" and arguments[6] >= 1 / 3:  # in the second of three epochs
+def stuck(steps, part, progress):
+    if how == "stuck" and progress >= 1 / 3:  # in the second of three epochs
         ctypes.PyDLL(None).sleep(600)  # holds Python's lock
-    return step(*arguments)
+    return take(steps, part, progress)
 
-distill.train_step = stuck
+Steps.take = stuck
 if how == "little memory":
     grown = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")]
     resource.setrlimit(resource.RLIMIT_AS, (1024 * grown[0] + 2**27,) * 2)
@@ -212,16 +214,16 @@ def test_seeds_of_a_trial_report_their_mean_and_test_rows_once(reports, tmp_path
 
 
 def test_one_seed_that_diverges_fails_the_trial_at_once(reports, monkeypatch, tmp_path):
-    step, poisoned = distill.train_step, []
+    take, poisoned = Steps.take, []
 
-    def poison(config, student, *rest):
-        if config.seed == 1 and not poisoned:
-            poisoned.append(config.seed)
+    def poison(steps, part, progress):
+        if steps.config.seed == 1 and not poisoned:
+            poisoned.append(steps.config.seed)
             with torch.no_grad():
-                next(student.parameters()).fill_(math.nan)
-        return step(config, student, *rest)
+                next(steps.student.parameters()).fill_(math.nan)
+        return take(steps, part, progress)
 
-    monkeypatch.setattr(distill, "train_step", poison)
+    monkeypatch.setattr(Steps, "take", poison)
     trial(job_of(tmp_path / "run", seeds=2))
     assert poisoned
     (said,) = reports  # nothing before

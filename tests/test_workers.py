@@ -16,6 +16,7 @@ from torch import nn
 from richkd import distill
 from richkd.config import build, read
 from richkd.data import load
+from richkd.steps import Steps
 from richkd.workers import Group
 
 EPOCHS = 3
@@ -68,19 +69,20 @@ def work(rank: int, size: int, port: int, folder: str, overrides: list[str]) -> 
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
         group = Group.of_process_group()
     place, seen = Path(folder), []
-    original, resting = distill.step, distill.idle
+    original, resting = Steps.values, Steps.idle
 
-    def step(config, student, teacher, images, rows, labels, views, total):
-        seen.append([rows.tolist(), labels.tolist(), views.tolist(), list(total)])
-        return original(config, student, teacher, images, rows, labels, views, total)
+    def values(steps, part):
+        total = [part.total, int(part.labelled)]
+        seen.append([part.rows.tolist(), part.labels.tolist(), part.views.tolist(), total])
+        return original(steps, part)
 
-    def idle(student, image):
+    def idle(steps):
         seen.append([[], [], [], None])
-        return resting(student, image)
+        return resting(steps)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill, "step", step)
-        patch.setattr(distill, "idle", idle)
+        patch.setattr(Steps, "values", values)
+        patch.setattr(Steps, "idle", idle)
         patch.setattr(distill, "initial_student", plain)
         config = build(read(overrides))
         outcome = distill.run(config, place / "plain", group=group)

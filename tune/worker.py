@@ -25,9 +25,10 @@ def work(job: dict[str, Any], report: Callable[[dict[str, Any]], None], group: A
 
     from richkd import distill
     from richkd.record import WAIT, newest
+    from richkd.steps import ALONE
 
     torch.set_num_threads(job["threads"])
-    group, folder = group or distill.ALONE, Path(job["folder"])
+    group, folder = group or ALONE, Path(job["folder"])
     begun = newest(folder, job["seeds"])
     with Watchdog(folder, job["patience"], group.rank) as watchdog:
 

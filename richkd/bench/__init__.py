@@ -17,8 +17,8 @@ teachers. Behind the method stands what is changed about it:
 burst each, so that what else the machine does meets all of them alike. The JSON object is, but for what describes machine
 and job:
 
-    rates       what the machine was measured to do in a second: FLOPs of a matrix product in fp32 and bf16, bytes that a
-                copy reads and writes, launches (null on a CPU)
+    rates       what the machine was measured to do in a second: FLOPs of a matrix product in fp32, tf32 and bf16, bytes
+                that a copy reads and writes, launches; tf32 and launches are null on a CPU
     work        flops, outputs, weights, launches of student and teacher, see `floors.Work`
     rounds      how often each was measured
     variants    of each its images_per_second (median), low and high (quartiles), ratio (median of its speed by the
@@ -70,11 +70,11 @@ __all__ = ["Ours", "burst_length", "measure", "of_method", "speed"]
 SECONDS = 20.0  # of a measurement, unless said otherwise
 ROUNDS = 10  # that are aimed at
 LEAST_ROUNDS = 3  # also if they take longer than asked, as with slow networks
-MORE_PAIRS = 3  # a round, of the two that are compared to a few percent
 PARTS = ("fill", "augment", "pil")
 OF_QUARTILES = (
     1.2533 / 1.3490
 )  # error of a median by that of a mean; between quartiles lie 1.349 deviations
+SLOW = 10  # times as long as a burst: what the first steps of a loop may take before it gets no others to warm up
 FEW = 2  # images on which work is counted
 TRIALS = 10  # of the sweep that is computed
 
@@ -127,17 +127,19 @@ def measure(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         loops = open_loops(config, task, variants, told)
         both = compared(config)["richkd-l/kd"]
-        pairs = MORE_PAIRS if set(both) <= set(loops) else 0
+        paired = set(both) <= set(loops)
         before_a_burst(0)
         rates = floors.rates(device)
         steps, taken = {}, {}
-        each = seconds / ((len(loops) + 2 * pairs) * ROUNDS)
+        each = seconds / ((len(loops) + 2 * paired) * ROUNDS)
         began = time.perf_counter()
         for name, loop in loops.items():
             before_a_burst(0)
+            first = time.perf_counter()
             if not isinstance(loop, Crops):
                 taken[name] = memory.peak(loop, device)
-            steps[name] = burst_length(loop, each, device)
+            slow = time.perf_counter() - first > SLOW * each
+            steps[name] = 1 if slow else burst_length(loop, each, device)
         speeds = {name: [] for name in loops}
         more: list[tuple[float, float]] = []
         while len(speeds[REFERENCE]) < LEAST_ROUNDS or time.perf_counter() - began < seconds:
@@ -148,17 +150,18 @@ def measure(
 
             for name in loops:
                 speeds[name].append(burst(name))
-            for k in range(pairs):  # now the one goes first, now the other
-                found = {name: burst(name) for name in both[:: 1 if k % 2 else -1]}
+            if paired:  # once more, the other one first
+                found = {name: burst(name) for name in sorted(both, key=list(loops).index)[::-1]}
                 more.append((found[both[0]], found[both[1]]))
     if progress is not None:
         progress("measurement", 100, 100)
     trained = [name for name, loop in loops.items() if not isinstance(loop, Crops)]
     work = worked(config, task, loops)
     order = torch.cat(distill.open_batches(config, task, distilled=True).order(0))
+    usual = "tf32" if rates["tf32"] and torch.backends.cudnn.allow_tf32 else "fp32"
     found = {}
     for name in trained:
-        parts = done(name, work)
+        parts = done(name, work, config.teacher.precision, usual)
         found[name] = summary(speeds[name]) | {
             "ratio": ratio(speeds[name], speeds[REFERENCE])[0],
             "memory": taken[name],
@@ -226,14 +229,23 @@ def tower(encoder: zeroshot.Encoder, pictures: list[Image.Image]) -> tuple[nn.Mo
     return network, seen[0]
 
 
-def done(name: str, work: dict[str, floors.Work]) -> list[tuple[floors.Work, str]]:
-    """Return what the loop of that name does for a batch, and in which precision."""
+def done(
+    name: str, work: dict[str, floors.Work], teacher: str, usual: str
+) -> list[tuple[floors.Work, str]]:
+    """Return what a loop does for a batch, and in which precision.
+
+    Args:
+        name: Of the loop.
+        work: As `worked` returns it.
+        teacher: Precision in which the task teacher is run here.
+        usual: Precision of convolutions of which nothing is said.
+    """
     method, *changes = name.split("+")
-    found = [(work["student"], "bf16" if "bf16" in changes else "fp32")]
+    found = [(work["student"], "bf16" if "bf16" in changes else usual)]
     if "teacher" in work and method != "student" and "table" not in changes:
-        found.append((work["teacher"], "fp32"))
+        found.append((work["teacher"], usual if method == REFERENCE else teacher))
     if "live" in changes:
-        found.append((work["clip"], "fp32"))
+        found.append((work["clip"], usual))
     return found
 
 

@@ -32,7 +32,7 @@ UNCOUNTED = {
         sdpa_flop_count(query, key, value)
     )
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,17 +121,20 @@ def rates(device: torch.device) -> dict[str, float | None]:
     """Measure what `device` does in a second.
 
     Returns:
-        `fp32` and `bf16`: FLOPs of a matrix product (fp32 on a GPU as its convolutions compute it, in TF32 unless that is
-        switched off); `copy`: bytes read and written; `launches`: kernels of a CUDA graph, None on a CPU.
+        `fp32`, `tf32` and `bf16`: FLOPs of a matrix product; `copy`: bytes read and written; `launches`: kernels of a CUDA
+        graph. Of a CPU `tf32` and `launches` are None.
     """
     side, found = SIDE[device.type], {}
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    before = torch.backends.cuda.matmul.allow_tf32
     for name, dtype in DTYPES.items():
+        if name == "tf32" and device.type == "cpu":
+            found[name] = None
+            continue
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         a = torch.ones(side, side, dtype=dtype, device=device)
         out = torch.empty_like(a)
         found[name] = 2 * side**3 / _fastest(lambda a=a, out=out: torch.mm(a, a, out=out), device)
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = before
     source = torch.zeros(COPIED, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     found["copy"] = 2 * COPIED / _fastest(lambda: target.copy_(source), device)
@@ -155,7 +158,7 @@ def floor(
     """Return the least seconds an image by each resource, the largest as images per second, and which that is.
 
     Args:
-        parts: What is done for a batch, and in which precision, `fp32` or `bf16`.
+        parts: What is done for a batch, and in which precision, a name of DTYPES.
         batch: Images in it.
         rates: As `rates` returns them.
     """

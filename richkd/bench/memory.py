@@ -103,7 +103,7 @@ def held(loop: Ours | Reference, device: torch.device) -> int:
     if loop.teacher is not None:
         clips = [[getattr(each, name) for name in each.__slots__] for each in loop.teacher.clips]
         teachers = [vars(loop.teacher), vars(loop.teacher.task), *clips]
-    return size([loop.student, teachers, loop.batches.views.view])
+    return size([loop.student, teachers, loop.steps.views.view])
 
 
 def peak(loop: Ours | Reference, device: torch.device) -> int:

@@ -30,7 +30,8 @@ def head(found: dict[str, Any]) -> list[str]:
         f"{rates['bf16'] / 1e9:.0f} in bf16",
         f"{rates['copy'] / 1e9:.0f} GB/s copied",
     ]
-    if rates["launches"] is not None:
+    if found["device"] == "cuda":
+        limits.insert(1, f"{rates['tf32'] / 1e9:.0f} in tf32")
         limits.append(f"{rates['launches'] / 1e6:.2f} million launches/s")
     lines = [
         f"training on {found['device']} ({found['device_name']}), {threads} of {found['cores']} cores, "

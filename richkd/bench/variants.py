@@ -19,6 +19,7 @@ from richkd.config import Config, Method
 from richkd.distill import Task
 from richkd.errors import ConfigError
 from richkd.progress import Progress
+from richkd.steps import Slice, Steps
 from richkd.teachers import FusedTeacher
 from richkd.threads import one_thread
 
@@ -36,7 +37,7 @@ WITHOUT = {
 PLAIN = {"teacher.views": "online", "train.precision": "fp32", "clip.views": "whole"}
 REFERENCE = "reference"
 WARM_STEPS = 3  # not counted: kernels are chosen, memory is allocated; fewer of slow networks
-AGAIN = 4  # batches of a training whose teacher's table is full
+AGAIN = 1  # blocks of batches of a training whose teacher's table is full
 BATCH = 128  # rows that are augmented at a time
 FILL = {"cpu": 128, "cuda": 4096}  # rows at a time of which a table is asked
 
@@ -139,7 +140,7 @@ class Ours:
         config: The run.
         task: Its data.
         teacher: None where nothing is distilled.
-        again: Number of batches that it goes through again and again; None: all of them.
+        again: Number of blocks of batches that it goes through again and again; None: all of them.
     """
 
     def __init__(
@@ -147,36 +148,33 @@ class Ours:
     ) -> None:
         self.config, self.teacher, self.again = config, teacher, again
         self.student = distill.open_student(config, task).train()
-        self.optimizer = distill.open_optimizer(config, self.student)
-        self.batches = distill.open_batches(config, task, distilled=teacher is not None)
-        self.steps = self._endless()
+        optimizer = distill.open_optimizer(config, self.student)
+        batches = distill.open_batches(config, task, distilled=teacher is not None)
+        self.steps = Steps(config, self.student, teacher, optimizer, batches)
+        self.blocks = self._endless()
 
-    def _endless(self) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], float]]:
-        """Yield batches and how much of the training lies behind; it begins again where it would end."""
-        steps = len(self.batches)
+    def _endless(self) -> Iterator[list[tuple[Slice, float]]]:
+        """Yield blocks of slices, each with how much of the training lies behind; it begins again where it would end."""
+        steps, epochs = len(self.steps.batches), self.config.train.epochs
         for epoch in count():
-            epoch = epoch if self.again is None else 0
-            for k, batch in enumerate(islice(self.batches.epoch(epoch), self.again)):
-                yield (
-                    batch,
-                    (epoch % self.config.train.epochs + k / steps) / self.config.train.epochs,
-                )
+            done = count((epoch % epochs) * steps)
+            for block in islice(self.steps.blocks(0 if self.again else epoch), self.again):
+                yield [(part, next(done) / (steps * epochs)) for part in block]
 
     def fill(self) -> None:
         """Have the teacher say beforehand what it is asked again and again."""
-        for rows, _, views in islice(self.batches.epoch(0), self.again):
-            self.teacher.target(rows, views)
+        for _ in islice(self.steps.blocks(0), self.again):
+            pass
 
     def burst(self, steps: int) -> int:
-        """Take `steps` steps and return how many images they saw."""
-        views, images = self.batches.views, 0
-        terms = torch.zeros(steps, len(distill.TERMS), device=views.device)
-        for k in range(steps):
-            batch, progress = next(self.steps)
-            terms[k] = distill.train_step(
-                self.config, self.student, self.teacher, self.optimizer, views, batch, progress
-            )
-            images += len(batch[0])
+        """Take `steps` steps, and what is left of their last block; return how many images they saw."""
+        images, taken = 0, 0
+        while taken < steps:
+            block = next(self.blocks)
+            for part, progress in block:
+                self.steps.take(part, progress)
+                images += part.total
+            taken += len(block)
         return images
 
 

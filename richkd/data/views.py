@@ -4,7 +4,8 @@ A set that fits in memory is padded once; of a larger one each batch is read, pa
 
 An image has `(2 pad + 1)^2` crops and, where flips are allowed, twice as many views. A view is named by
 `(dy, dx, flip)`: the crop's offset in the padded image, then whether the crop is mirrored, which is what
-torchvision's RandomCrop(size, padding) followed by RandomHorizontalFlip produces.
+torchvision's RandomCrop(size, padding) followed by RandomHorizontalFlip produces. Views are numbered as they are
+counted up: flip first, then dx, then dy.
 """
 
 import copy
@@ -44,6 +45,21 @@ class Views:
     def __len__(self) -> int:
         """Number of images."""
         return len(self.source)
+
+    @property
+    def count(self) -> int:
+        """Number of views of one image."""
+        return (2 * self.pad + 1) ** 2 * self.flips
+
+    def number(self, views: Tensor) -> Tensor:
+        """Return the number `(B,)` int64, below `count`, of each of `views` `(B, 3)`."""
+        dy, dx, flip = views.unbind(1)
+        return (dy * (2 * self.pad + 1) + dx) * self.flips + flip
+
+    def numbered(self, numbers: Tensor) -> Tensor:
+        """Return the views `(B, 3)` of these `numbers` `(B,)`, as `number` gives them."""
+        crops, side = numbers // self.flips, 2 * self.pad + 1
+        return torch.stack([crops // side, crops % side, numbers % self.flips], 1)
 
     def _crops(self, pixels: np.ndarray) -> Tensor:
         """Return the crops of `pixels` `(N, H, W, C)`: [n, flip, dy, dx] is H rows of W * C bytes.

@@ -1,10 +1,11 @@
 """Cross-entropy with the labels that there are: unlabelled rows take no part."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, labelled: int) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, labelled: int | Tensor) -> Tensor:
     """Return the mean cross-entropy over the labelled rows of the global batch, 0 if it has none.
 
     Args:
@@ -12,4 +13,5 @@ def cross_entropy(logits: Tensor, labels: Tensor, labelled: int) -> Tensor:
         labels: `(N,)`; -1 marks an unlabelled row.
         labelled: Number of labelled rows in the global batch.
     """
-    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / max(labelled, 1)
+    count = torch.as_tensor(labelled).clamp(min=1)
+    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / count
