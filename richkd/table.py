@@ -14,10 +14,11 @@ write at once without a lock. They map the file, of which the machine then holds
 
 import os
 import warnings
+import weakref
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -56,6 +57,7 @@ class Table:
         # a cache may be one that can only be read
         writable = all(os.access(path, os.W_OK) for path in paths)
         self.files = [open(path, "r+b", buffering=0) for path in paths if writable]
+        weakref.finalize(self, _close, self.files)
 
     def _begin(self, folder: Path) -> None:
         for name, (shape, dtype) in self.shapes.items():
@@ -132,6 +134,11 @@ class Table:
                 while content:
                     written = os.pwrite(file.fileno(), content, place)
                     content, place = content[written:], place + written
+
+
+def _close(files: list[BinaryIO]) -> None:
+    for file in files:
+        file.close()
 
 
 def _sum(row: np.ndarray) -> int:
