@@ -235,9 +235,10 @@ def open_loops(
     if plain.task.network is not None:
         loops["fill"] = Crops(task, plain.task.logits, FILL[task.device.type])
     pictures = Pictures(task, augmentation(task.dataset))
-    own = Crops(task, one_threaded(task.train.images), BATCH)
+    there = task.device if task.train.view is not None else torch.device("cpu")
+    own = one_threaded(lambda *crops: task.train.images(*(each.to(there) for each in crops)))
     pil = one_threaded(lambda rows, _: torch.stack([pictures.view(row) for row in rows]))
-    return loops | {"augment": own, "pil": Crops(task, pil, BATCH)}
+    return loops | {"augment": Crops(task, own, BATCH), "pil": Crops(task, pil, BATCH)}
 
 
 def one_threaded(make: Callable[..., object]) -> Callable[..., object]:
