@@ -93,3 +93,8 @@ def test_this_machine_has_rates(monkeypatch):
     found = floors.rates(CPU)
     assert found.pop("tf32") is found.pop("launches") is None
     assert list(found) == ["fp32", "bf16", "copy"] and min(found.values()) > 0
+
+
+def test_of_two_measurements_the_faster_counts():
+    one = {"fp32": 2.0, "bf16": 3.0, "launches": None}
+    assert floors.faster(one, {"fp32": 1.0, "bf16": 4.0, "launches": None}) == one | {"bf16": 4.0}

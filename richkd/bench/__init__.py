@@ -153,6 +153,8 @@ def measure(
             if paired:  # once more, the other one first
                 found = {name: burst(name) for name in sorted(both, key=list(loops).index)[::-1]}
                 more.append((found[both[0]], found[both[1]]))
+        # once more, since other work may have come or gone
+        rates = floors.faster(rates, floors.rates(device))
     if progress is not None:
         progress("measurement", 100, 100)
     trained = [name for name, loop in loops.items() if not isinstance(loop, Crops)]

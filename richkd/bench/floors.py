@@ -142,6 +142,11 @@ def rates(device: torch.device) -> dict[str, float | None]:
     return found
 
 
+def faster(one: dict[str, float | None], other: dict[str, float | None]) -> dict[str, float | None]:
+    """Return the higher of two measurements of each rate."""
+    return {name: one[name] and max(one[name], other[name]) for name in one}
+
+
 def _launches(device: torch.device) -> float:
     value, graph = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
     value.add_(1)

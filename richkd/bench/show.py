@@ -87,10 +87,10 @@ def table12(found: dict[str, Any]) -> list[str]:
     lines = [
         "",
         "as Table 12 of the supplement (CIFAR-100, resnet32x4 to resnet8x4, a GPU)",
-        f"{'variant':<25}{'s/epoch':>10}{'GiB':>8}{'paper: s/epoch':>18}{'G':>8}",
+        f"{'variant':<25}{'s/epoch':>10}{'GiB':>10}{'paper: s/epoch':>18}{'G':>8}",
     ]
     for name, own in found["variants"].items():
         seconds, memory = own["seconds_per_epoch"], own["memory"] / 2**30
         paper = "{:>18}{:>8}".format(*PAPER[name]) if name in PAPER else ""
-        lines.append(f"{name:<25}{number(seconds):>10}{memory:>8.3f}{paper}")
+        lines.append(f"{name:<25}{number(seconds):>10}{memory:>10.4g}{paper}")
     return lines
