@@ -3,7 +3,10 @@
 import torch
 from torch import nn
 
+from richkd import distill
 from richkd.bench import memory
+from richkd.bench.variants import Ours, Variant
+from richkd.config import build, read
 
 CPU = torch.device("cpu")
 
@@ -40,7 +43,7 @@ def test_a_step_of_a_linear_network_by_hand():
         del seen, logits
         loss.backward()
         del loss
-    weights = sum(each.numel() for each in network.parameters())
+    weights = count(network)
     assert living.bytes == 4 * weights  # the gradients
     # in the backward pass of ReLU: its output, two gradients as large, and what the layer behind has got
     behind = 50 * 20 + 20
@@ -59,3 +62,19 @@ def test_most_is_told_at_the_end():
         torch.zeros(100)
         torch.zeros(50)
     assert most == [400]
+
+
+def test_a_training_holds_its_student_and_its_images():
+    config = Variant("student").config(build(read(["device=cpu", "data.flip=true", "data.pad=2"])))
+    task = distill.open_task(config)
+    ours = Ours(config, task, None)
+    weights = memory.size(ours.student)
+    pixels = len(task.dataset.train) * 2 * 12 * 12
+    assert memory.held(ours, CPU) == weights + pixels
+    images = 4 * config.train.batch_size * 8 * 8
+    # gradients and momentum come on top
+    assert memory.peak(ours, CPU) > weights + pixels + 2 * 4 * count(ours.student) + images
+
+
+def count(network: nn.Module) -> int:
+    return sum(each.numel() for each in network.parameters())

@@ -37,7 +37,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -126,66 +126,107 @@ def measure(
     # torchvision draws from the global generator
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         loops = open_loops(config, task, variants, told)
-        both = compared(config)["richkd-l/kd"]
-        paired = set(both) <= set(loops)
         before_a_burst(0)
         rates = floors.rates(device)
-        steps, taken = {}, {}
-        each = seconds / ((len(loops) + 2 * paired) * ROUNDS)
-        began = time.perf_counter()
-        for name, loop in loops.items():
-            before_a_burst(0)
-            first = time.perf_counter()
-            if not isinstance(loop, Crops):
-                taken[name] = memory.peak(loop, device)
-            slow = time.perf_counter() - first > SLOW * each
-            steps[name] = 1 if slow else burst_length(loop, each, device)
-        speeds = {name: [] for name in loops}
-        more: list[tuple[float, float]] = []
-        while len(speeds[REFERENCE]) < LEAST_ROUNDS or time.perf_counter() - began < seconds:
-
-            def burst(name: str) -> float:
-                before_a_burst(min(int(100 * (time.perf_counter() - began) / seconds), 99))
-                return speed(loops[name], steps[name], device)
-
-            for name in loops:
-                speeds[name].append(burst(name))
-            if paired:  # once more, the other one first
-                found = {name: burst(name) for name in sorted(both, key=list(loops).index)[::-1]}
-                more.append((found[both[0]], found[both[1]]))
+        both = [name for name in loops if name in compared(config)["richkd-l/kd"]]
+        rounds = Rounds(loops, both if len(both) == 2 else [], device)
+        rounds.take(seconds, before_a_burst)
         # once more, since other work may have come or gone
         rates = floors.faster(rates, floors.rates(device))
     if progress is not None:
         progress("measurement", 100, 100)
-    trained = [name for name, loop in loops.items() if not isinstance(loop, Crops)]
-    work = worked(config, task, loops)
+    return described(config, task) | figures(config, task, rounds, rates)
+
+
+class Rounds:
+    """Bursts of loops in turn.
+
+    Args:
+        loops: By name.
+        both: Names of two that are compared closely, in the order of `loops`: each round ends with them the other way
+            round. Or none.
+        device: Where they run.
+
+    Attributes:
+        memory: Bytes that each training takes at most.
+        speeds: Images per second of each loop, round by round.
+        again: Of the two in the end of each round.
+    """
+
+    def __init__(self, loops: dict[str, Loop], both: list[str], device: torch.device) -> None:
+        self.loops, self.both, self.device = loops, both, device
+        self.memory: dict[str, int] = {}
+        self.speeds: dict[str, list[float]] = {name: [] for name in loops}
+        self.again: dict[str, list[float]] = {name: [] for name in both}
+
+    def take(self, seconds: float, before_a_burst: Callable[[int], None]) -> None:
+        """Warm up, then measure for so long in all; `before_a_burst` is told how many percent are done."""
+        each = seconds / ((len(self.loops) + len(self.both)) * ROUNDS)
+        began = time.perf_counter()
+        steps = {}
+        for name in self.loops:
+            before_a_burst(0)
+            steps[name] = self._warmed_up(name, each)
+        while (taken := time.perf_counter() - began) < seconds or self.count < LEAST_ROUNDS:
+            once = [(name, self.speeds) for name in self.loops]
+            for name, found in [*once, *((name, self.again) for name in self.both[::-1])]:
+                before_a_burst(min(int(100 * taken / seconds), 99))
+                found[name].append(speed(self.loops[name], steps[name], self.device))
+
+    def _warmed_up(self, name: str, seconds: float) -> int:
+        """Take a loop's first steps and return how many of them take about `seconds`."""
+        loop, began = self.loops[name], time.perf_counter()
+        if not isinstance(loop, Crops):
+            self.memory[name] = memory.peak(loop, self.device)
+        if time.perf_counter() - began > SLOW * seconds:
+            return 1
+        return burst_length(loop, seconds, self.device)
+
+    @property
+    def count(self) -> int:
+        """Number of rounds so far."""
+        return len(self.speeds[REFERENCE])
+
+    def pairs(self, one: str, other: str) -> list[tuple[float, float]]:
+        """Return the speeds of two loops wherever one was measured beside the other."""
+        found = list(zip(self.speeds[one], self.speeds[other], strict=True))
+        if {one, other} == set(self.both):
+            found += zip(self.again[one], self.again[other], strict=True)
+        return found
+
+
+def figures(
+    config: Config, task: Task, rounds: Rounds, rates: dict[str, float | None]
+) -> dict[str, Any]:
+    """Return what was found, without what describes machine and job."""
+    work = worked(config, task, rounds.loops)
     order = torch.cat(distill.open_batches(config, task, distilled=True).order(0))
     usual = "tf32" if rates["tf32"] and torch.backends.cudnn.allow_tf32 else "fp32"
-    found = {}
-    for name in trained:
-        parts = done(name, work, config.teacher.precision, usual)
-        found[name] = summary(speeds[name]) | {
-            "ratio": ratio(speeds[name], speeds[REFERENCE])[0],
-            "memory": taken[name],
-            "floor": floors.floor(parts, config.train.batch_size, rates),
+    variants = {}
+    for name, taken in rounds.memory.items():
+        own = summary(rounds.speeds[name])
+        doing = done(name, work, config.teacher.precision, usual)
+        variants[name] = own | {
+            "ratio": ratio(rounds.pairs(name, REFERENCE))[0],
+            "seconds_per_epoch": len(order) / own["images_per_second"],
+            "memory": taken,
+            "floor": floors.floor(doing, config.train.batch_size, rates),
         }
-        found[name]["seconds_per_epoch"] = len(order) / found[name]["images_per_second"]
-    ratios = {}
-    for name, (one, other) in compared(config).items():
-        if {one, other} <= set(loops):
-            beside = more if name == "richkd-l/kd" else []
-            pairs = [*zip(speeds[one], speeds[other], strict=True), *beside]
-            ratios[name] = ratio(*zip(*pairs, strict=True))
-    parts = {name: summary(speeds[name]) for name in PARTS if name in loops}
-    return described(config, task) | {
+    ratios = {
+        name: ratio(rounds.pairs(*pair))
+        for name, pair in compared(config).items()
+        if set(pair) <= set(rounds.loops)
+    }
+    parts = {name: summary(rounds.speeds[name]) for name in PARTS if name in rounds.loops}
+    return {
         "rates": rates,
         "work": {name: asdict(each) for name, each in work.items()},
-        "rounds": len(speeds[REFERENCE]),
-        "variants": found,
+        "rounds": rounds.count,
+        "variants": variants,
         "parts": parts,
-        "ratios": {name: middle for name, (middle, _) in ratios.items()},
+        "ratios": {name: median for name, (median, _) in ratios.items()},
         "errors": {name: error for name, (_, error) in ratios.items()},
-        "computed": computed(config, task, order, found, parts),
+        "computed": computed(config, task, order, variants, parts),
     }
 
 
@@ -195,14 +236,15 @@ def summary(speeds: list[float]) -> dict[str, float]:
     return {"images_per_second": median, "low": low, "high": high}
 
 
-def ratio(speeds: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """Return the median of the ratios of `speeds` to `others`, pair by pair, and its standard error.
+def ratio(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    """Return the median of the ratios of pairs of speeds, and its standard error.
 
     The error is that of a normal law with the quartiles of the ratios: a few that other work disturbed do not count.
     """
-    ratios = [a / b for a, b in zip(speeds, others, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return median, OF_QUARTILES * (high - low) / math.sqrt(len(ratios))
+    low, median, high = statistics.quantiles(
+        [one / other for one, other in pairs], n=4, method="inclusive"
+    )
+    return median, OF_QUARTILES * (high - low) / math.sqrt(len(pairs))
 
 
 def worked(config: Config, task: Task, loops: dict[str, Loop]) -> dict[str, floors.Work]:
