@@ -224,19 +224,9 @@ def cache(arguments: argparse.Namespace) -> Done:
             names = ", ".join(task.dataset.names[:8]) + ", ..." * (len(task.dataset.names) > 8)
             say(f"rows in {arguments.rows}; the columns of logits are {names}")
         teacher = training.open_teacher(config, task, told)
-    answer = {
-        "cache": str(task.cache),
-        "train": len(task.dataset.train),
-        "test": len(task.dataset.test),
-    }
-    if task.dataset.unreadable:
-        answer["unreadable"] = list(task.dataset.unreadable)
-    say(f"cached for {config.data.source} in {task.cache}")
-    rows = task.split.validation
-    for who, logits in (teacher.shown("train") if teacher else {}).items():
-        top1 = training.accuracy(logits[rows].cpu(), task.labels[rows])["top1"]
-        answer[who] = {"val_top1": top1}
-        say(f"{who:<10} val top1 {top1:6.2f} %")
+    answer = training.prepared(task, teacher)
+    for line in training.prepared_lines(config.data.source, answer):
+        say(line)
     return Done(answer)
 
 

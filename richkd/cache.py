@@ -38,6 +38,11 @@ BLOCK = 2**26  # bytes
 SETTLED = 2.0  # seconds: the coarsest clock of a file system; a second change within may bear the same time
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
+Compute = Callable[[int, int], np.ndarray]  # start and stop -> those rows
+Spread = Callable[
+    [list[tuple[int, int]]], Iterator[np.ndarray]
+]  # many such -> their rows, in order
+
 _verified: dict[Path, str] = {}  # entries that this process has found sound, as `_stamp` gives them
 _used: dict[Path, None] = {}  # in order
 _unmade: tuple[str, ...] = ()  # kinds that are not made now, as `found_only` was told
@@ -91,9 +96,10 @@ def rows(
     key: dict[str, Any],
     count: int,
     width: int,
-    compute: Callable[[int, int], np.ndarray],
+    compute: Compute,
     *,
     progress: Progress | None = None,
+    spread: Spread | None = None,
 ) -> np.ndarray:
     """Return a table of teacher outputs, from the cache or computed into it.
 
@@ -109,12 +115,14 @@ def rows(
         compute: Given start and stop returns those rows, `(stop - start, width)`; called for at most
             SHARD rows at a time, in order, by one process at a time.
         progress: Called with kind, finished rows and `count`. May raise to stop; finished shards stay.
+        spread: Computes all rows that are missing where there are several to do it, shard by shard; None: `compute` does.
 
     Returns:
-        Float32 `(count, width)`, memory-mapped and read-only, so that all processes share one copy.
+        Float32 `(count, width)`, memory-mapped copy on write, so that all processes share one copy, none can damage the
+        file, and PyTorch takes it.
 
     Raises:
-        DataError: If `compute` returned another shape or a value that is not finite.
+        DataError: If `compute` or `spread` returned another shape or a value that is not finite.
         ConfigError: If the table is not there and the cache cannot be written.
     """
     if count < 1 or width < 1:
@@ -131,7 +139,8 @@ def rows(
             if not entry.exists():
                 place = _partial(entry)
                 place.mkdir(exist_ok=True)
-            _fill(place, kind, count, width, compute, progress, expected=place == entry)
+            blocks = spread or (lambda missing: (compute(*each) for each in missing))
+            _fill(place, kind, count, width, blocks, progress, expected=place == entry)
             if place != entry:
                 _publish(place, entry)
     return _table(entry, count, width)
@@ -320,7 +329,7 @@ def _fill(
     kind: str,
     count: int,
     width: int,
-    compute: Callable[[int, int], np.ndarray],
+    spread: Spread,
     progress: Progress | None,
     *,
     expected: bool,
@@ -342,18 +351,21 @@ def _fill(
     if all(sound):
         return
     header = _header(count, width)
-    done = sum(min(SHARD, count - start) for start, good in zip(starts, sound, strict=True) if good)
+    missing = [
+        (i, starts[i], min(starts[i] + SHARD, count)) for i in range(len(starts)) if not sound[i]
+    ]
+    done = count - sum(stop - start for _, start, stop in missing)
     # plain writes: on a full disk they raise, where a memory map would kill the process
-    with open(path, "r+b" if path.exists() else "xb") as file:
+    with (
+        open(path, "r+b" if path.exists() else "xb") as file,
+        contextlib.closing(spread([(start, stop) for _, start, stop in missing])) as blocks,
+    ):
         file.truncate(len(header) + 4 * count * width)
         file.write(header)
-        for i, start in enumerate(starts):
-            if sound[i]:
-                continue
+        for i, start, stop in missing:
             if progress is not None:
                 progress(kind, done, count)
-            stop = min(start + SHARD, count)
-            content = _checked(compute(start, stop), kind, start, stop, width).tobytes()
+            content = _checked(next(blocks), kind, start, stop, width).tobytes()
             file.seek(len(header) + 4 * start * width)
             file.write(content)
             file.flush()
@@ -467,4 +479,4 @@ def _header(count: int, width: int) -> bytes:
 
 def _table(entry: Path, count: int, width: int) -> np.ndarray:
     offset = len(_header(count, width))
-    return np.memmap(entry / ROWS, dtype="<f4", mode="r", offset=offset, shape=(count, width))
+    return np.memmap(entry / ROWS, dtype="<f4", mode="c", offset=offset, shape=(count, width))

@@ -228,10 +228,23 @@ class ZeroShot:
     prompts: str = "rich12"  # a named set or a text file
     reduce: str = "embedding"  # how several prompts become one classifier
     logits: str | None = None  # as teacher.logits, instead of a model
+    # what it sees of the student's crops: `whole`: the image without them; a number: the nearest of so many stored views;
+    # `online`: each crop itself, in each step
+    views: int | str = "whole"
 
     def __post_init__(self) -> None:
         expand(self, "file", "prompts", "logits")
         one_of("clip.reduce", self.reduce, ("embedding", "logits", "probs"))
+        if isinstance(self.views, int):
+            in_range("clip.views", self.views, 1, 1_000_000)
+        elif self.views not in ("whole", "online"):
+            raise ConfigError(
+                f"clip.views must be whole, online or a number of stored views but got {self.views!r}."
+            )
+        if self.logits is not None and self.views != "whole":
+            raise ConfigError(
+                f"clip.views={self.views} needs a model but clip.logits={self.logits} knows no crops; leave one of them out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

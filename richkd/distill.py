@@ -11,7 +11,7 @@ validation accuracy). Test rows are not read here but once, by `test`, after the
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -76,16 +76,21 @@ class Outcome:
     task: Task
 
 
-def open_task(config: Config, progress: Progress | None = None, beside: Task | None = None) -> Task:
-    """Load data, cut it, and put the pixels on the device; they are shared with a task on the same data, if given."""
-    if beside is not None:
-        return replace(beside, split=split(beside.dataset, config.data, config.seed))
+def device_of(config: Config) -> torch.device:
+    """Return the device that `config` names, or finds here."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda but this machine has no usable GPU; use device=cpu.")
-    device = torch.device(name)
+    return torch.device(name)
+
+
+def open_task(config: Config, progress: Progress | None = None, beside: Task | None = None) -> Task:
+    """Load data, cut it, and put the pixels on the device; they are shared with a task on the same data, if given."""
+    if beside is not None:
+        return replace(beside, split=split(beside.dataset, config.data, config.seed))
+    device = device_of(config)
     if device.type == "cuda":
         # a run that is gone on with ends as the straight one
         torch.backends.cudnn.deterministic = True
@@ -504,6 +509,29 @@ def evaluate_teachers(
             known = own >= 0
             found[who][part] = accuracy(values[known], own[known]) | {"rows": int(known.sum())}
     return found
+
+
+def prepared(task: Task, teacher: teachers.FusedTeacher | None) -> dict[str, Any]:
+    """Return what the cache holds for a run: where, for how many images, and how good its teachers are on held-out rows."""
+    found = {
+        "cache": str(task.cache),
+        "train": len(task.dataset.train),
+        "test": len(task.dataset.test),
+    }
+    if task.dataset.unreadable:
+        found["unreadable"] = list(task.dataset.unreadable)
+    rows = task.split.validation
+    for who, logits in (teacher.shown("train") if teacher else {}).items():
+        found[who] = {"val_top1": accuracy(logits[rows].cpu(), task.labels[rows])["top1"]}
+    return found
+
+
+def prepared_lines(source: str, found: dict[str, Any]) -> Iterator[str]:
+    """Yield what is printed of `prepared`."""
+    yield f"cached for {source} in {found['cache']}"
+    for who, each in found.items():
+        if isinstance(each, dict):
+            yield f"{who:<10} val top1 {each['val_top1']:6.2f} %"
 
 
 def retest(

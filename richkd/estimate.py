@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,11 +27,14 @@ from richkd.steps import ALONE, check_slices
 from richkd.teachers import ClipTeacher, FusedTeacher, TaskTeacher
 from richkd.threads import threads
 
-LONG = ("teachers", "clip-images", "teacher-logits")  # kinds of the cache that take their time
+# kinds of the cache that take their time, or room
+LONG = ("teachers", "clip-images", "teacher-logits", "teacher-views")
 BURSTS = 5  # of steps that are timed
+BURST_SECONDS = 0.25  # of each, where they go on side by side
 ROWS = 2048  # of a pass that is timed
 WRITES = 3  # pairs of epochs whose writing is timed
 PICTURES = 16  # that CLIP is timed on
+CROPS = 128  # that the task teacher is timed on
 LATENCY_SECONDS = 0.5
 LATENCY_TIMES = 20
 
@@ -112,9 +116,17 @@ def plain(config: Config) -> Config:
     return bench.of_method(config, config.method.name)
 
 
+def online(config: Config) -> Config:
+    """Return `config` with a task teacher that keeps nothing of what it says of crops."""
+    if config.teacher.logits is not None:
+        return config
+    return replace(config, teacher=replace(config.teacher, views="online"))
+
+
 def alone(config: Config) -> Config:
-    """Return `config` with the task teacher alone."""
-    return replace(plain(config), fusion=replace(config.fusion, alpha=1.0, space="logits"))
+    """Return `config` with the task teacher alone, run online."""
+    fused = replace(config.fusion, alpha=1.0, space="logits")
+    return replace(online(plain(config)), fusion=fused)
 
 
 def mistakes(config: Config, task: Task, progress: Progress | None = None) -> list[str]:
@@ -145,7 +157,7 @@ def mistakes(config: Config, task: Task, progress: Progress | None = None) -> li
         trained,
         clips,
         lambda: distill.open_teacher(alone(config), task, progress),
-        lambda: distill.open_teacher(config, task, progress),
+        lambda: distill.open_teacher(online(config), task, progress),
     ):
         with contextlib.suppress(cache.Missing), cache.found_only(*LONG):
             try:
@@ -167,23 +179,72 @@ def untrained_teacher(config: Config, task: Task) -> nn.Module:
 
 
 def stand_in(config: Config, task: Task) -> FusedTeacher:
-    """Return a teacher as fast as that of `config`: untrained where it would be trained, its zero-shot logits random."""
+    """Return a teacher as fast as that of `config`: untrained where it would be trained, what is looked up random."""
     size, classes = len(task.dataset.train), len(task.dataset.names)
+    logits = torch.randn(size, classes, device=task.device)
+    own = _own(config, task)
+    if _is_tabled(config, task):
+        own = replace(own, network=None, given=(logits, None))
+    clip = ClipTeacher(identity="random", train=logits, test=None, logit_scale=1.0)
+    return FusedTeacher(plain(config), task.split, task.labels, own, [clip])
+
+
+def _is_tabled(config: Config, task: Task) -> bool:
+    """Say whether what the task teacher says of crops is looked up in a table."""
+    given, width = config.teacher, len(task.dataset.names)
+    how = teachers.views_in_use(given, task.train, width, config.train.epochs)
+    return given.logits is None and how == "exact"
+
+
+def _own(config: Config, task: Task) -> TaskTeacher:
+    """Return the task teacher, run online; an untrained one in place of one that has still to be trained."""
     try:
         with cache.found_only(*LONG):
-            own = distill.open_teacher(alone(config), task).task
+            return distill.open_teacher(alone(config), task).task
     except cache.Missing:
         network = untrained_teacher(config, task).eval().requires_grad_(False)
-        own = TaskTeacher(
+        return TaskTeacher(
             identity="untrained",
-            classes=classes,
+            classes=len(task.dataset.names),
             train_views=task.train,
             test_views=task.test,
             network=network.to(task.device, memory_format=torch.channels_last),
         )
-    logits = torch.randn(size, classes, device=task.device)
-    clip = ClipTeacher(identity="random", train=logits, test=None, logit_scale=1.0)
-    return FusedTeacher(plain(config), task.split, task.labels, own, [clip])
+
+
+def untold(config: Config, task: Task, epochs: list[float]) -> Lack | None:
+    """Return what task teachers will have to say of crops for their tables, None where it is not kept.
+
+    Args:
+        config: The run.
+        task: Its data.
+        epochs: Of each of the teachers, the epochs of all runs that ask it.
+    """
+    if not _is_tabled(config, task):
+        return None
+    own, views = _own(config, task), task.train.count
+    crops = len(task.split.transfer) * views
+    rows = round(_unknown(config, task) * sum(crops * (1 - (1 - 1 / views) ** e) for e in epochs))
+    some = torch.from_numpy(task.split.transfer)[:CROPS]
+    crop = task.train.draw(len(some), torch.Generator().manual_seed(0))
+    for _ in range(2):  # the first pass traces the network
+        began = time.perf_counter()
+        own.logits(some, crop)
+    each = (time.perf_counter() - began) / len(some)
+    what = f"task teacher over {rows} of {crops * len(epochs)} crops"
+    size = own.classes * np.dtype(teachers.DTYPES[config.teacher.table]).itemsize
+    return Lack(what=what, bytes=rows * size, seconds=rows * each)
+
+
+def _unknown(config: Config, task: Task) -> float:
+    """Return which share of the task teacher's table has still to be computed."""
+    whole = replace(plain(config), fusion=replace(config.fusion, alpha=1.0, space="logits"))
+    try:
+        with cache.found_only(*LONG):
+            table = distill.open_teacher(whole, task).task.table
+    except cache.Missing:
+        return 1.0
+    return 1 - table.known() / len(table)
 
 
 def pace(
@@ -230,6 +291,36 @@ def pace(
     )
 
 
+class Training:
+    """A run's steps for as long as one asks, beside others on the same device: to see how many go together.
+
+    Args:
+        config: The run; what it would have to compute first is not computed.
+        count: Threads.
+    """
+
+    def __init__(self, config: Config, count: int) -> None:
+        torch.set_num_threads(count)
+        task = distill.open_task(config)
+        self.device = task.device
+        self.ours = bench.Ours(config, task, stand_in(config, task))
+        self.length = bench.burst_length(self.ours, BURST_SECONDS, self.device)
+
+    def train(self, seconds: float) -> float:
+        """Train for so many seconds, and return the median of the bursts' images a second."""
+        end, speeds = time.perf_counter() + seconds, []
+        while not speeds or time.perf_counter() < end:
+            speeds.append(bench.speed(self.ours, self.length, self.device))
+        return statistics.median(speeds)
+
+    def memory(self) -> float:
+        """Return the share of a GPU's memory that all of its processes hold, contexts included; 0 on a CPU."""
+        if self.device.type != "cuda":
+            return 0.0
+        free, total = torch.cuda.mem_get_info(self.device)
+        return 1 - free / total
+
+
 def _row_seconds(network: nn.Module, views: Views, rows: Tensor, labels: Tensor) -> float:
     """Return the seconds that a row takes in an evaluation."""
     some = rows[:ROWS]
@@ -243,14 +334,14 @@ def _keep(config: Config, task: Task, ours: bench.Ours, folder: Path) -> tuple[f
     """Return the seconds of what is written in an epoch, in every second of which the best is, and the bytes that stay."""
     record = Record(folder, config, resume=False)
     record.open(task.dataset, task.split, None, 1)
-    record.begin(ours.student, ours.optimizer, 0)
+    record.begin(ours.student, ours.steps.optimizer, 0)
     numbers = dict.fromkeys((f"number {k}" for k in range(12)), math.pi)  # as many as an epoch has
     best = {"epoch": 1, "top1": math.pi, "top5": math.pi, "loss": math.pi}
     for epoch in range(1, 2 * WRITES + 2):
         if epoch == 2:  # the first one makes what the others replace
             began = time.perf_counter()
         kept = best | {"epoch": epoch - epoch % 2}
-        record.epoch(ours.student, ours.optimizer, numbers | {"epoch": epoch}, kept)
+        record.epoch(ours.student, ours.steps.optimizer, numbers | {"epoch": epoch}, kept)
     seconds = (time.perf_counter() - began) / (2 * WRITES)
     return seconds, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -273,17 +364,22 @@ def teacher_pace(config: Config, task: Task, folder: Path, *, seconds: float) ->
     return pace(teachers.teacher_recipe(config), task, None, folder, seconds=seconds)
 
 
-def unseen(config: Config, task: Task) -> list[Lack]:
-    """Return which images the zero-shot teachers that have a share have not looked at, by model."""
+def unseen(config: Config, task: Task, progress: Progress | None = None) -> list[Lack]:
+    """Return which images, whole or in a stored view, the zero-shot teachers that have a share have not seen, by model."""
     found = []
     for _, given, _ in teachers.shares(config.clip):
         if given.logits is not None:
             continue
         clip = zeroshot.load(
-            given.model, given.pretrained, given.file, device=task.device, root=task.cache
+            given.model,
+            given.pretrained,
+            given.file,
+            device=task.device,
+            root=task.cache,
+            progress=progress,
         )
         parts = []
-        for part in (task.dataset.train, task.dataset.test):
+        for part in zeroshot.looks(given.views, task.dataset):
             try:
                 with cache.found_only("clip-images"):
                     zeroshot.image_features(clip, part, task.cache)
@@ -318,7 +414,7 @@ def unjudged(config: Config, task: Task) -> list[Lack]:
     return [Lack(what=what, bytes=4 * rows * own.classes, seconds=seconds)]
 
 
-def _look_seconds(clip: zeroshot.ZeroShot, images: Images) -> float:
+def _look_seconds(clip: zeroshot.ZeroShot, images: Images | zeroshot.Crops) -> float:
     """Return the seconds that CLIP takes over an image."""
     clip.encoder.encode_images(images.pictures(0, 1))  # the first allocates memory
     some = min(PICTURES, len(images))

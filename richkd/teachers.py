@@ -166,7 +166,7 @@ class TaskTeacher:
 
         if self.keep is None:
             return torch.from_numpy(compute(0, len(views))).to(views.device)
-        return torch.tensor(self.keep(part, compute)).to(views.device)
+        return torch.from_numpy(self.keep(part, compute)).to(views.device)
 
 
 @contextlib.contextmanager
@@ -274,17 +274,13 @@ def open_task(
 
     network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     crops = views["train_views"]
-    rows, width = len(crops) * crops.count, classes + (network.head.in_features if features else 0)
-    dtype = DTYPES[config.table]
-    how = config.views
-    if how == "auto":
-        fits = rows * width * np.dtype(dtype).itemsize <= MOST
-        how = "exact" if fits and (config.shared or epochs >= LONG) else "online"
-    table = None
+    width = classes + (network.head.in_features if features else 0)
+    how, table = views_in_use(config, crops, width, epochs), None
     if how == "exact" and cache_root is not None:
         key = {"teacher": seen, "images": dataset.train.digest, "torch": torch.__version__}
         key |= {"pad": crops.pad, "flips": crops.flips, "features": features}
-        table = Table(cache_root, "teacher-views", key, rows, width, dtype)
+        rows = len(crops) * crops.count
+        table = Table(cache_root, "teacher-views", key, rows, width, DTYPES[config.table])
     said = (seen, how, config.table if how == "exact" else None)
     return TaskTeacher(
         identity=_short(hashlib.sha256(repr(said).encode()).hexdigest()),
@@ -296,6 +292,23 @@ def open_task(
         keep=None if cache_root is None else keep,
         **views,
     )
+
+
+def views_in_use(config: Teacher, crops: Views, width: int, epochs: int) -> str:
+    """Return how a network meets the student's crops: what `teacher.views` says, where `auto` looks at what a table is worth.
+
+    In `epochs` epochs a run meets V (1 - (1 - 1 / V)^epochs) of the V crops of an image, in LONG of 162 a third.
+
+    Args:
+        config: Says what is wanted.
+        crops: Training images.
+        width: Numbers that are kept of each crop.
+        epochs: Of the run that asks.
+    """
+    if config.views != "auto":
+        return config.views
+    kept = len(crops) * crops.count * width * np.dtype(DTYPES[config.table]).itemsize
+    return "exact" if kept <= MOST and (config.shared or epochs >= LONG) else "online"
 
 
 def _network(
@@ -368,6 +381,14 @@ class ClipTeacher:
     logit_scale: float | None  # None if only given logits are known
     source: str = "clip.prompts"  # the key that it comes from
     weight: float = 1.0  # its share of the zero-shot logits
+    # logits of crops of training rows, as `logits` takes them; None: of the whole images, whatever the crop
+    crops: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def logits(self, rows: Tensor, views: Tensor) -> Tensor:
+        """Return logits `(B, K)` of those crops of training rows."""
+        if self.crops is not None:
+            return self.crops(rows, views)
+        return self.train[rows.to(self.train.device)]
 
 
 def open_clip_teachers(
@@ -433,12 +454,22 @@ def open_clip_teacher(
         for part in (dataset.train, dataset.test)
     )
     parts = [clip.identity, templates, dataset.names, dataset.digest, config.reduce]
+    crops = None
+    if config.views != "whole":
+        parts.append(config.views)
+        look = zeroshot.crop_features(clip, config.views, dataset, cache_root, progress)
+
+        def crops(rows: Tensor, views: Tensor) -> Tensor:
+            image = look(rows, views).to(device)
+            return fusion.zero_shot_logits(image, text, clip.logit_scale, config.reduce)
+
     return ClipTeacher(
         identity=_short(hashlib.sha256(json.dumps(parts).encode()).hexdigest()),
         train=train,
         test=test,
         logit_scale=clip.logit_scale,
         source=f"{field}.prompts",
+        crops=crops,
     )
 
 
@@ -563,7 +594,9 @@ class FusedTeacher:
             )
             for clip in clips
         ]
-        self.zero_shot = {part: self._mixed(part) for part in ("train", "test")}
+        self.zero_shot = {
+            part: self._mixed([getattr(clip, part) for clip in clips]) for part in ("train", "test")
+        }
         self.temperature = config.loss.temperature
         if config.loss.temperature_of == "task" and self.alpha < 1:
             spread = fusion.spread(task.train[rows])
@@ -577,13 +610,16 @@ class FusedTeacher:
                 "see whether one of the teachers is constant."
             )
 
-    def _mixed(self, part: str) -> Tensor | None:
-        """Return the zero-shot logits of `train` or `test`, scaled and mixed, None unless all are known."""
-        known = [getattr(clip, part) for clip in self.clips]
+    def _mixed(self, known: list[Tensor | None]) -> Tensor | None:
+        """Return the logits of the zero-shot teachers, scaled and mixed, None unless all are known."""
         if not known or any(each is None for each in known):
             return None
         shares = [f * clip.weight for f, clip in zip(self.factors, self.clips, strict=True)]
         return sum(share * each for share, each in zip(shares, known, strict=True))
+
+    def zero_shot_logits(self, rows: Tensor, views: Tensor) -> Tensor | None:
+        """Return the mixed zero-shot logits `(B, K)` for those crops of training rows, None where there are none."""
+        return self._mixed([clip.logits(rows, views) for clip in self.clips])
 
     def parts(self, part: str) -> tuple[Tensor, Tensor]:
         """Return task and zero-shot logits of all un-augmented rows of `train` or `test`, both scaled.
@@ -616,10 +652,7 @@ class FusedTeacher:
 
     def target(self, rows: Tensor, views: Tensor) -> Tensor:
         """Return the target's log-probabilities `(B, K)` for those crops of training rows, both on the CPU."""
-        clip = None
-        if self.clips:
-            clip = self.zero_shot["train"]
-            clip = clip[rows.to(clip.device)]
+        clip = self.zero_shot_logits(rows, views)
         task = self.task.logits(rows, views) if self.task is not None and self.alpha > 0 else clip
         return fusion.target(
             task, task if clip is None else clip, self.alpha, self.temperature, self.space

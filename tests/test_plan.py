@@ -91,7 +91,7 @@ def pace(**changes) -> estimate.Pace:
 RUNS = Runs(
     trials={"richkd-l": 4, "kd": 2}, epochs=10, expected={"richkd-l": 5, "kd": 6}, seeds=1, refits=3
 )
-NOTHING = Lacks(outputs=[], first=[], later=[], teacher=0.0, bytes=0)
+NOTHING = Lacks(outputs=[], first=[], later=[], teacher=0.0, crops=None, bytes=0)
 PACES = {"cnn8": {"taught": pace(), "labels": pace(step=0.0)}}
 
 

@@ -1,5 +1,6 @@
 """The verbs of a cluster.
 
+    python -m tune cache my.yaml                      # CLIP over all images, by all workers of a cluster
     python -m tune plan                               # what the sweep would take, before it starts
     python -m tune sweep                              # the embedded default, some minutes on two cores
     python -m tune sweep my.yaml sweep.trials=50
@@ -132,6 +133,23 @@ def plan(arguments: argparse.Namespace) -> Done:
             f"it can start: {shlex.join(['python', '-m', 'tune', 'sweep', *arguments.words, *given])}"
         )
     return Done(answer, 2 if answer["mistakes"] else 0)
+
+
+def cache(arguments: argparse.Namespace) -> Done:
+    """Compute what all runs share."""
+    layers = config.read(arguments.words)
+    source = config.build(layers).data.source
+    cluster = _cluster(arguments)
+    from richkd.distill import prepared_lines
+    from tune.first import compute
+
+    again = ["python", "-m", "tune", "cache", *arguments.words]
+    if arguments.address is not None:
+        again += ["--address", arguments.address]
+    answer = compute(layers, command=shlex.join(again), stop=arguments.stop, **cluster)
+    for line in prepared_lines(source, answer):
+        say(line)
+    return Done(answer)
 
 
 def train(arguments: argparse.Namespace) -> Done:
@@ -407,6 +425,11 @@ VERBS = {
         flags={
             "address=HOST:PORT": "the Ray cluster to look at, as RAY_ADDRESS; else this machine"
         },
+    ),
+    "cache": Verb(
+        run=cache,
+        help="compute what all runs share, over all workers of the cluster",
+        flags=CLUSTER,
     ),
     "sweep": Verb(
         run=sweep,

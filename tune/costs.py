@@ -46,7 +46,7 @@ def measured(
     disk = nearest(next(iter(folders_of(sweep).values())))  # where checkpoints will lie
     place = disk if os.access(disk, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".richkd-plan-", dir=place) as folder:
-        lacks = lacks_of(sweep, task, Path(folder))
+        lacks = lacks_of(sweep, task, runs, Path(folder))
         paces = paces_of(sweep, task, Path(folder), progress)
     around = AROUND if workers == 1 else AROUND_WORKERS
     seconds = seconds_of(runs, paces, lacks, slots, around)
@@ -191,16 +191,22 @@ class Lacks:
     first: list[int]
     later: list[int]
     teacher: float  # seconds to train one
+    crops: estimate.Lack | None  # what runs make of them as they go
     bytes: int  # of all of it
 
 
-def lacks_of(sweep: Sweep, task: Task, folder: Path) -> Lacks:
+def lacks_of(sweep: Sweep, task: Task, runs: Runs, folder: Path) -> Lacks:
     """Return what has to be made, beside the students, and what that costs here."""
-    config, runs = sweep.resolve(printed(sweep.base.method.name)), sweep.settings
-    seeds = {
-        *range(runs.refit.seeds),
-        *range(config.seed, config.seed + runs.sweep.seeds_per_trial),
-    }
+    config = sweep.resolve(printed(sweep.base.method.name))
+    trials = sum(runs.trials[name] * runs.expected[name] for name in runs.trials)
+    refits = runs.epochs * sum(student.method != "ce" for student in STUDENTS.values())
+    epochs = dict.fromkeys(range(config.seed, config.seed + runs.seeds), trials)  # of each seed
+    for seed in range(runs.refits):
+        epochs[seed] = epochs.get(seed, 0) + refits
+    asked = list(epochs.values())  # of each teacher
+    if config.teacher.brought:
+        asked = [sum(asked)]
+    seeds = set(epochs)
     first = estimate.untrained(config, task, [config.seed])
     later = estimate.untrained(config, task, sorted(seeds - {config.seed}))
     outputs = estimate.unseen(config, task) + estimate.unjudged(config, task)
@@ -208,12 +214,14 @@ def lacks_of(sweep: Sweep, task: Task, folder: Path) -> Lacks:
     if first or later:
         pace = estimate.teacher_pace(config, task, folder / "teacher", seconds=MEASURE / 6)
         training, kept = pace.run(config.teacher.epochs), pace.kept * len(first + later)
+    crops = estimate.untold(config, task, asked)
     return Lacks(
         outputs=outputs,
+        crops=crops,
         first=first,
         later=later,
         teacher=training,
-        bytes=kept + sum(lack.bytes for lack in outputs),
+        bytes=kept + sum(lack.bytes for lack in outputs) + (crops.bytes if crops else 0),
     )
 
 
@@ -242,6 +250,7 @@ def seconds_of(
     }
     work = sum(runs.trials[name] * trial[name] for name in trial)
     work += runs.refits * sum(refit.values()) + len(lacks.later) * lacks.teacher
+    work += lacks.crops.seconds if lacks.crops else 0
     # no run is faster for the others: at least a trial that nothing stops, and the refit that waits for it
     longest = around + runs.seeds * run("taught", runs.epochs) + refit["richkd"]
     prepare = sum(lack.seconds for lack in lacks.outputs) + len(lacks.first) * lacks.teacher

@@ -4,26 +4,33 @@ import itertools
 import warnings
 from typing import Any
 
-from richkd import distill, estimate, fusion
-from richkd.config import flatten, to_dict
-from richkd.errors import ConfigError
+from richkd import cache, distill, estimate, fusion
+from richkd.command import Stop
+from richkd.config import Config, Layers, flatten, to_dict
+from richkd.errors import ConfigError, Interrupted
 from richkd.files import read_record
-from richkd.progress import Progress
+from richkd.progress import Progress, stoppable
 from richkd.teachers import FusedTeacher
 from tune.best import find_sweep
+from tune.display import Display
+from tune.places import machines_of
+from tune.settings import for_workers
 from tune.space import Space
 from tune.study import MAIN, settings_of
 from tune.sweep import Sweep, asked_of, open_searches, student_of, trials_of
 from tune.warmstart import PAPER, Outside, Point, is_printed, place, plain, printed, within
 
 # names that are looked up when a run starts: each choice is tried before any trial
-NAMED = ("student.name", "teacher.name", "clip.prompts", "clip.logits")
+NAMED = ("student.name", "teacher.name", "clip.prompts", "clip.logits", "clip.views")
 WARM = 5  # trials of each search that a sweep takes from one before it
 NAMES = 10  # trials that are named one by one where they lie outside
+WORTH = 20.0  # seconds of work for which workers are started, which takes them some
 STUDENTS_FILE = "students.json"  # what each student costs, where a search looks at that
 
 
-def prepare(sweep: Sweep, progress: Progress, *, new: bool) -> dict[str, list[Point]]:
+def prepare(
+    sweep: Sweep, progress: Progress, *, new: bool, **launch: Any
+) -> dict[str, list[Point]]:
     """Make what all trials share, and return the first trials of each search.
 
     Whatever cannot be used, such as a prompt set without a placeholder, is refused here and not in the trials.
@@ -32,17 +39,20 @@ def prepare(sweep: Sweep, progress: Progress, *, new: bool) -> dict[str, list[Po
         sweep: The sweep; what its students cost is noted in it, where that is looked at.
         progress: Told how far it is.
         new: Whether it begins; one that goes on has its first trials, and does without the sweeps that they came from.
+        launch: As `look_at_all` takes it.
     """
     sources = sweep.settings.warmstart.sources if new else ()
     earlier = {source: earlier_points(sweep, source) for source in sources if source != PAPER}
     config = sweep.resolve(printed(sweep.base.method.name))
     task = distill.open_task(config)
     distill.initial_student(config, task.dataset)
+    look_at_all(config, task, progress, **launch)
     teacher = distill.open_teacher(config, task, progress)
     for key in NAMED:
         for choice in sweep.space.choices(key):
             each = sweep.resolve({key: choice})
             distill.initial_student(each, task.dataset)
+            look_at_all(each, task, progress, **launch)
             distill.open_teacher(each, task, progress)
     sweep.costs = costs_of(sweep, task, progress)
     first: dict[str, list[Point]] = {MAIN: [], "kd": []}
@@ -52,6 +62,55 @@ def prepare(sweep: Sweep, progress: Progress, *, new: bool) -> dict[str, list[Po
             known = [point.settings for point in first[label]]
             first[label] += [point for point in points if point.settings not in known]
     return first
+
+
+def look_at_all(config: Config, task: distill.Task, progress: Progress, **launch: Any) -> None:
+    """Let all workers of the cluster compute CLIP's features, where so many are missing that it is worth their start.
+
+    Args:
+        config: The run, with an absolute cache.
+        task: Its data.
+        progress: Told how far it is; may raise to stop, and what is finished stays.
+        launch: `stop`, `address` and `dashboard`, as `runner.run` takes them.
+    """
+    if config.loss.logit == 0 or config.fusion.alpha == 1:
+        return
+    if sum(lack.seconds for lack in estimate.unseen(config, task, progress)) >= WORTH:
+        from tune.spread import features  # Ray takes seconds to import
+
+        features(config, task, progress, **launch)
+
+
+def compute(layers: Layers, *, command: str, stop: Stop, **launch: Any) -> dict[str, Any]:
+    """Compute what all runs of a config share, and give it to all machines of the cluster.
+
+    Args:
+        layers: Explicit settings.
+        command: What goes on after a signal.
+        stop: Says whether one came.
+        launch: `address` and `dashboard`, as `runner.run` takes them.
+
+    Returns:
+        As `distill.prepared`.
+    """
+    config, machines = for_workers(layers), machines_of(launch["address"])
+    launch = {"stop": stop, **launch}
+    try:
+        with Display("cache", stop=stop) as display:
+            progress = stoppable(display.progress, stop)
+            task = distill.open_task(config, progress)
+            look_at_all(config, task, progress, **launch)
+            teacher = distill.open_teacher(config, task, progress)
+            if len(machines) > 1:
+                from tune.nodes import share
+                from tune.runner import connect
+
+                connect(**launch)
+                share(cache.used(), progress=progress)
+    except Interrupted as interrupted:
+        message = f"{interrupted}; go on with: {command}"
+        raise Interrupted(interrupted.signum, message) from None
+    return distill.prepared(task, teacher)
 
 
 def paper_points(sweep: Sweep, task: distill.Task, teacher: FusedTeacher) -> dict[str, list[Point]]:

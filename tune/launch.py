@@ -12,6 +12,7 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,6 +38,7 @@ from tune.settings import MANY, Settings, fit
 from tune.settings import UNHASHED as UNHASHED_SWEEP
 from tune.settings import Sweep as SweepSettings
 from tune.settings import digest as sweep_digest
+from tune.sharing import SHARING_FILE, settled
 from tune.store import bring
 from tune.study import MAIN, Kind, Search
 from tune.summary import STUDENTS, columns
@@ -252,7 +254,14 @@ def carry_out(
         display.line(f"sweep {folder.name} in {short(folder)}")
         if len(wanted.objectives) > 1 and wanted.scheduler != "none":
             display.line(f"nothing stops early for {', '.join(wanted.objectives)} together")
-        first = prepare(sweep, stoppable(display.progress, stop), new=new)
+        first = prepare(
+            sweep,
+            stoppable(display.progress, stop),
+            new=new,
+            stop=stop,
+            address=address,
+            dashboard=dashboard,
+        )
         make_folder(folder, "storage")
         with locked(folder):
             if new:
@@ -289,6 +298,7 @@ def carry_out(
                         search.retry(retry)
                     agenda = agenda_of(sweep, searches, display, logbook)
                     display.follow(agenda)
+                    progress = stoppable(display.progress, stop)
                     work(
                         agenda,
                         stop,
@@ -300,7 +310,14 @@ def carry_out(
                         budget=budget,
                         seeds=wanted.seeds_per_trial,
                         store=sweep.store,
-                        progress=stoppable(display.progress, stop),
+                        progress=progress,
+                        settle=partial(
+                            settled,
+                            config=sweep.resolve(printed(sweep.base.method.name)),
+                            path=folder / SHARING_FILE,
+                            told=display.line,
+                            progress=progress,
+                        ),
                     )
                     result = conclude(sweep, agenda, logbook, budget)
             finally:

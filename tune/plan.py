@@ -209,7 +209,7 @@ def table(found: dict[str, Any]) -> list[str]:
         rows.append((f"  {name}", f"{text} and {in_time(own['epoch'])} an epoch"))
     made = [
         f"{one['what']}, {in_time(one['seconds'])}, {in_bytes(one['bytes'])}"
-        for one in lacks["outputs"]
+        for one in (*lacks["outputs"], *filter(None, [lacks["crops"]]))
     ]
     if count := len(lacks["first"] + lacks["later"]):
         made.append(f"task teachers of {count} seeds, {in_time(lacks['teacher'])} each")

@@ -298,6 +298,40 @@ def runtime_env() -> dict[str, Any]:
     }
 
 
+def connect(stop: Stop, address: str | None, dashboard: str | None = None) -> None:
+    """Connect this process with a Ray cluster, if it is not yet; one of our own ends with the process.
+
+    The arguments are those of `run`.
+    """
+    if ray.is_initialized():
+        return
+    try:
+        context = ray.init(
+            # one that runs already has its own dashboard, or none
+            address=(address or os.environ.get("RAY_ADDRESS", "local"))
+            if dashboard is None
+            else "local",
+            include_dashboard=dashboard is not None,
+            dashboard_host=dashboard or "127.0.0.1",
+            runtime_env=runtime_env(),
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    except SystemExit as left:  # Ray's handler, in place until ours is again
+        raise Interrupted(signal.SIGTERM, "interrupted while Ray started") from left
+    except (ValueError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise unusable(address, reason) from error
+    stop.install()
+    if dashboard is not None:
+        say(
+            f"dashboard  http://{context.dashboard_url}, with the token that `ray get-auth-token` prints"
+        )
+    # a screen about each process that dies, of which `Deaths` has a line, and on a full disk about its own notes
+    for module in ("execution.experiment_state", "execution.tune_controller", "tune"):
+        logging.getLogger(f"ray.tune.{module}").setLevel(logging.CRITICAL)
+
+
 def run(
     agenda: Agenda,
     stop: Stop,
@@ -311,6 +345,7 @@ def run(
     store: Store | None = None,
     dashboard: str | None = None,
     progress: Progress | None = None,
+    settle: Callable[..., Resources] | None = None,
 ) -> None:
     """Let Ray Tune run the agenda's jobs, each in a process that goes on to the next.
 
@@ -326,42 +361,21 @@ def run(
         store: Where run folders are kept, if not on a disk that all machines share; so are Ray's own notes.
         dashboard: Address of this machine at which a cluster that is started shows Ray's dashboard; None: nowhere.
         progress: Told how many machines have what the cache of this one has; may raise to stop.
+        settle: Given `resources`, CPUs and GPUs of each machine, and the number of runs, says what a job takes; None:
+            that is settled.
     """
-    ours = not ray.is_initialized()
-    if ours:
-        try:
-            context = ray.init(
-                # one that runs already has its own dashboard, or none
-                address=(address or os.environ.get("RAY_ADDRESS", "local"))
-                if dashboard is None
-                else "local",
-                include_dashboard=dashboard is not None,
-                dashboard_host=dashboard or "127.0.0.1",
-                runtime_env=runtime_env(),
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-        except SystemExit as left:  # Ray's handler, in place until ours is again
-            raise Interrupted(signal.SIGTERM, "interrupted while Ray started") from left
-        except (ValueError, OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise unusable(address, reason) from error
-        stop.install()
-        if dashboard is not None:
-            say(
-                f"dashboard  http://{context.dashboard_url}, with the token that `ray get-auth-token` prints"
-            )
-        # a screen about each process that dies, of which `Deaths` has a line, and on a full disk about its own notes
-        for module in ("execution.experiment_state", "execution.tune_controller", "tune"):
-            logging.getLogger(f"ray.tune.{module}").setLevel(logging.CRITICAL)
+    connect(stop, address, dashboard)
     try:
 
         def fits() -> tuple[int, dict[str, float]]:
             return fit(resources, [node.resources for node in alive()], gpu=gpu)
 
-        slots, each = fits()
+        fits()  # or it is refused, before anything takes its time
         shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
         share(cache.used(), progress=progress)
+        if settle is not None:
+            resources = settle(resources, [node.resources for node in alive()], agenda.total)
+        slots, each = fits()
         path, files = str(scratch.parent), None
         if store is not None:
             path, files = store.base, store.files

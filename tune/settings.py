@@ -92,8 +92,8 @@ class Resources:
 
     workers: int = 1  # that share the batches of a trial
     cpus_per_worker: int = 1  # and threads
-    # where there are GPUs, and `device` is not cpu; for trials of one worker
-    trials_per_gpu: int = 1
+    # where there are GPUs, and `device` is not cpu; for trials of one worker. auto: what a sweep measures, else 1
+    trials_per_gpu: int | str = "auto"
     max_concurrent: int | None = None  # None: as many as fit
     patience: float = 1800.0  # seconds without a step after which a run counts as hung
 
@@ -102,6 +102,12 @@ class Resources:
         in_range("resources.cpus_per_worker", self.cpus_per_worker, 1, MANY)
         in_range("resources.max_concurrent", self.max_concurrent, 1, MANY)
         in_range("resources.patience", self.patience, 1, 1e6)
+        if isinstance(self.trials_per_gpu, str):
+            if self.trials_per_gpu != "auto":
+                raise ConfigError(
+                    f"resources.trials_per_gpu must be auto or a whole number but got {self.trials_per_gpu!r}."
+                )
+            return
         in_range("resources.trials_per_gpu", self.trials_per_gpu, 1, 64)
         if self.workers > 1 and self.trials_per_gpu > 1:
             raise ConfigError(
@@ -140,7 +146,7 @@ def fit(
     """Return how many trials fit into the cluster at once, and what each of their workers takes.
 
     Args:
-        resources: What is asked for.
+        resources: What is asked for; trials a GPU that are not settled yet are one.
         nodes: CPUs and GPUs of each machine, as Ray says; a worker is on one of them.
         gpu: Whether a GPU is used where there is one.
 
@@ -162,8 +168,9 @@ def fit(
             f"each fit into one of the cluster's {len(nodes)} machines but only {sum(places)} do; lower one of them."
         )
     if gpu and cluster["GPU"]:
-        each["GPU"] = 1 / resources.trials_per_gpu
-        gpus = [int(node.get("GPU", 0)) * resources.trials_per_gpu for node in nodes]
+        shared = 1 if resources.trials_per_gpu == "auto" else resources.trials_per_gpu
+        each["GPU"] = 1 / shared
+        gpus = [int(node.get("GPU", 0)) * shared for node in nodes]
         places = [min(both) for both in zip(places, gpus, strict=True)]
         if sum(places) < resources.workers:
             raise ConfigError(

@@ -37,9 +37,11 @@ class Sweep:
     """
 
     def __init__(self, folder: Path, layers: Layers) -> None:
-        self.folder, self.layers = folder.resolve(), layers
+        self.folder = folder.resolve()
+        # all runs with one seed ask one teacher
+        self.layers = Layers().over("a sweep", {"teacher.shared": True}).under(layers)
         self.settings = build(layers, Settings)
-        self.base = build(layers)
+        self.base = build(self.layers)
         self.runs, self.store = self.folder, None  # where run folders lie, as the driver sees them
         if is_url(self.base.storage):
             self.store = Store(f"{self.base.storage.rstrip('/')}/{folder.name}")

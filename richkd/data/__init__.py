@@ -12,6 +12,7 @@ from richkd.data.cifar import cifar100
 from richkd.data.dataset import Dataset, Images
 from richkd.data.digits import digits
 from richkd.data.folder import folder
+from richkd.data.padded import shared
 from richkd.data.rows import rows
 from richkd.data.subsets import Split, split
 from richkd.data.views import Views
@@ -45,8 +46,8 @@ def load(config: Data, cache_root: Path | None = None, progress: Progress | None
 
     Args:
         config: Says where it is and what is done with it.
-        cache_root: Where decoded images are kept; None: as without a configured cache.
-        progress: Told how many files are decoded.
+        cache_root: Where decoded and padded images are kept; None: as without a configured cache.
+        progress: Told how many of them are.
 
     Raises:
         ConfigError: If there is no such source, or it is not where `config` says.
@@ -70,6 +71,13 @@ def load(config: Data, cache_root: Path | None = None, progress: Progress | None
         dataset = SOURCES[config.source](config, root, progress)
         own = {key: getattr(config, key) for key in ("pad", "flip")}
         dataset = replace(dataset, **{k: v for k, v in own.items() if v is not None})
+        parts = {
+            part: shared(
+                getattr(dataset, part), dataset.pad, dataset.flip, config.memory, root, progress
+            )
+            for part in ("train", "test")
+        }
+        dataset = replace(dataset, **parts)
         _loaded.clear()
         _loaded[asked, root] = dataset
     return _loaded[asked, root]

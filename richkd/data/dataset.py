@@ -31,6 +31,7 @@ class Images:
         ids: `(N,)`, place of each row among all images of its source, training and test; as they come if None.
         files: The files that the rows were made of, if they were.
         digest: SHA-256 of pixels, shape and labels, unless the source knows a better one.
+        padded: Map of the padded pixels, of which `pixels` are a part, if they are kept: see `padded.py`.
     """
 
     pixels: np.ndarray
@@ -38,6 +39,7 @@ class Images:
     ids: np.ndarray | None = None
     files: tuple[Path, ...] | None = None
     digest: str | None = None
+    padded: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         pixels, labels = self.pixels, self.labels

@@ -1,6 +1,7 @@
 """Batched random crop with padding and flip, as one indexed copy out of a padded uint8 tensor.
 
-A set that fits in memory is padded once; of a larger one each batch is read, padded and cropped the same way.
+A set that fits in memory is padded once, into the cache unless it is small; of a larger one each batch is read, padded
+and cropped the same way.
 
 An image has `(2 pad + 1)^2` crops and, where flips are allowed, twice as many views. A view is named by
 `(dy, dx, flip)`: the crop's offset in the padded image, then whether the crop is mirrored, which is what
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from richkd.data.dataset import Dataset, Images
+from richkd.data.padded import layout, padded
 
 
 class Views:
@@ -27,19 +29,20 @@ class Views:
         images: N images of H x W pixels and C channels.
         dataset: Gives padding, flips and normalisation.
         device: Where the pixels lie and where batches are made.
-        memory: GiB that the padded pixels may take; above, batches are read from `images` as they are needed.
+        memory: GiB that padded pixels of its own may take; above, batches are read from `images` as they are needed.
     """
 
     def __init__(
         self, images: Images, dataset: Dataset, device: torch.device, memory: float = math.inf
     ) -> None:
         self.source, self.device = images.pixels, device
-        height, width, channels = self.source.shape[1:]
-        self.shape = (height, width, channels)
+        self.shape = self.source.shape[1:]
         self.pad, self.flips = dataset.pad, 1 + dataset.flip
-        each = self.flips * (height + 2 * self.pad) * (width + 2 * self.pad) * channels
-        fits = len(images) * each <= memory * 2**30
-        self.view = self._crops(self.source) if fits else None
+        wanted, found = layout(self.source, dataset.pad, dataset.flip), images.padded
+        if found is None or found.shape != wanted:
+            fits = math.prod(wanted) <= memory * 2**30
+            found = padded(self.source, dataset.pad, dataset.flip) if fits else None
+        self.view = None if found is None else self._crops(found)
         self._normalise_by(dataset.mean, dataset.std)
 
     def __len__(self) -> int:
@@ -61,23 +64,16 @@ class Views:
         crops, side = numbers // self.flips, 2 * self.pad + 1
         return torch.stack([crops // side, crops % side, numbers % self.flips], 1)
 
-    def _crops(self, pixels: np.ndarray) -> Tensor:
-        """Return the crops of `pixels` `(N, H, W, C)`: [n, flip, dy, dx] is H rows of W * C bytes.
+    def _crops(self, padded: np.ndarray) -> Tensor:
+        """Return the crops of padded pixels: [n, flip, dy, dx] is H rows of W * C bytes.
 
         The bytes of a row are consecutive, and crops overlap in memory.
         """
-        n, height, width, channels = pixels.shape
-        p = self.pad
-        # padded by NumPy, since PyTorch takes no array that cannot be written, such as a map of a file
-        padded = np.zeros((n, self.flips, height + 2 * p, width + 2 * p, channels), np.uint8)
-        padded[:, 0, p : p + height, p : p + width] = pixels
-        if self.flips == 2:
-            padded[:, 1] = padded[:, 0, :, ::-1]
-        padded = torch.from_numpy(padded).to(self.device)
-        row = (width + 2 * p) * channels
-        return padded.as_strided(
-            (n, self.flips, 2 * p + 1, 2 * p + 1, height, width * channels),
-            (padded.stride(0), padded.stride(1), row, channels, row, 1),
+        height, width, channels = self.shape
+        pixels, side = torch.from_numpy(padded).to(self.device), 2 * self.pad + 1
+        return pixels.as_strided(
+            (len(pixels), self.flips, side, side, height, width * channels),
+            (*pixels.stride()[:3], channels, pixels.stride(2), 1),
         )
 
     def _normalise_by(self, mean: Iterable[float], std: Iterable[float]) -> None:
@@ -99,7 +95,8 @@ class Views:
         """Return the asked-for crops, uint8 `(B, H, W, C)`; the images as they are without `views`."""
         view, count = self.view, len(rows)
         if view is None:
-            view = self._crops(self.source[rows.cpu().numpy()])
+            some = self.source[rows.cpu().numpy()]
+            view = self._crops(padded(some, self.pad, self.flips == 2))
             rows = torch.arange(count)
         if views is None:
             batch = view[rows, 0, self.pad, self.pad]
@@ -116,4 +113,7 @@ class Views:
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Turn uint8 `(B, H, W, C)` into normalised float32 `(B, C, H, W)`; `mean` and `std` in grey levels."""
-    return ((pixels.float() - mean) / std).permute(0, 3, 1, 2)
+    width = pixels.shape[2]
+    # over whole rows: a broadcast over one or three channels takes five times as long
+    rows = pixels.flatten(2).sub(mean.repeat(width)).div_(std.repeat(width))
+    return rows.unflatten(2, (width, -1)).permute(0, 3, 1, 2)

@@ -3,9 +3,10 @@
 Features are cached, not logits: logits of any prompts, reduction and scale are then one matrix product, so
 a search over prompt sets runs CLIP on no image twice. Where all is cached the network is never built.
 
-Shapes: N images, P prompts, K classes, D features.
+Shapes: N images, B crops, P prompts, K classes, D features.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,15 +17,20 @@ import torch
 from torch import Tensor
 
 from richkd import cache
-from richkd.data import Images
+from richkd.data import Dataset, Images, Views
+from richkd.errors import ConfigError
 from richkd.files import read_json, to_json, write_synced
 from richkd.progress import Progress
-from richkd.zeroshot import miniature, openclip, prompts
+from richkd.zeroshot import crops, miniature, openclip, prompts
+from richkd.zeroshot.crops import Crops
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Encoder", "ZeroShot", "image_features", "load", "text_matrix"]
+__all__ = [
+    *("Crops", "Encoder", "ZeroShot"),
+    *("crop_features", "image_features", "load", "looking", "looks", "text_matrix"),
+]
 
 
 class Encoder(Protocol):
@@ -109,21 +115,108 @@ def text_matrix(
     return torch.tensor(rows).view(len(templates), len(names), clip.width)
 
 
+def looks(views: int | str, dataset: Dataset) -> list[Images | Crops]:
+    """Return all that a zero-shot model looks at ahead: the whole images, training then test, and stored views.
+
+    Args:
+        views: `clip.views`: a number of views, or a word where none is stored.
+        dataset: Task.
+
+    Raises:
+        ConfigError: If there are not so many views.
+    """
+    return [dataset.train, dataset.test] + [
+        Crops(dataset.train, dataset, view) for view in _stored(views, dataset)
+    ]
+
+
+def _stored(views: int | str, dataset: Dataset) -> list[tuple[int, int, int]]:
+    """Return the views of which features are kept."""
+    if isinstance(views, str):
+        return []
+    flips = 1 + dataset.flip
+    if views > (possible := flips * (2 * dataset.pad + 1) ** 2):
+        raise ConfigError(
+            f"clip.views must be at most {possible}, the views that an image of {dataset.name} has (data.pad={dataset.pad}, "
+            f"data.flip={str(dataset.flip).lower()}), but got {views}; lower it: {possible} are exact."
+        )
+    return crops.order(dataset.pad, flips, views)
+
+
 def image_features(
-    clip: ZeroShot, images: Images, root: Path, progress: Progress | None = None
+    clip: ZeroShot,
+    images: Images | Crops,
+    root: Path,
+    progress: Progress | None = None,
+    spread: cache.Spread | None = None,
 ) -> Tensor:
-    """Return unit-norm image features `(N, D)`, from the cache or into it.
+    """Return unit-norm image features `(N, D)`, from the cache or into it; not to be written to.
 
     Args:
         clip: Model.
-        images: N images, seen un-augmented.
+        images: N images, seen un-augmented or in one view.
         root: Cache folder.
         progress: Told how many rows are done.
+        spread: As `cache.rows` takes it.
     """
+    key = {"model": clip.identity, "images": images.digest}
+    rows = cache.rows(
+        *(root, "clip-images", key, len(images), clip.width, looking(clip, images)),
+        progress=progress,
+        spread=spread,
+    )
+    with warnings.catch_warnings():  # of an array that cannot be written, which all processes share
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(rows)
+
+
+def looking(clip: ZeroShot, images: Images | Crops) -> Callable[[int, int], np.ndarray]:
+    """Return what computes image features: given start and stop, those rows."""
 
     def compute(start: int, stop: int) -> np.ndarray:
         return clip.encoder.encode_images(images.pictures(start, stop)).numpy()
 
-    key = {"model": clip.identity, "images": images.digest}
-    rows = cache.rows(root, "clip-images", key, len(images), clip.width, compute, progress=progress)
-    return torch.tensor(rows)
+    return compute
+
+
+def crop_features(
+    clip: ZeroShot,
+    views: int | str,
+    dataset: Dataset,
+    root: Path,
+    progress: Progress | None = None,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what gives unit-norm features `(B, D)` of crops, given their training rows `(B,)` and views `(B, 3)`.
+
+    Args:
+        clip: Model.
+        views: `clip.views`: a number of views that are stored, of which the nearest stands for a crop; or `online`, and
+            the model runs on each crop.
+        dataset: Task.
+        root: Cache folder.
+        progress: Told how many rows of all stored views are done.
+    """
+    if views == "online":
+        views_of = Views(dataset.train, dataset, torch.device("cpu"), memory=0)
+        return lambda rows, views: clip.encoder.encode_images(crops.pictures(views_of, rows, views))
+    stored = _stored(views, dataset)
+
+    def of_all(k: int) -> Progress:
+        def told(what: str, done: int, total: int) -> None:
+            if progress is not None:
+                progress(f"{what}, {len(stored)} views", k * total + done, len(stored) * total)
+
+        return told
+
+    seen = looks(views, dataset)[2:]
+    tables = [image_features(clip, each, root, of_all(k)) for k, each in enumerate(seen)]
+    nearest = crops.nearest(stored, dataset.pad, 1 + dataset.flip)
+
+    def look_up(rows: Tensor, views: Tensor) -> Tensor:
+        which = nearest[tuple(views.cpu().T)]
+        found, rows = torch.empty(len(rows), clip.width), rows.cpu()
+        for k in which.unique().tolist():
+            found[which == k] = tables[k][rows[which == k]]
+        return found
+
+    return look_up
