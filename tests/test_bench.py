@@ -193,6 +193,46 @@ def test_variants_that_are_none_are_refused(make, names, error):
         wanted(make(), names)
 
 
+def test_a_variant_is_a_run_with_some_keys_changed(make):
+    config = make("train.precision=bf16", "teacher.views=exact", "method.name=ce")
+    plain = make("train.precision=fp32", "teacher.views=online", "method.name=kd")
+    assert Variant.named("kd").config(config) == plain
+    found = Variant.named("kd+bf16+table").config(config)
+    assert (found.train.precision, found.teacher.views) == ("bf16", "exact")
+    config = make("clip.logits=null", "clip.views=2")
+    assert Variant.named("richkd-l").config(config).clip.views == "whole"
+    assert Variant.named("richkd-l+live").config(config).clip.views == "online"
+
+
+def test_a_full_table_is_asked_for_nothing_new(make):
+    config = make("train.epochs=3")
+    task = distill.open_task(config)
+    ours = open_loops(config, task, [Variant.named("kd+table")])["kd+table"]
+    table = ours.teacher.task.table
+    before = table.known()
+    assert before > 0
+    for _ in range(3):
+        ours.burst(20)
+    assert table.known() == before
+
+
+def test_table_12_has_clip_live_and_cached(miniature, cache_root, logits, capsys):
+    words = [f"cache={cache_root}", f"teacher.logits={logits}", "device=cpu"]
+    flags = ["--seconds=0.1", "--variants=kd,richkd-l", "--table12", "--json"]
+    assert main("richkd", ABOUT, VERBS, ["bench", *words, *flags]) == 0
+    told = capsys.readouterr()
+    found = json.loads(told.out.splitlines()[-1])
+    assert list(found["variants"]) == ["kd", "richkd-l", "richkd-l+live", "reference"]
+    cached, live = found["variants"]["richkd-l"], found["variants"]["richkd-l+live"]
+    assert live["memory"] > cached["memory"] + 4e6  # the miniature's 1.4 million weights
+    more = found["work"]["clip"]["flops"] / found["rates"]["fp32"]
+    assert live["floor"]["flops"] == pytest.approx(cached["floor"]["flops"] + more)
+    lines = told.err.splitlines()
+    first = next(k for k, line in enumerate(lines) if "Table 12" in line)
+    shown = [line.split()[0] for line in lines[first + 2 : first + 6]]
+    assert shown == list(found["variants"])
+
+
 def test_live_clip_is_measured_where_it_is_asked_for_alone(make):
     assert [str(each) for each in wanted(make())] == DEFAULT[:-1]
     live = [str(each) for each in wanted(make(), "kd", live=True)]

@@ -127,8 +127,6 @@ def changed(config: Config, settings: dict[str, Any]) -> Config:
     """Return `config` with other values of dotted keys."""
     for key, value in settings.items():
         section, _, field = key.partition(".")
-        if not hasattr(getattr(config, section), field):  # INTERIM: until the keys are there
-            continue
         config = replace(config, **{section: replace(getattr(config, section), **{field: value})})
     return config
 
