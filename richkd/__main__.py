@@ -362,10 +362,12 @@ def bench(arguments: argparse.Namespace) -> Done:
     given = {} if arguments.seconds is None else {"seconds": seconds_of(arguments.seconds)}
     config = one_run(arguments.words)
     from richkd import bench as benchmark
+    from richkd.bench import show, variants
 
+    wanted = variants.wanted(config, arguments.variants, live=arguments.table12)
     with progress_bar() as progress:
-        found = benchmark.measure(config, progress=progress, stop=arguments.stop, **given)
-    for line in benchmark.table(found):
+        found = benchmark.measure(config, wanted, progress=progress, stop=arguments.stop, **given)
+    for line in [*show.table(found), *(show.table12(found) if arguments.table12 else [])]:
         say(line)
     return Done(found)
 
@@ -408,7 +410,11 @@ VERBS = {
     "bench": Verb(
         run=bench,
         help="measure how fast this machine trains with a config",
-        flags={"seconds=N": "how long to measure in all, 20 if not given"},
+        flags={
+            "seconds=N": "how long to measure in all, 20 if not given",
+            "variants=NAME,...": "what to measure beside the reference, such as kd,richkd-l+table+bf16",
+            "table12": "with CLIP live, and as Table 12 of the paper's supplement",
+        },
     ),
 }
 
