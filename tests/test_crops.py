@@ -149,7 +149,11 @@ def test_more_views_reuse_those_of_fewer_and_an_interrupted_one_goes_on(
 def test_a_view_is_known_by_what_it_shows_whatever_the_padding(digits):
     wider = replace(digits, pad=3)
     digests = {crops.Crops(digits.train, digits, view).digest for view in every(1, 2)}
-    assert len(digests) == 18 and digits.train.digest not in digests
+    assert len(digests) == 18
+    centre = crops.Crops(digits.train, digits, (1, 1, 0))
+    assert centre.digest == digits.train.digest
+    filed = replace(digits.train, files=(Path("a.png"),) * len(digits.train))
+    assert crops.Crops(filed, digits, (1, 1, 0)).digest not in digests
     shifted = crops.Crops(digits.train, wider, (2, 4, 1))
     same = crops.Crops(digits.train, digits, (0, 2, 1))
     assert shifted.digest == same.digest

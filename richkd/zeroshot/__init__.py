@@ -6,7 +6,6 @@ a search over prompt sets runs CLIP on no image twice. Where all is cached the n
 Shapes: N images, B crops, P prompts, K classes, D features.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -116,7 +115,7 @@ def text_matrix(
 
 
 def looks(views: int | str, dataset: Dataset) -> list[Images | Crops]:
-    """Return all that a zero-shot model looks at ahead: the whole images, training then test, and stored views.
+    """Return all that a zero-shot model looks at ahead: the whole images, training and test, and stored views; nothing twice.
 
     Args:
         views: `clip.views`: a number of views, or a word where none is stored.
@@ -125,9 +124,11 @@ def looks(views: int | str, dataset: Dataset) -> list[Images | Crops]:
     Raises:
         ConfigError: If there are not so many views.
     """
-    return [dataset.train, dataset.test] + [
-        Crops(dataset.train, dataset, view) for view in _stored(views, dataset)
-    ]
+    seen: dict[str, Images | Crops] = {}
+    stored = (Crops(dataset.train, dataset, view) for view in _stored(views, dataset))
+    for each in (dataset.train, dataset.test, *stored):
+        seen.setdefault(each.digest, each)
+    return [*seen.values()]
 
 
 def _stored(views: int | str, dataset: Dataset) -> list[tuple[int, int, int]]:
@@ -150,11 +151,11 @@ def image_features(
     progress: Progress | None = None,
     spread: cache.Spread | None = None,
 ) -> Tensor:
-    """Return unit-norm image features `(N, D)`, from the cache or into it; not to be written to.
+    """Return unit-norm image features `(N, D)`, from the cache or into it: mapped, not copied.
 
     Args:
         clip: Model.
-        images: N images, seen un-augmented or in one view.
+        images: N images, whole or in one view each.
         root: Cache folder.
         progress: Told how many rows are done.
         spread: As `cache.rows` takes it.
@@ -165,9 +166,7 @@ def image_features(
         progress=progress,
         spread=spread,
     )
-    with warnings.catch_warnings():  # of an array that cannot be written, which all processes share
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(rows)
+    return torch.from_numpy(rows)
 
 
 def looking(clip: ZeroShot, images: Images | Crops) -> Callable[[int, int], np.ndarray]:
@@ -208,8 +207,10 @@ def crop_features(
 
         return told
 
-    seen = looks(views, dataset)[2:]
-    tables = [image_features(clip, each, root, of_all(k)) for k, each in enumerate(seen)]
+    tables = [
+        image_features(clip, Crops(dataset.train, dataset, view), root, of_all(k))
+        for k, view in enumerate(stored)
+    ]
     nearest = crops.nearest(stored, dataset.pad, 1 + dataset.flip)
 
     def look_up(rows: Tensor, views: Tensor) -> Tensor:

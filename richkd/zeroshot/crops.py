@@ -38,9 +38,10 @@ class Crops:
         # without memory of its own: what is asked for is cut from the images themselves
         self.views = Views(images, dataset, torch.device("cpu"), memory=0)
         self.view, (dy, dx, flip) = torch.tensor(view), view
-        self.digest = (
-            f"{images.digest} at {dy - dataset.pad}, {dx - dataset.pad}" + ", mirrored" * flip
-        )
+        place = f" at {dy - dataset.pad}, {dx - dataset.pad}" + ", mirrored" * flip
+        # in its middle a view is the whole image, unless CLIP sees that from its file
+        whole = images.files is None and place == " at 0, 0"
+        self.digest = images.digest + place * (not whole)
 
     def __len__(self) -> int:
         return len(self.views)
