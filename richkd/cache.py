@@ -38,10 +38,9 @@ BLOCK = 2**26  # bytes
 SETTLED = 2.0  # seconds: the coarsest clock of a file system; a second change within may bear the same time
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
-Compute = Callable[[int, int], np.ndarray]  # start and stop -> those rows
-Spread = Callable[
-    [list[tuple[int, int]]], Iterator[np.ndarray]
-]  # many such -> their rows, in order
+Range = tuple[int, int]  # rows from start to before stop
+Compute = Callable[[int, int], np.ndarray]  # such a range -> its rows
+Spread = Callable[[list[Range]], Iterator[np.ndarray]]  # several -> the rows of each, in order
 
 _verified: dict[Path, str] = {}  # entries that this process has found sound, as `_stamp` gives them
 _used: dict[Path, None] = {}  # in order

@@ -411,6 +411,57 @@ def test_damage_in_a_part_is_found_when_it_goes_on(tmp_path):
     assert [start for start, _ in compute.calls] == [0, 24, 32, 40, 48]
 
 
+class Spread:
+    """Rows of the oracle that several compute; keeps what it was asked for and gave, and can break."""
+
+    def __init__(self, broken_at=None):
+        self.asked, self.given, self.closed, self.broken_at = [], [], 0, broken_at
+
+    def __call__(self, missing):
+        """Yield the rows of each range."""
+        self.asked.append(missing)
+        try:
+            for start, stop in missing:
+                if start == self.broken_at:
+                    raise DataError("what a worker raised")
+                self.given.append((start, stop))
+                yield ORACLE[start:stop]
+        finally:
+            self.closed += 1
+
+
+def test_rows_that_others_compute_are_those_of_a_straight_fill(tmp_path):
+    for name, more in (("straight", {}), ("spread", {"spread": Spread()})):
+        (tmp_path / name).mkdir()
+        table(tmp_path / name, Compute() if not more else None, **more)
+    straight, spread = (entry_of(tmp_path / name) for name in ("straight", "spread"))
+    for file in (cache.ROWS, cache.SHARDS):
+        assert (straight / file).read_bytes() == (spread / file).read_bytes()
+
+
+def test_others_are_asked_at_once_for_what_is_missing_and_not_for_what_is_there(tmp_path):
+    spread = Spread(broken_at=24)
+    with pytest.raises(DataError, match="what a worker raised"):
+        table(tmp_path, None, spread=spread)
+    ranges = [(start, min(start + 8, COUNT)) for start in range(0, COUNT, 8)]
+    assert (spread.asked, spread.given, spread.closed) == ([ranges], ranges[:3], 1)
+    again = Spread()
+    assert np.array_equal(table(tmp_path, None, spread=again), ORACLE)
+    assert (again.asked, again.given, again.closed) == ([ranges[3:]], ranges[3:], 1)
+    table(tmp_path, None, spread=None)
+
+
+def test_others_are_told_when_their_rows_are_not_wanted_any_more(tmp_path):
+    def stop(_what, done, _total):
+        if done == 16:
+            raise InterruptedError
+
+    spread = Spread()
+    with pytest.raises(InterruptedError):
+        table(tmp_path, None, spread=spread, progress=stop)
+    assert (len(spread.given), spread.closed) == (2, 1)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_value_that_is_not_finite_is_refused_with_its_row(tmp_path, value):
     def compute(start, stop):
