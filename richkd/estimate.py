@@ -185,7 +185,22 @@ def stand_in(config: Config, task: Task) -> FusedTeacher:
     own = _own(config, task)
     if _is_tabled(config, task):
         own = replace(own, network=None, given=(logits, None))
-    clip = ClipTeacher(identity="random", train=logits, test=None, logit_scale=1.0)
+    live = [
+        zeroshot.crop_features(
+            teachers.model_of(given, task.device, task.cache), "online", task.dataset, task.cache
+        )
+        for _, given, _ in teachers.shares(config.clip)
+        if given.views == "online"
+    ]
+
+    def crops(rows: Tensor, views: Tensor) -> Tensor:
+        for look in live:
+            look(rows, views)
+        return logits[rows]
+
+    clip = ClipTeacher(
+        identity="random", train=logits, test=None, logit_scale=1.0, crops=crops if live else None
+    )
     return FusedTeacher(plain(config), task.split, task.labels, own, [clip])
 
 
@@ -370,15 +385,7 @@ def unseen(config: Config, task: Task, progress: Progress | None = None) -> list
     for _, given, _ in teachers.shares(config.clip):
         if given.logits is not None:
             continue
-        clip = zeroshot.load(
-            given.model,
-            given.pretrained,
-            given.file,
-            device=task.device,
-            root=task.cache,
-            progress=progress,
-        )
-        parts = []
+        clip, parts = teachers.model_of(given, task.device, task.cache, progress), []
         for part in zeroshot.looks(given.views, task.dataset):
             try:
                 with cache.found_only("clip-images"):

@@ -409,6 +409,20 @@ def shares(config: Clip) -> list[tuple[str, ZeroShot, float]]:
     return [one for one in (("clip", config, first), *extra) if one[2] > 1e-9]
 
 
+def model_of(
+    config: ZeroShot, device: torch.device, cache_root: Path, progress: Progress | None = None
+) -> zeroshot.ZeroShot:
+    """Return the model of a zero-shot teacher."""
+    return zeroshot.load(
+        config.model,
+        config.pretrained,
+        config.file,
+        device=device,
+        root=cache_root,
+        progress=progress,
+    )
+
+
 def open_clip_teacher(
     config: ZeroShot,
     dataset: Dataset,
@@ -429,14 +443,7 @@ def open_clip_teacher(
             source=f"{field}.logits",
         )
     templates = prompts.templates(config.prompts)
-    clip = zeroshot.load(
-        config.model,
-        config.pretrained,
-        config.file,
-        device=device,
-        root=cache_root,
-        progress=progress,
-    )
+    clip = model_of(config, device, cache_root, progress)
     text = zeroshot.text_matrix(clip, templates, dataset.names, cache_root).to(device)
     train, test = (
         fusion.zero_shot_logits(
