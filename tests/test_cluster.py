@@ -172,7 +172,7 @@ def test_the_image_is_of_the_ray_that_the_manifest_names_and_has_all_of_the_code
     image = (CLUSTER / "Dockerfile").read_text()
     version = manifest["spec"]["rayClusterSpec"]["rayVersion"]
     assert f"FROM rayproject/ray:{version}-py311" in image
-    bound = f"ray[default,tune,train]>={version.rpartition('.')[0]},"
+    bound = f"ray[default,data,tune,train]>={version.rpartition('.')[0]},"
     assert bound in (ROOT / "requirements.txt").read_text()
     copied = {line.split()[1] for line in image.splitlines() if line.startswith("COPY")}
     assert copied == {"requirements.txt", "richkd", "tune", "conf"}

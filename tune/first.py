@@ -7,7 +7,7 @@ from typing import Any
 from richkd import cache, distill, estimate, fusion
 from richkd.command import Stop
 from richkd.config import Config, Layers, flatten, to_dict
-from richkd.errors import ConfigError, Interrupted
+from richkd.errors import ConfigError, Stopped
 from richkd.files import read_record
 from richkd.progress import Progress, stoppable
 from richkd.teachers import FusedTeacher
@@ -86,7 +86,7 @@ def compute(layers: Layers, *, command: str, stop: Stop, **launch: Any) -> dict[
 
     Args:
         layers: Explicit settings.
-        command: What goes on after a signal.
+        command: What goes on after it was stopped.
         stop: Says whether one came.
         launch: `address` and `dashboard`, as `runner.run` takes them.
 
@@ -107,9 +107,9 @@ def compute(layers: Layers, *, command: str, stop: Stop, **launch: Any) -> dict[
 
                 connect(**launch)
                 share(cache.used(), progress=progress)
-    except Interrupted as interrupted:
-        message = f"{interrupted}; go on with: {command}"
-        raise Interrupted(interrupted.signum, message) from None
+    except Stopped as stopped:
+        stopped.args = (f"{stopped}; go on with: {command}",)
+        raise
     return distill.prepared(task, teacher)
 
 

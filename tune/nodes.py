@@ -57,7 +57,7 @@ def probe(folder: Path) -> list[str]:
     path, content = folder / f".{secrets.token_hex(8)}.probe", secrets.token_bytes(64)
     write_synced(path, content)
     try:
-        asked = {_on(_read, node.id).remote(str(path), 0, PART): node.name for node in others()}
+        asked = {on(_read, node.id).remote(str(path), 0, PART): node.name for node in others()}
         if not asked:
             return []
         done, _ = ray.wait([*asked], num_returns=len(asked), timeout=PATIENCE)
@@ -94,7 +94,7 @@ def share(
     """
     here = ray.get_runtime_context().get_node_id()
     wanted = [(str(entry), str(root or entry.parent.parent)) for entry in entries if entry.exists()]
-    asked = {_on(_take, node.id).remote(wanted, here): node for node in others()}
+    asked = {on(_take, node.id).remote(wanted, here): node for node in others()}
     waiting = list(asked)
     while waiting:
         _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=1)
@@ -171,7 +171,8 @@ def receive(
         )
 
 
-def _on(function: Any, node: str) -> Any:
+def on(function: Any, node: str) -> Any:
+    """Return a remote function as it runs on that machine alone."""
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)
     return function.options(scheduling_strategy=strategy)
 
@@ -200,12 +201,12 @@ def _take(wanted: list[tuple[str, str]], source: str) -> list[str]:
         entry = Path(name)
         ours = Path(root, entry.parent.name, entry.name)
         if not ours.exists():
-            listed = ray.get(_on(_list, source).remote(name))
+            listed = ray.get(on(_list, source).remote(name))
             receive(
                 entry,
                 cache.root(root),
                 listed,
-                lambda *where: ray.get(_on(_read, source).remote(*where)),
+                lambda *where: ray.get(on(_read, source).remote(*where)),
             )
             taken.append(f"{entry.parent.name}/{entry.name}")
     return taken

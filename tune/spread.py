@@ -4,8 +4,6 @@ Each worker opens what it needs from the run's config, once, and computes ranges
 and alone writes what comes back, shard by shard, so that a kill loses the shards in flight and the next one goes on.
 """
 
-import contextlib
-import logging
 import platform
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,22 +12,23 @@ from typing import Any
 import numpy as np
 import ray
 import ray.data
-from ray.exceptions import RayActorError
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import RayError, RayTaskError
 
 from richkd import cache, distill, errors, teachers, zeroshot
 from richkd.command import Stop
 from richkd.config import Config, from_dict, to_dict
 from richkd.data import load
 from richkd.distill import Task
-from richkd.errors import RichkdError
-from richkd.progress import Progress
+from richkd.errors import RichkdError, Stopped
+from richkd.progress import Progress, stoppable
 from richkd.threads import one_thread
-from tune.nodes import alive, share
+from tune.nodes import alive, on, share
 from tune.runner import connect
 from tune.settings import Resources, fit
 
 PIECE = 256  # rows that a worker computes at once: whole batches of every model, so that its sums are those of one process
-RETRIES = 3  # of a piece whose worker died
+PATIENCE = 1800.0  # seconds without a piece after which nobody computes any more
 
 Make = Callable[..., cache.Compute]
 
@@ -61,8 +60,37 @@ class Worker:
         return {"rows": [rows], "error": [""], "told": [""]}
 
 
+@ray.remote(num_cpus=0, max_retries=0)
+def _computed(
+    make: Make,
+    arguments: tuple,
+    workers: int,
+    each: dict[str, float],
+    pieces: list[dict[str, int]],
+) -> Iterator[dict[str, Any]]:
+    """Yield what workers return of pieces, in order, from a process that keeps what Ray Data says to its log."""
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.execution_no_progress_timeout_s = PATIENCE
+    computed = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
+        Worker,
+        fn_constructor_args=(make, arguments),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=min(workers, len(pieces))),
+        num_cpus=each["CPU"],
+        num_gpus=each.get("GPU", 0),
+    )
+    yield from computed.iter_rows()
+
+
 def spread(
-    make: Make, arguments: tuple, workers: int, each: dict[str, float], missing: list[cache.Range]
+    make: Make,
+    arguments: tuple,
+    workers: int,
+    each: dict[str, float],
+    beat: Callable[[], None],
+    missing: list[cache.Range],
 ) -> Iterator[np.ndarray]:
     """Yield rows that are computed by several workers at once, a block a range, in order.
 
@@ -71,46 +99,39 @@ def spread(
         arguments: Plain data.
         workers: How many there are.
         each: CPUs and GPUs of a worker.
+        beat: Called once a second; may raise to stop.
         missing: Ranges of rows.
 
     Raises:
-        RichkdError: What a worker raised of it, or that workers die again and again.
+        RichkdError: What a worker raised.
+        Stopped: If the cluster is gone, or computes nothing any more: of a worker that died Ray Data computes anew what it
+            had, for as long as something comes.
     """
     pieces = [
         {"start": at, "stop": min(at + PIECE, stop)}
         for start, stop in missing
         for at in range(start, stop, PIECE)
     ]
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # there is one of ours
-    context.execution_options.preserve_order = True
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    pool = ray.data.ActorPoolStrategy(
-        size=min(workers, len(pieces)), max_tasks_in_flight_per_actor=2
-    )
-    computed = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
-        Worker,
-        fn_constructor_args=(make, arguments),
-        batch_size=1,
-        batch_format="numpy",
-        compute=pool,
-        num_cpus=each["CPU"],
-        num_gpus=each.get("GPU", 0),
-        max_task_retries=RETRIES,
+    rows = on(_computed, ray.get_runtime_context().get_node_id()).remote(
+        make, arguments, workers, each, pieces
     )
     try:
-        with contextlib.closing(iter(computed.iter_rows())) as rows:
-            for start, stop in missing:
-                block = [_told(next(rows)) for _ in range(start, stop, PIECE)]
-                yield np.concatenate(block)
-    except RayActorError as error:
-        raise RichkdError(
-            f"the workers that compute rows died {1 + RETRIES} times at the same ones; look at their memory, and start again."
-        ) from error
+        for start, stop in missing:
+            yield np.concatenate([_next(rows, beat) for _ in range(start, stop, PIECE)])
+    except RayError as error:
+        if isinstance(error, RayTaskError) and not isinstance(error, ExecutionTimeoutError):
+            raise  # of our own code, with its traceback
+        reason = " ".join(str(error).split())[:200]
+        raise Stopped(f"the cluster computes no more ({reason})") from error
+    finally:
+        ray.cancel(rows, force=True)  # and with it its workers
 
 
-def _told(row: dict[str, Any]) -> np.ndarray:
-    """Return the rows of a piece, or raise what its worker says."""
+def _next(rows: ray.ObjectRefGenerator, beat: Callable[[], None]) -> np.ndarray:
+    """Return the rows of the next piece, or raise what its worker says."""
+    while not ray.wait([rows], timeout=1)[0]:
+        beat()
+    row = ray.get(next(rows))
     if row["error"]:
         raise getattr(errors, row["error"])(row["told"])
     return row["rows"]
@@ -125,11 +146,10 @@ def look(config: dict[str, Any], teacher: int, at: int) -> cache.Compute:
         at: Which of all that this one looks at.
     """
     run = from_dict(config)
-    dataset, root = load(run.data, cache.root(run.cache)), cache.root(run.cache)
+    root = cache.root(run.cache)
+    dataset = load(run.data, root)
     _, given, _ = teachers.shares(run.clip)[teacher]
-    clip = zeroshot.load(
-        given.model, given.pretrained, given.file, device=distill.device_of(run), root=root
-    )
+    clip = teachers.model_of(given, distill.device_of(run), root)
     return zeroshot.looking(clip, zeroshot.looks(given.views, dataset)[at])
 
 
@@ -158,12 +178,12 @@ def features(
     if workers == 1:
         return
     share(cache.used(), progress=progress)  # pixels, and the miniature
+    beat = partial(stoppable(None, stop), "features of CLIP", 0, 1)
     for k, (_, given, _) in enumerate(teachers.shares(config.clip)):
         if given.logits is not None:
             continue
-        clip = zeroshot.load(
-            given.model, given.pretrained, given.file, device=task.device, root=task.cache
-        )
+        clip = teachers.model_of(given, task.device, task.cache)
         for at, images in enumerate(zeroshot.looks(given.views, task.dataset)):
-            by_all = partial(spread, look, (to_dict(config), k, at), workers, each)
+            what = (to_dict(config), k, at)
+            by_all = partial(spread, look, what, workers, each, beat)
             zeroshot.image_features(clip, images, task.cache, progress, by_all)

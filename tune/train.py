@@ -24,6 +24,7 @@ from tune.agenda import Agenda, Job, Refits
 from tune.display import Display
 from tune.driver import locked, resumable, work
 from tune.environment import environment
+from tune.first import look_at_all
 from tune.logbook import CLOSE_SECONDS, STATUS, ending, opening, shown, tested
 from tune.places import machines_of
 from tune.settings import Settings, fit, for_workers
@@ -130,6 +131,7 @@ def train(
         # what all workers share is made once, and what cannot be used is refused here
         task = distill.open_task(config, progress)
         distill.initial_student(config, task.dataset)
+        look_at_all(config, task, progress, stop=stop, address=address, dashboard=dashboard)
         teacher = distill.open_teacher(config, task, progress)
         make_folder(folder, "storage")
         with locked(folder):
