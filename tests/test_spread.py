@@ -190,3 +190,34 @@ def test_signal_ends_it_with_the_line_that_goes_on(fresh, told):
             read([f"cache={fresh}"]), command="again", stop=stop, address=None, dashboard=None
         )
     assert caught.value.exit_code == 130
+
+
+@pytest.mark.timeout(240)
+def test_workers_fill_a_teachers_table_with_the_bytes_of_a_straight_fill(
+    cluster, cache_root, fresh, tmp_path
+):
+    words = ["teacher.views=exact", "teacher.epochs=2", "method.name=kd", "device=cpu"]
+    here = config(tmp_path / "here", *words)
+    straight = distill.open_teacher(here, distill.open_task(here)).task
+    straight.fill(lambda *_: None)
+    made = config(fresh, *words)
+    teacher = distill.open_teacher(made, distill.open_task(made)).task
+    teacher.table.get(np.arange(100, 150), teacher.of_numbers)
+    told = []
+
+    def cut(_what, done, total):
+        told.append((done, total))
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    launch = {"stop": Stop(), "address": None, "dashboard": None}
+    with pytest.raises(KeyboardInterrupt):
+        spread.crops(made, teacher, cut, **launch)
+    teacher.of_numbers = pytest.fail  # the workers have teachers of their own
+    spread.crops(made, teacher, lambda *at: told.append(at[1:]), **launch)
+    assert told[2][0] > 0
+    assert told[3] == told[2]  # it goes on where it was cut
+    assert teacher.table.known() == len(teacher.table) == 997 * 9
+    for name in ("rows.npy", "sums.npy"):
+        expected = (straight.table.folder / name).read_bytes()
+        assert (teacher.table.folder / name).read_bytes() == expected

@@ -101,6 +101,10 @@ def compute(layers: Layers, *, command: str, stop: Stop, **launch: Any) -> dict[
             task = distill.open_task(config, progress)
             look_at_all(config, task, progress, **launch)
             teacher = distill.open_teacher(config, task, progress)
+            if config.teacher.views == "exact" and teacher is not None and teacher.task is not None:
+                from tune.spread import crops
+
+                crops(config, teacher.task, progress, **launch)
             if len(machines) > 1:
                 from tune.nodes import share
                 from tune.runner import connect

@@ -15,7 +15,7 @@ import ray.data
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError, RayTaskError
 
-from richkd import cache, distill, errors, teachers, zeroshot
+from richkd import cache, distill, errors, estimate, teachers, zeroshot
 from richkd.command import Stop
 from richkd.config import Config, from_dict, to_dict
 from richkd.data import load
@@ -173,8 +173,7 @@ def features(
         dashboard: Of one that is started.
     """
     connect(stop, address, dashboard)
-    nodes = [node.resources for node in alive()]
-    workers, each = fit(Resources(), nodes, gpu=config.device != "cpu")
+    workers, each = workers_of(config)
     if workers == 1:
         return
     share(cache.used(), progress=progress)  # pixels, and the miniature
@@ -187,3 +186,46 @@ def features(
             what = (to_dict(config), k, at)
             by_all = partial(spread, look, what, workers, each, beat)
             zeroshot.image_features(clip, images, task.cache, progress, by_all)
+
+
+def workers_of(config: Config) -> tuple[int, dict[str, float]]:
+    """Return how many workers the cluster has room for, and what each takes."""
+    nodes = [node.resources for node in alive()]
+    return fit(Resources(), nodes, gpu=config.device != "cpu")
+
+
+def say(config: dict[str, Any]) -> cache.Compute:
+    """Return, in a worker, what computes what the task teacher of `config` says of crops, by their rows in its table."""
+    run = from_dict(config)
+    teacher = distill.open_teacher(estimate.alone(run), distill.open_task(run)).task
+    return lambda start, stop: teacher.of_numbers(np.arange(start, stop))
+
+
+def crops(
+    config: Config,
+    teacher: teachers.TaskTeacher,
+    progress: Progress,
+    *,
+    stop: Stop,
+    address: str | None,
+    dashboard: str | None,
+) -> None:
+    """Fill the table of a task teacher, by all workers of a cluster if there are several, and give it to all machines.
+
+    Args:
+        config: The run, with an absolute cache.
+        teacher: Its own, with a table.
+        progress: Told how far it is; may raise to stop, and what is finished stays.
+        stop: As `runner.run` takes it, like the others.
+        address: Of a running cluster.
+        dashboard: Of one that is started.
+    """
+    connect(stop, address, dashboard)
+    workers, each = workers_of(config)
+    by_all = None
+    if workers > 1:
+        share(cache.used(), progress=progress)  # pixels, and a teacher that was trained here
+        beat = partial(stoppable(None, stop), teacher.table.kind, 0, 1)
+        by_all = partial(spread, say, (to_dict(config),), workers, each, beat)
+    teacher.fill(progress, by_all)
+    share([teacher.table.folder], progress=progress)
