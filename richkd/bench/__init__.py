@@ -306,9 +306,9 @@ def computed(
     computed once. The trials of a sweep have one seed and so meet the same views: the first one pays for all.
 
     Returns:
-        Plain JSON: `epochs`, `views` (V), `fills` (rows of the table an image needs), `variant` (whose steps are taken: the faster),
-        `first_run` and `sweep_of_10` (how many times faster than the reference a run is alone, and a trial of ten), and of
-        both the `seconds_per_epoch`. Nothing if there is no table, or none was measured.
+        Plain JSON: `epochs`, `views` (V), `fills` (rows of the table an image needs), `variant` (whose steps are taken: the
+        faster one), `first_run` and `sweep_of_10` (how many times faster than the reference a run is alone, and a trial of
+        ten), and of both the `seconds_per_epoch`. Nothing if there is no table, or none was measured.
     """
     names = [name for name in ("richkd-l+table+bf16", "richkd-l+table") if name in variants]
     if not names or "fill" not in parts:
