@@ -224,6 +224,8 @@ def cache(arguments: argparse.Namespace) -> Done:
             names = ", ".join(task.dataset.names[:8]) + ", ..." * (len(task.dataset.names) > 8)
             say(f"rows in {arguments.rows}; the columns of logits are {names}")
         teacher = training.open_teacher(config, task, told)
+        if config.teacher.views == "exact" and teacher is not None and teacher.task is not None:
+            teacher.task.fill(told)
     answer = training.prepared(task, teacher)
     for line in training.prepared_lines(config.data.source, answer):
         say(line)

@@ -12,6 +12,7 @@ computed again, alone. It is written before its checksum and read after it, so t
 write at once without a lock. They map the file, of which the machine then holds one copy.
 """
 
+import contextlib
 import os
 import warnings
 import weakref
@@ -24,6 +25,7 @@ import numpy as np
 
 from richkd import cache
 from richkd.errors import DataError
+from richkd.progress import Progress
 
 ROWS, SUMS = "rows.npy", "sums.npy"
 
@@ -96,6 +98,30 @@ class Table:
             self._write(unknown, fresh)
             found[~known] = fresh[np.searchsorted(unknown, numbers[~known])]
         return found
+
+    def fill(
+        self, compute: Compute, each: int, progress: Progress, spread: cache.Spread | None = None
+    ) -> None:
+        """Compute all rows that are not known.
+
+        Args:
+            compute: As `get` takes it.
+            each: Rows at a time, between which `progress` is told how far it is; it may raise to stop, and they stay.
+            progress: Called with the kind, rows done and their number.
+            spread: Computes all ranges that lack a row where there are several to do it; None: `compute` does.
+        """
+        ranges = [(at, min(at + each, len(self))) for at in range(0, len(self), each)]
+        missing = [one for one in ranges if not self._read(np.arange(*one))[1].all()]
+        done = len(self) - sum(stop - start for start, stop in missing)
+        progress(self.kind, done, len(self))
+        here = (self.get(np.arange(*one), compute) for one in missing)
+        with contextlib.closing(spread(missing) if spread else here) as blocks:
+            for (start, stop), block in zip(missing, blocks, strict=True):
+                if spread:
+                    numbers = np.arange(start, stop)
+                    self._write(numbers, self._kept(block, numbers))
+                done += stop - start
+                progress(self.kind, done, len(self))
 
     def _read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return rows as they lie there, and of each whether it is known."""

@@ -89,27 +89,21 @@ class TaskTeacher:
         if self.table is None:
             return self._run(self.train_views, rows, views)
         numbers = rows * self.train_views.count + self.train_views.number(views)
-        found = torch.from_numpy(self.table.get(numbers.numpy(), self._unknown))
+        found = torch.from_numpy(self.table.get(numbers.numpy(), self.of_numbers))
         if self.train_views.device.type == "cuda":
             found = found.pin_memory().to(self.train_views.device, non_blocking=True)
         return found.float()
 
-    def _unknown(self, numbers: np.ndarray) -> np.ndarray:
-        """Return what the network says of rows of the table."""
+    def of_numbers(self, numbers: np.ndarray) -> np.ndarray:
+        """Return what the network says of the crops that are rows `numbers` of its table."""
         rows, views = (
             torch.from_numpy(part) for part in np.divmod(numbers, self.train_views.count)
         )
         return self._run(self.train_views, rows, self.train_views.numbered(views)).cpu().numpy()
 
-    def fill(self, progress: Progress | None = None) -> None:
-        """Compute all rows of the table that are not known yet; `progress` may raise to stop, and they stay."""
-        each, total = IMAGES_AHEAD * self.train_views.count, len(self.table)
-        for start in range(0, total, each):
-            if progress is not None:
-                progress(self.table.kind, start, total)
-            self.table.get(np.arange(start, min(start + each, total)), self._unknown)
-        if progress is not None:
-            progress(self.table.kind, total, total)
+    def fill(self, progress: Progress, spread: cache.Spread | None = None) -> None:
+        """Compute all rows of the table that are not known yet, as `Table.fill` does."""
+        self.table.fill(self.of_numbers, IMAGES_AHEAD * self.train_views.count, progress, spread)
 
     def _run(self, part: Views, rows: Tensor, views: Tensor | None = None) -> Tensor:
         """Return what the network says of crops of `part`, or of whole images: the same whoever else is in a batch.

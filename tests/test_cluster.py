@@ -52,7 +52,7 @@ GPU8 = {"CPU": 64.0, "GPU": 8.0}
 FITS = {  # layer: machines as Ray describes them, trials side by side, what a worker takes
     "local": ([{"CPU": 2.0}], 2, {"CPU": 1}),
     "cpu": ([{"CPU": 16.0}, {"CPU": 16.0}, {"CPU": 9.0}], 2, {"CPU": 4}),
-    "gpu1": ([{"CPU": 16.0, "GPU": 1.0}], 4, {"CPU": 2, "GPU": 0.25}),
+    "gpu1": ([{"CPU": 16.0, "GPU": 1.0}], 1, {"CPU": 2, "GPU": 1}),  # until it has measured
     "gpu8": ([GPU8, GPU8], 16, {"CPU": 4, "GPU": 1}),
     "multinode": ([{}, *4 * [{"CPU": 4.0, "GPU": 1.0}]], 2, {"CPU": 4, "GPU": 1}),
 }

@@ -20,12 +20,13 @@ from richkd.command import main
 from richkd.config import build, read
 from richkd.data import load
 from richkd.errors import ConfigError
-from tune import costs, places
+from tune import costs, places, sharing
 from tune import plan as plans
 from tune.__main__ import VERBS
 from tune.costs import Lacks, Runs, cramped, expected_epochs, in_bytes, seconds_of, within
 from tune.places import unsafe
 from tune.settings import Sweep
+from tune.sharing import Tried
 from tune.store import Store
 from tune.tracking import Tracker
 
@@ -428,6 +429,22 @@ def test_on_two_machines_what_one_alone_can_use_is_refused_with_its_mend(
     ]
     assert found["side_by_side"] == 6
     assert found["cluster"] == {"machines": 2, "CPU": 6, "GPU": 0}
+
+
+def test_a_plan_has_as_many_trials_a_gpu_as_the_sweep_would_measure(here, monkeypatch):
+    monkeypatch.setattr(plans, "machines_of", lambda _: [{"CPU": 8.0, "GPU": 2.0}])
+    tried = [
+        Tried(trials=n, images_per_second=speed, memory=0.1)
+        for n, speed in ((1, 100.0), (2, 160.0), (4, 170.0))
+    ]
+    monkeypatch.setattr(plans, "shared", lambda *_: tried)
+    found = plans.plan(here)
+    assert found["mistakes"] == []
+    assert found["side_by_side"] == 4
+    assert found["each"] == {"workers": 1, "CPU": 1, "GPU": 0.5}
+    shown = "a GPU               2 trials a GPU: 1.0, 1.6, 1.7 times as fast with 1, 2, 4"
+    assert shown in plans.table(found)
+    assert sharing.slower(tried) == 1.25
 
 
 def test_more_workers_than_the_machine_has_are_a_mistake(here):

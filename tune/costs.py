@@ -5,7 +5,7 @@ import random
 import shutil
 import statistics
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,12 @@ STATE, STATE_RUN = 2**20, 2**15  # bytes of a sweep's own files, and what a run 
 
 
 def measured(
-    sweep: Sweep, task: Task, slots: int, each: dict[str, float], progress: Progress
+    sweep: Sweep,
+    task: Task,
+    slots: int,
+    each: dict[str, float],
+    slower: float,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Return runs, time and disk of a sweep, from some steps that are taken here.
 
@@ -40,6 +45,7 @@ def measured(
         task: Its data.
         slots: Runs side by side.
         each: What a worker takes of the cluster.
+        slower: By how much a step takes longer beside the other runs of its GPU.
         progress: Told how far the measurement is.
     """
     workers, runs = sweep.settings.resources.workers, runs_of(sweep, slots)
@@ -47,7 +53,10 @@ def measured(
     place = disk if os.access(disk, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".richkd-plan-", dir=place) as folder:
         lacks = lacks_of(sweep, task, runs, Path(folder))
-        paces = paces_of(sweep, task, Path(folder), progress)
+        paces = {
+            name: {kind: replace(pace, step=slower * pace.step) for kind, pace in one.items()}
+            for name, one in paces_of(sweep, task, Path(folder), progress).items()
+        }
     around = AROUND if workers == 1 else AROUND_WORKERS
     seconds = seconds_of(runs, paces, lacks, slots, around)
     held = {what: workers * share for what, share in each.items()}  # of the cluster, by a run

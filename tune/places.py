@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from richkd import estimate
+from richkd.config import Config, to_dict
 from richkd.errors import ConfigError
 from richkd.files import nearest
 from tune.environment import PROJECT
+from tune.settings import Resources
+from tune.sharing import Tried
 
 VOLATILE = ("tmpfs", "ramfs", "overlay")  # file systems that end with a machine or a container
 JOB = "working_dir_files"  # Ray's folder of what a job brought
@@ -24,10 +27,14 @@ MENDS = {
 }
 REACH, ASK = 5.0, 30.0  # seconds that a cluster may take to be reached, and to be asked
 PATIENCE = 60.0  # seconds that the machines of a cluster may take to look at a folder
+MEASURING = 300.0  # seconds that a measurement there may take
 ASKED = """
 import json, sys, ray
 from pathlib import Path
-from tune import nodes
+from dataclasses import asdict
+from richkd.config import from_dict
+from tune import nodes, sharing
+from tune.settings import Resources
 from tune.runner import runtime_env
 ray.init(address=sys.argv[1], runtime_env=runtime_env(), log_to_driver=False, logging_level="ERROR")
 print(json.dumps({}))
@@ -133,6 +140,20 @@ def unseen(address: str | None, folder: Path) -> list[str]:
     return _asked(address, "nodes.probe(Path(sys.argv[2]))", 2 * PATIENCE, str(nearest(folder)))
 
 
+def shared(address: str | None, config: Config, resources: Resources, most: int) -> list[Tried]:
+    """Return what `sharing.measured` finds on a cluster, or on this machine where none is named.
+
+    Raises:
+        ConfigError: If nothing was found.
+    """
+    question = (
+        "[asdict(each) for each in sharing.measured(from_dict(json.loads(sys.argv[2])), "
+        "Resources(**json.loads(sys.argv[3])), int(sys.argv[4]))]"
+    )
+    given = json.dumps(to_dict(config)), json.dumps(to_dict(resources)), str(most)
+    return [Tried(**each) for each in _asked(address, question, MEASURING, *given)]
+
+
 def unusable(address: str | None, reason: str) -> ConfigError:
     """Return the error of a Ray cluster that cannot be used, or not be started where none is named."""
     there = os.environ.get("RAY_ADDRESS")
@@ -149,7 +170,7 @@ def _asked(address: str | None, question: str, seconds: float, *arguments: str) 
 
     A process of its own asks, since Ray itself would wait more than a minute for a cluster that does not answer.
     """
-    place = address or os.environ["RAY_ADDRESS"]
+    place = address or os.environ.get("RAY_ADDRESS") or "local"
     host, _, port = place.rpartition(":")
     try:
         if port.isdigit() and "/" not in host:

@@ -11,6 +11,7 @@ import re
 import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from richkd import distill, estimate
@@ -18,13 +19,14 @@ from richkd.command import Stop
 from richkd.config import Config, Layers, build, mistakes, read
 from richkd.errors import ConfigError, Interrupted, RichkdError
 from richkd.files import NO_SPACE, check_writable, nearest
-from richkd.progress import stoppable
+from richkd.progress import Progress, stoppable
 from tune.best import called
 from tune.costs import cramped, folders_of, in_bytes, measured, side_by_side
 from tune.display import Display
 from tune.first import NAMED, earlier_points
-from tune.places import check, machines_of
+from tune.places import check, machines_of, shared
 from tune.settings import Settings
+from tune.sharing import Tried, at_most, chosen, line, slower
 from tune.summary import STUDENTS
 from tune.sweep import Sweep, state_of
 from tune.tracking import Tracker, public
@@ -59,7 +61,7 @@ def plan(
         progress = stoppable(display.progress, stop or Stop())
         with _into(told):
             machines = machines_of(address)
-            slots, each = side_by_side(sweep, machines)
+            side_by_side(sweep, machines)
         with _into(told):
             task = distill.open_task(sweep.base, progress)
             for config in choices(sweep):
@@ -67,7 +69,10 @@ def plan(
         told = _without_consequences(told, typos)
         if not told:
             with _into(told):
-                found = measured(sweep, task, slots, each, progress)
+                sweep, tried = settled(sweep, machines, address, progress)
+                slots, each = side_by_side(sweep, machines)
+                found = measured(sweep, task, slots, each, slower(tried), progress)
+                found["sharing"] = [asdict(one) for one in tried]
     found["cluster"] = {"machines": len(machines)} | {
         what: sum(node.get(what, 0) for node in machines) for what in ("CPU", "GPU")
     }
@@ -82,6 +87,22 @@ def plan(
             sweep.shared,
         )
     return found | {"mistakes": list(dict.fromkeys(told))}
+
+
+def settled(
+    sweep: Sweep, machines: list[dict[str, float]], address: str | None, progress: Progress
+) -> tuple[Sweep, list[Tried]]:
+    """Return a sweep with a settled number of trials a GPU, and what was measured for that."""
+    wanted, base = sweep.settings, sweep.base
+    resources, runs = wanted.resources, 2 * wanted.sweep.trials + len(STUDENTS) * wanted.refit.seeds
+    most = at_most(resources, machines, runs, gpu=base.device != "cpu")
+    if most == 1:
+        return sweep, []
+    progress("trials a GPU", 0, 1)
+    tried = shared(address, sweep.resolve(printed(base.method.name)), resources, most)
+    progress("trials a GPU", 1, 1)
+    known = {"resources.trials_per_gpu": chosen(tried)}
+    return Sweep(sweep.folder, sweep.layers.over("measured", known)), tried
 
 
 @contextlib.contextmanager
@@ -197,6 +218,8 @@ def table(found: dict[str, Any]) -> list[str]:
     text = f"{len(STUDENTS)} students x {runs['refits']} seeds, {runs['epochs']} epochs"
     rows.append(("refits", f"{text}, up to {in_time(max(seconds['refit'].values()))}"))
     rows.append(("cluster", cluster))
+    if found["sharing"]:
+        rows.append(("a GPU", line([Tried(**one) for one in found["sharing"]])))
     takes = ", ".join(f"{each[what]:g} {what}" for what in ("CPU", "GPU") if what in each)
     rows.append(("side by side", f"{found['side_by_side']} runs of {each['workers']} x {takes}"))
     text = f"on the {found['device']} of this machine, others differ"

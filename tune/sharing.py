@@ -44,6 +44,15 @@ def chosen(tried: Sequence[Tried]) -> int:
     return best.trials
 
 
+def slower(tried: Sequence[Tried]) -> float:
+    """Return by how much longer a step takes where as many trials as were chosen share a GPU; nothing tried: 1."""
+    if not tried:
+        return 1.0
+    count = chosen(tried)
+    shared = next(each for each in tried if each.trials == count)
+    return count * tried[0].images_per_second / shared.images_per_second
+
+
 def widen(measure: Callable[[int], Tried], most: int) -> list[Tried]:
     """Measure 1, 2, 4, ... up to `most` trainings side by side, until doubling is not worth it or would not fit."""
     tried = [measure(1)]

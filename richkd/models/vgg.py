@@ -4,6 +4,7 @@ The names of the submodules are RepDistiller's, whose weights load once their la
 Shapes: N images of C channels, D features, K classes.
 """
 
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,9 +41,13 @@ class Vgg(Network):
         for block in (self.block0, self.block1, self.block2):
             x = F.max_pool2d(F.relu(block(x), inplace=True), 2)
         x = F.relu(self.block3(x), inplace=True)
-        if images.shape[2] >= LARGE:
-            x = F.max_pool2d(x, 2)
+        x = _shrunk(x, images.shape[2])
         return F.relu(self.block4(x), inplace=True).mean((2, 3))
+
+
+@torch.fx.wrap  # a choice that stays one where the network is traced
+def _shrunk(x: Tensor, side: int) -> Tensor:
+    return F.max_pool2d(x, 2) if side >= LARGE else x
 
 
 def _block(count: int, inside: int, outside: int) -> nn.Sequential:
