@@ -149,8 +149,8 @@ def _arithmetic(device: torch.device, dtype: torch.dtype, *, tf32: bool) -> floa
     kernel = torch.ones(256, 256, 3, 3, dtype=dtype, device=device)
     maps, kernel = (each.to(memory_format=torch.channels_last) for each in (maps, kernel))
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    with torch.backends.cudnn.flags(allow_tf32=tf32):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
         product = 2 * side**3 / _fastest(lambda: torch.mm(a, a, out=out), device)
         convolution = _fastest(lambda: F.conv2d(maps, kernel, padding=1), device)
     torch.backends.cuda.matmul.allow_tf32 = before
