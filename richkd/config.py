@@ -165,7 +165,7 @@ class Teacher:
     table: str = (
         "fp16"  # what `exact` keeps: fp16, within 5e-4 of a logit, or fp32, the logit itself
     )
-    precision: str = "fp32"  # in which it is run; bf16 is faster, and some 4e-3 of a logit off
+    precision: str = "fp32"  # in which it is run; bf16 is faster, and some 8e-3 of the logits off
 
     def __post_init__(self) -> None:
         expand(self, "checkpoint", "logits")
