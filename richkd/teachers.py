@@ -168,7 +168,7 @@ def exactly(device: torch.device, precision: str) -> Iterator[None]:
     """Compute in fp32 as fp32, which a GPU's convolutions are not unless they are told, or in bf16."""
     exact = contextlib.nullcontext()
     if device.type == "cuda":
-        exact = torch.backends.cudnn.flags(deterministic=True, allow_tf32=False)
+        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     with exact, torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         yield
 

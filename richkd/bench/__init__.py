@@ -17,8 +17,8 @@ teachers. Behind the method stands what is changed about it:
 burst each, so that what else the machine does meets all of them alike. The JSON object is, but for what describes machine
 and job:
 
-    rates       what the machine was measured to do in a second: FLOPs of a matrix product in fp32, tf32 and bf16, bytes
-                that a copy reads and writes, launches; tf32 and launches are null on a CPU
+    rates       what the machine was measured to do in a second: FLOPs of a matrix product or a convolution in fp32, tf32
+                and bf16, bytes that a copy reads and writes, launches; tf32 and launches are null on a CPU
     work        flops, outputs, weights, launches of student and teacher, see `floors.Work`
     rounds      how often each was measured
     variants    of each its images_per_second (median), low and high (quartiles), ratio (median of its speed by the
@@ -26,8 +26,8 @@ and job:
                 image by flops, bytes and launches, the images_per_second that they allow, and which of them binds
     parts       images per second, low and high of what is measured alone: fill (teacher over random crops, as a table is
                 filled), augment and pil (batches of 128 random crops as `Views.images` and torchvision make them)
-    ratios      medians over pairs of bursts, one right after the other: richkd-l/reference:bf16 and :fp32 and richkd-l/kd with
-                the table full, augment/pil; one whose variants were not measured is left out
+    ratios      medians over pairs of bursts of the same round: richkd-l/reference:bf16 and :fp32 and richkd-l/kd with the
+                table full, augment/pil; one whose variants were not measured is left out
     errors      their standard errors
     computed    see `computed`; {} where nothing is filled
 """

@@ -1,6 +1,6 @@
 """The least time that this machine allows: arithmetic, memory and launches, counted, over what it was measured to do.
 
-    an image takes at least   FLOPs / matmul's FLOPs a second
+    an image takes at least   FLOPs / FLOPs a second of a matrix product or a convolution
                               bytes / a copy's bytes a second
                               launches of a step / (batch x launches a second)
 
@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 PASSES = {False: (2, 1), True: (5, 8)}  # over outputs and weights, of a look and of a training step
 SECONDS = 0.25  # for each rate
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices
+ROWS = {"cpu": 64, "cuda": 4096}  # of the convolution
 COPIED = 2**27  # bytes: more than stay in a cache
 LAUNCHES = 1000  # in a graph
 # by the counter itself; attention on a CPU does what it does on a GPU
@@ -121,25 +122,39 @@ def rates(device: torch.device) -> dict[str, float | None]:
     """Measure what `device` does in a second.
 
     Returns:
-        `fp32`, `tf32` and `bf16`: FLOPs of a matrix product; `copy`: bytes read and written; `launches`: kernels of a CUDA
-        graph. Of a CPU `tf32` and `launches` are None.
+        `fp32`, `tf32` and `bf16`: FLOPs of a matrix product or a convolution, whichever is faster; `copy`: bytes read and
+        written; `launches`: kernels of a CUDA graph. Of a CPU `tf32` and `launches` are None.
     """
-    side, found = SIDE[device.type], {}
-    before = torch.backends.cuda.matmul.allow_tf32
+    found: dict[str, float | None] = {}
     for name, dtype in DTYPES.items():
-        if name == "tf32" and device.type == "cpu":
-            found[name] = None
-            continue
-        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-        a = torch.ones(side, side, dtype=dtype, device=device)
-        out = torch.empty_like(a)
-        found[name] = 2 * side**3 / _fastest(lambda a=a, out=out: torch.mm(a, a, out=out), device)
-    torch.backends.cuda.matmul.allow_tf32 = before
+        found[name] = None
+        if name != "tf32" or device.type == "cuda":
+            found[name] = _arithmetic(device, dtype, tf32=name == "tf32")
     source = torch.zeros(COPIED, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     found["copy"] = 2 * COPIED / _fastest(lambda: target.copy_(source), device)
     found["launches"] = _launches(device) if device.type == "cuda" else None
     return found
+
+
+def _arithmetic(device: torch.device, dtype: torch.dtype, *, tf32: bool) -> float:
+    """Return the FLOPs a second of a square product or of a 3 x 3 convolution over small maps.
+
+    Counted as all convolutions are, the latter does more: what its kernel would multiply with the padding is left out.
+    """
+    side, rows = SIDE[device.type], ROWS[device.type]
+    a = torch.ones(side, side, dtype=dtype, device=device)
+    out = torch.empty_like(a)
+    maps = torch.ones(rows, 256, 8, 8, dtype=dtype, device=device)
+    kernel = torch.ones(256, 256, 3, 3, dtype=dtype, device=device)
+    maps, kernel = (each.to(memory_format=torch.channels_last) for each in (maps, kernel))
+    before = torch.backends.cuda.matmul.allow_tf32
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        product = 2 * side**3 / _fastest(lambda: torch.mm(a, a, out=out), device)
+        convolution = _fastest(lambda: F.conv2d(maps, kernel, padding=1), device)
+    torch.backends.cuda.matmul.allow_tf32 = before
+    return max(product, 2 * 9 * kernel[:, :, 0, 0].numel() * rows * 64 / convolution)
 
 
 def faster(one: dict[str, float | None], other: dict[str, float | None]) -> dict[str, float | None]:
