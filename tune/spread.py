@@ -60,28 +60,33 @@ class Worker:
         return {"rows": [rows], "error": [""], "told": [""]}
 
 
-@ray.remote(num_cpus=0, max_retries=0)
-def _computed(
-    make: Make,
-    arguments: tuple,
-    workers: int,
-    each: dict[str, float],
-    pieces: list[dict[str, int]],
-) -> Iterator[dict[str, Any]]:
-    """Yield what workers return of pieces, in order, from a process that keeps what Ray Data says to its log."""
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.execution_no_progress_timeout_s = PATIENCE
-    computed = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
-        Worker,
-        fn_constructor_args=(make, arguments),
-        batch_size=1,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=min(workers, len(pieces))),
-        num_cpus=each["CPU"],
-        num_gpus=each.get("GPU", 0),
-    )
-    yield from computed.iter_rows()
+@ray.remote(num_cpus=0)
+class Asker:
+    """Asks Ray Data, in a process of its own that keeps what that says to its log, and with which its workers end."""
+
+    def rows(
+        self,
+        make: Make,
+        arguments: tuple,
+        workers: int,
+        each: dict[str, float],
+        pieces: list[dict[str, int]],
+    ) -> Iterator[dict[str, Any]]:
+        """Yield what workers return of pieces, in order."""
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.execution_no_progress_timeout_s = PATIENCE
+        context.raise_original_map_exception = True
+        computed = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
+            Worker,
+            fn_constructor_args=(make, arguments),
+            batch_size=1,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(pieces))),
+            num_cpus=each["CPU"],
+            num_gpus=each.get("GPU", 0),
+        )
+        yield from computed.iter_rows()
 
 
 def spread(
@@ -112,19 +117,19 @@ def spread(
         for start, stop in missing
         for at in range(start, stop, PIECE)
     ]
-    rows = on(_computed, ray.get_runtime_context().get_node_id()).remote(
-        make, arguments, workers, each, pieces
-    )
+    asker = on(Asker, ray.get_runtime_context().get_node_id()).remote()
+    rows = asker.rows.remote(make, arguments, workers, each, pieces)
     try:
         for start, stop in missing:
             yield np.concatenate([_next(rows, beat) for _ in range(start, stop, PIECE)])
+    except ExecutionTimeoutError as error:
+        raise Stopped(f"the workers have given no row for {PATIENCE:g} s") from error
+    except RayTaskError:  # of our own code, with its traceback
+        raise
     except RayError as error:
-        if isinstance(error, RayTaskError) and not isinstance(error, ExecutionTimeoutError):
-            raise  # of our own code, with its traceback
-        reason = " ".join(str(error).split())[:200]
-        raise Stopped(f"the cluster computes no more ({reason})") from error
+        raise Stopped(f"the cluster computes no more ({type(error).__name__})") from error
     finally:
-        ray.cancel(rows, force=True)  # and with it its workers
+        ray.kill(asker)
 
 
 def _next(rows: ray.ObjectRefGenerator, beat: Callable[[], None]) -> np.ndarray:
