@@ -2,13 +2,14 @@
 
     CACHE/KIND/DIGEST.json            what the entry is, for humans
     CACHE/KIND/DIGEST/                the entry; appears when it is whole
-        rows.npy  shards.json         of a table: float32 rows and the SHA-256 of each shard
-    CACHE/KIND/DIGEST.sha256          of a folder: the SHA-256 of each file, as `sha256sum --check` reads it
-    CACHE/KIND/.DIGEST.partial/       an entry in the making; a table goes on from its finished shards
+        rows.npy  shards.json         of `rows`: float32 rows and the SHA-256 of each shard
+    CACHE/KIND/DIGEST.sha256          of a `folder`: the SHA-256 of each file, as `sha256sum --check` reads it
+    CACHE/KIND/.DIGEST.partial/       an entry in the making; rows go on from their finished shards
 
 The digest covers kind, key and format number: another model, prompt set or data set is another entry, so
 an entry is never out of date. An entry's bytes are compared with their checksums once a machine: a note outside
-the cache, which is dropped with any change of a file, says so to this user's other processes.
+the cache, which is dropped with any change of a file, says so to this user's other processes. What goes on `growing` is
+checked by who reads it, see `table`.
 """
 
 import contextlib

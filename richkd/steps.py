@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from richkd import fusion, losses
 from richkd.config import Config
 from richkd.data import Batches
+from richkd.data.views import sent
 from richkd.errors import ConfigError, Interrupted, NonFiniteError
 from richkd.teachers import FusedTeacher
 from richkd.workers import Group
@@ -90,7 +91,7 @@ class Steps:
 
     def _prepared(self, block: list[tuple[Tensor, Tensor, Tensor]]) -> list[Slice]:
         totals = [len(rows) for rows, _, _ in block]
-        labelled = self._sent(torch.stack([(labels >= 0).sum() for _, labels, _ in block]))
+        labelled = torch.stack([(labels >= 0).sum() for _, labels, _ in block])
         mine = [[each[self.group.slice(len(each))] for each in batch] for batch in block]
         rows, labels, views = map(torch.cat, zip(*mine, strict=True))
         sizes = [len(rows) for rows, _, _ in mine]
@@ -98,20 +99,19 @@ class Steps:
         if self.teacher is not None and len(rows):
             targets = self.teacher.target(rows, views).split(sizes)
         known = torch.cat([rows[:, None], views, labels[:, None]], 1)
-        sent = self._sent(known)
-        where = (sent if self.resident else known).split(sizes)
+        there = sent(known, self.device)
+        where = (there if self.resident else known).split(sizes)
         return [
             Slice(crops[:, 0], own[:, -1], crops[:, 1:-1], target, count, total)
             for crops, own, target, count, total in zip(
-                where, sent.split(sizes), targets, labelled, totals, strict=True
+                where,
+                there.split(sizes),
+                targets,
+                sent(labelled, self.device),
+                totals,
+                strict=True,
             )
         ]
-
-    def _sent(self, values: Tensor) -> Tensor:
-        """Return `values` on the device, without waiting for it."""
-        if self.device.type == "cuda":
-            values = values.pin_memory()
-        return values.to(self.device, non_blocking=True)
 
     def take(self, part: Slice, progress: float) -> Tensor:
         """Take one step of the optimiser and return what this slice adds to the values of TERMS, `(4,)`.

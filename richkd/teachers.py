@@ -25,6 +25,7 @@ from torch.fx.experimental.optimization import fuse
 from richkd import cache, checkpoint, fusion, logits, models, zeroshot
 from richkd.config import Clip, Config, Teacher, Train, ZeroShot
 from richkd.data import Dataset, Images, Split, Views
+from richkd.data.views import sent
 from richkd.errors import ConfigError, DataError
 from richkd.evaluate.accuracy import accuracy, network_logits
 from richkd.files import sha256_of
@@ -78,7 +79,7 @@ class TaskTeacher:
     def logits(self, rows: Tensor, views: Tensor) -> Tensor:
         """Return logits `(B, K)` of those crops of training rows, both on the CPU."""
         if self.network is None or self.single:
-            return self.train[rows.to(self.train.device)]
+            return self.train[sent(rows, self.train.device)]
         return self._crops(rows, views)[:, : self.classes]
 
     def features(self, rows: Tensor, views: Tensor) -> Tensor:
@@ -90,9 +91,7 @@ class TaskTeacher:
             return self._run(self.train_views, rows, views)
         numbers = rows * self.train_views.count + self.train_views.number(views)
         found = torch.from_numpy(self.table.get(numbers.numpy(), self.of_numbers))
-        if self.train_views.device.type == "cuda":
-            found = found.pin_memory().to(self.train_views.device, non_blocking=True)
-        return found.float()
+        return sent(found, self.train_views.device).float()
 
     def of_numbers(self, numbers: np.ndarray) -> np.ndarray:
         """Return what the network says of the crops that are rows `numbers` of its table."""
@@ -382,7 +381,7 @@ class ClipTeacher:
         """Return logits `(B, K)` of those crops of training rows."""
         if self.crops is not None:
             return self.crops(rows, views)
-        return self.train[rows.to(self.train.device)]
+        return self.train[sent(rows, self.train.device)]
 
 
 def open_clip_teachers(
@@ -461,7 +460,7 @@ def open_clip_teacher(
         look = zeroshot.crop_features(clip, config.views, dataset, cache_root, progress)
 
         def crops(rows: Tensor, views: Tensor) -> Tensor:
-            image = look(rows, views).to(device)
+            image = sent(look(rows, views), device)
             return fusion.zero_shot_logits(image, text, clip.logit_scale, config.reduce)
 
     return ClipTeacher(

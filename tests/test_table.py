@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from torchvision import transforms
 
 from richkd import checkpoint, distill, models, teachers
+from richkd.__main__ import ABOUT, VERBS
+from richkd.command import main
 from richkd.config import Teacher, build, read
 from richkd.data import Dataset, Images, Views
 from richkd.data.pictures import picture
@@ -429,3 +431,13 @@ def test_batch_norms_are_folded_into_convolutions_without_an_error(name, tmp_pat
     with torch.no_grad():
         apart = (task.folded(images) - network(images)).norm() / network(images).norm()
     assert apart < 2e-6
+
+
+def test_the_cache_verb_computes_all_crops_ahead_and_a_run_asks_for_none(tmp_path, monkeypatch):
+    words = ["method.name=kd", "teacher.epochs=2", "teacher.views=exact", "train.epochs=1"]
+    words += [f"cache={tmp_path / 'cache'}", f"storage={tmp_path}", "device=cpu"]
+    assert main("python -m richkd", ABOUT, VERBS, ["cache", *words]) == 0
+    (sums,) = (tmp_path / "cache" / "teacher-views").glob("*/sums.npy")
+    assert np.load(sums).all()
+    monkeypatch.setattr(teachers.TaskTeacher, "of_numbers", pytest.fail)
+    assert main("python -m richkd", ABOUT, VERBS, ["distill", *words]) == 0

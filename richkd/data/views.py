@@ -98,10 +98,11 @@ class Views:
             some = self.source[rows.cpu().numpy()]
             view = self._crops(padded(some, self.pad, self.flips == 2))
             rows = torch.arange(count)
+        rows = sent(rows, self.device)
         if views is None:
             batch = view[rows, 0, self.pad, self.pad]
         else:
-            dy, dx, flip = views.to(rows.device).unbind(1)
+            dy, dx, flip = sent(views, self.device).unbind(1)
             # in the mirrored image the same crop starts as far from the other side
             batch = view[rows, flip, dy, torch.where(flip == 1, 2 * self.pad - dx, dx)]
         return batch.view(count, *self.shape)
@@ -109,6 +110,13 @@ class Views:
     def images(self, rows: Tensor, views: Tensor | None = None) -> Tensor:
         """Return the same crops normalised, float32 `(B, C, H, W)` in channels-last memory order."""
         return normalise(self.pixels(rows, views), self.mean, self.std)
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Return `values` on a device, on a GPU without waiting for it: from memory that it reads by itself."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
