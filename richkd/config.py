@@ -42,6 +42,7 @@ TABLES = ("sweep.space.", "sweep.settings.")  # their keys are dotted keys thems
 UNHASHED = (
     *("device", "storage", "cache"),
     *("data.root", "data.path", "data.names", "data.download", "data.memory"),
+    "train.graphs",
 )
 MAX_BYTES, MAX_DEPTH, MAX_KEYS, MAX_NAME = 1_000_000, 8, 10_000, 200
 
@@ -340,7 +341,9 @@ class Train:
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    precision: str = "auto"  # of the student's layers: fp32, bf16 (autocast), auto: bf16 on a GPU
+    precision: str = (
+        "auto"  # of the student's layers: fp32, bf16 (autocast); auto: bf16 on a GPU that has it
+    )
     graphs: bool = True  # whether a GPU replays the step as one CUDA graph; of one worker alone
 
     def __post_init__(self) -> None:

@@ -118,7 +118,7 @@ def plain(config: Config) -> Config:
 
 def online(config: Config) -> Config:
     """Return `config` with a task teacher that keeps nothing of what it says of crops."""
-    if config.teacher.logits is not None:
+    if config.teacher.logits is not None or config.teacher.views == "single":
         return config
     return replace(config, teacher=replace(config.teacher, views="online"))
 
@@ -183,7 +183,7 @@ def stand_in(config: Config, task: Task) -> FusedTeacher:
     size, classes = len(task.dataset.train), len(task.dataset.names)
     logits = torch.randn(size, classes, device=task.device)
     own = _own(config, task)
-    if _is_tabled(config, task):
+    if _views_of(config, task) in ("exact", "single"):
         own = replace(own, network=None, given=(logits, None))
     live = [
         zeroshot.crop_features(
@@ -204,11 +204,12 @@ def stand_in(config: Config, task: Task) -> FusedTeacher:
     return FusedTeacher(plain(config), task.split, task.labels, own, [clip])
 
 
-def _is_tabled(config: Config, task: Task) -> bool:
-    """Say whether what the task teacher says of crops is looked up in a table."""
+def _views_of(config: Config, task: Task) -> str | None:
+    """Return how the task teacher meets crops, None if its logits are given."""
     given, width = config.teacher, len(task.dataset.names)
-    how = teachers.views_in_use(given, task.train, width, config.train.epochs)
-    return given.logits is None and how == "exact"
+    if given.logits is not None:
+        return None
+    return teachers.views_in_use(given, task.train, width, config.train.epochs)
 
 
 def _own(config: Config, task: Task) -> TaskTeacher:
@@ -233,9 +234,9 @@ def untold(config: Config, task: Task, epochs: list[float]) -> Lack | None:
     Args:
         config: The run.
         task: Its data.
-        epochs: Of each of the teachers, the epochs of all runs that ask it.
+        epochs: Of each of the teachers, the epochs of runs of which no two meet the same crops.
     """
-    if not _is_tabled(config, task):
+    if _views_of(config, task) != "exact":
         return None
     own, views = _own(config, task), task.train.count
     crops = len(task.split.transfer) * views
@@ -244,7 +245,7 @@ def untold(config: Config, task: Task, epochs: list[float]) -> Lack | None:
     crop = task.train.draw(len(some), torch.Generator().manual_seed(0))
     for _ in range(2):  # the first pass traces the network
         began = time.perf_counter()
-        own.logits(some, crop)
+        own.logits(some, crop).cpu()  # which waits for a GPU, too
     each = (time.perf_counter() - began) / len(some)
     what = f"task teacher over {rows} of {crops * len(epochs)} crops"
     size = own.classes * np.dtype(teachers.DTYPES[config.teacher.table]).itemsize

@@ -18,6 +18,7 @@ from richkd.config import Config
 from richkd.data import Batches
 from richkd.data.views import sent
 from richkd.errors import ConfigError, Interrupted, NonFiniteError
+from richkd.precision import in_use
 from richkd.teachers import FusedTeacher
 from richkd.workers import Group
 
@@ -75,12 +76,11 @@ class Steps:
         self.config, self.student, self.teacher = config, student, teacher
         self.optimizer, self.batches, self.group = optimizer, batches, group
         self.views, self.device = batches.views, batches.views.device
-        cuda, precision = self.device.type == "cuda", config.train.precision
-        self.half = precision == "bf16" or (precision == "auto" and cuda)
+        self.half = in_use(config.train.precision, self.device) == "bf16"
         self.resident = self.views.view is not None
-        self.graph = None
-        if cuda and config.train.graphs and group.size == 1 and self.resident:
-            self.graph = Graph(self)
+        alone = group.size == 1 and self.resident
+        replayed = self.device.type == "cuda" and config.train.graphs and alone
+        self.graph = Graph(optimizer) if replayed else None
 
     def blocks(self, epoch: int) -> Iterator[list[Slice]]:
         """Yield this worker's slices of the batches of `epoch`, a block of them at a time."""
@@ -127,7 +127,7 @@ class Steps:
             else:
                 parameters["lr"] = lr
         if self.graph is not None and len(part.rows) == self.config.train.batch_size:
-            return self.graph.take(part)
+            return self.graph.take(self.step, part)
         return self.step(part)
 
     def step(self, part: Slice) -> Tensor:
@@ -199,37 +199,53 @@ class Graph:
     replayed on the tensors that it was recorded with, into which each slice is copied.
 
     Args:
-        steps: Whose `step` it is.
+        optimizer: That the step ends with.
     """
 
-    def __init__(self, steps: Steps) -> None:
-        self.steps, self.taken = steps, 0
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.taken = optimizer, 0
         self.graph = torch.cuda.CUDAGraph()
 
-    def take(self, part: Slice) -> Tensor:
-        """Take a step and return its values, which hold until the next one."""
+    def take(self, step: Callable[[Slice], Tensor], part: Slice) -> Tensor:
+        """Take a step and return its values, which hold until the next one.
+
+        Args:
+            step: `Steps.step`; it is not kept, since a GPU's memory is given back only where nothing holds itself.
+            part: The slice.
+
+        Raises:
+            ConfigError: If the step cannot be recorded.
+        """
         self.taken += 1
         if self.taken <= EAGER:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                values = self.steps.step(part)
+                values = step(part)
             torch.cuda.current_stream().wait_stream(stream)
             return values
         if self.taken == EAGER + 1:
-            self._capture(part)
+            self._capture(step, part)
         for own, given in zip(self.part, part, strict=True):
             if isinstance(own, Tensor):
                 own.copy_(given)
         self.graph.replay()
         return self.values
 
-    def _capture(self, part: Slice) -> None:
+    def _capture(self, step: Callable[[Slice], Tensor], part: Slice) -> None:
         """Record the step; nothing is computed yet."""
         self.part = Slice(*(e.clone() if isinstance(e, Tensor) else e for e in part))
-        self.steps.optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.graph(self.graph):
-            self.values = self.steps.step(self.part)
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            with torch.cuda.graph(self.graph):
+                self.values = step(self.part)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"train.graphs: a step of this student cannot be recorded ({reason}); give train.graphs=false."
+            ) from error
 
 
 def check_slices(batches: Batches, student: nn.Module, group: Group) -> None:

@@ -6,12 +6,12 @@ else.
 Shapes: N training rows, M test rows, B rows of a batch, K classes.
 """
 
-import contextlib
+import functools
 import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from richkd.evaluate.accuracy import accuracy, network_logits
 from richkd.files import sha256_of
 from richkd.models import foreign, library
 from richkd.models.library import Preprocessing
+from richkd.precision import computed
 from richkd.progress import Progress
 from richkd.student import check_meta, find_checkpoint, network_of
 from richkd.table import Table
@@ -105,20 +106,21 @@ class TaskTeacher:
         self.table.fill(self.of_numbers, IMAGES_AHEAD * self.train_views.count, progress, spread)
 
     def _run(self, part: Views, rows: Tensor, views: Tensor | None = None) -> Tensor:
-        """Return what the network says of crops of `part`, or of whole images: the same whoever else is in a batch.
+        """Return what the network says of crops of `part`, or of whole images.
 
-        That holds for batches from LEAST on and one thread, so that all rows of a table are those that one process would
-        have computed. Several threads of the CPU have a batch each.
+        On a CPU that is the same whoever else is in a batch, from LEAST on and on one thread, so that a table holds what any
+        process would have computed. Several threads have a batch each.
         """
         device, count = part.device, len(rows)
         more = -count % LEAST  # the last row again
         chosen = torch.cat([torch.arange(count), torch.full((more,), count - 1)])
+        network = self.folded  # traced once, before there are several threads
         each = max(PIXELS[device.type] // math.prod(part.shape[:2]) // LEAST, 1) * LEAST
 
         def run(batch: Tensor) -> Tensor:
             images = part.images(rows[batch], None if views is None else views[batch])
-            with torch.no_grad(), exactly(device, self.precision):
-                return self.folded(images).float()
+            with torch.no_grad(), computed(device, self.precision):
+                return network(images).float()
 
         batches, workers = chosen.split(each), torch.get_num_threads()
         if device.type == "cpu" and min(workers, len(batches)) > 1:
@@ -160,16 +162,6 @@ class TaskTeacher:
         if self.keep is None:
             return torch.from_numpy(compute(0, len(views))).to(views.device)
         return torch.from_numpy(self.keep(part, compute)).to(views.device)
-
-
-@contextlib.contextmanager
-def exactly(device: torch.device, precision: str) -> Iterator[None]:
-    """Compute in fp32 as fp32, which a GPU's convolutions are not unless they are told, or in bf16."""
-    exact = contextlib.nullcontext()
-    if device.type == "cuda":
-        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    with exact, torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        yield
 
 
 class Outputs(nn.Module):
@@ -273,7 +265,15 @@ def open_task(
         key = {"teacher": seen, "images": dataset.train.digest, "torch": torch.__version__}
         key |= {"pad": crops.pad, "flips": crops.flips, "features": features}
         rows = len(crops) * crops.count
-        table = Table(cache_root, "teacher-views", key, rows, width, DTYPES[config.table])
+        try:
+            table = Table(cache_root, "teacher-views", key, rows, width, DTYPES[config.table])
+        except ConfigError as error:
+            if config.views != "auto":
+                raise
+            warnings.warn(
+                f"the teacher is run online, since no table can be made: {error}", stacklevel=2
+            )
+            how = "online"
     said = (seen, how, config.table if how == "exact" else None)
     return TaskTeacher(
         identity=_short(hashlib.sha256(repr(said).encode()).hexdigest()),
@@ -615,7 +615,9 @@ class FusedTeacher:
         if not known or any(each is None for each in known):
             return None
         shares = [f * clip.weight for f, clip in zip(self.factors, self.clips, strict=True)]
-        return sum(share * each for share, each in zip(shares, known, strict=True))
+        # one at its own scale is no copy
+        scaled = [e if s == 1 else s * e for s, e in zip(shares, known, strict=True)]
+        return functools.reduce(torch.add, scaled)
 
     def zero_shot_logits(self, rows: Tensor, views: Tensor) -> Tensor | None:
         """Return the mixed zero-shot logits `(B, K)` for those crops of training rows, None where there are none."""
@@ -673,6 +675,8 @@ def teacher_recipe(config: Config) -> Config:
         method=replace(config.method, name="ce"),
         loss=replace(config.loss, ce=1.0, logit=0.0, temperature=3.0, temperature_of="fused"),
         train=Train(
+            precision="fp32",  # one teacher, whatever the student's layers and machine
+            graphs=config.train.graphs,
             epochs=config.teacher.epochs,
             batch_size=config.teacher.batch_size,
             lr=config.teacher.lr,

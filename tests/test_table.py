@@ -22,7 +22,7 @@ from richkd.config import Teacher, build, read
 from richkd.data import Dataset, Images, Views
 from richkd.data.pictures import picture
 from richkd.errors import ConfigError, DataError
-from richkd.table import ROWS, SUMS, Table
+from richkd.table import ROWS, Table
 from richkd.threads import threads
 
 WIDTH, COUNT = 5, 400
@@ -91,8 +91,7 @@ def test_a_fill_that_was_cut_ends_with_the_bytes_of_one_that_was_not(tmp_path):
     asked = []
     cut.fill(lambda numbers: asked.extend(numbers.tolist()) or row(numbers), 32, quiet)
     assert asked == list(range(224, COUNT))
-    for name in (ROWS, SUMS):
-        assert (cut.folder / name).read_bytes() == (straight.folder / name).read_bytes()
+    assert (cut.folder / ROWS).read_bytes() == (straight.folder / ROWS).read_bytes()
 
 
 def test_several_fill_a_table_as_one_does(tmp_path):
@@ -109,8 +108,7 @@ def test_several_fill_a_table_as_one_does(tmp_path):
     whole = 64  # of the ranges the one that 40 to 100 hold whole
     expected = [(at, min(at + 32, COUNT)) for at in range(0, COUNT, 32) if at != whole]
     assert handed == expected
-    for name in (ROWS, SUMS):
-        assert (table.folder / name).read_bytes() == (straight.folder / name).read_bytes()
+    assert (table.folder / ROWS).read_bytes() == (straight.folder / ROWS).read_bytes()
 
 
 CHILD = """
@@ -145,14 +143,13 @@ def test_a_killed_process_leaves_a_table_that_another_goes_on_with(tmp_path):
     assert len(asked) <= 100 + 16
 
 
-@pytest.mark.parametrize("file", [ROWS, SUMS])
-def test_a_flipped_bit_is_refused_and_its_row_alone_computed_again(tmp_path, file):
+@pytest.mark.parametrize("place", [0, 3, 4 * WIDTH - 1, 4 * WIDTH, 4 * WIDTH + 3])
+def test_a_flipped_bit_is_refused_and_its_row_alone_computed_again(tmp_path, place):
     table = opened(tmp_path)
     table.fill(row, 32, quiet)
-    path = table.folder / file
+    path = table.folder / ROWS
     content = bytearray(path.read_bytes())
-    each = 4 * WIDTH if file == ROWS else 4
-    content[len(content) - each * (COUNT - 123) + 3] ^= 1
+    content[len(content) - (4 * WIDTH + 4) * (COUNT - 123) + place] ^= 1
     path.write_bytes(content)
     table, asked = opened(tmp_path), []
     with pytest.warns(UserWarning, match="is damaged in 1 of 400 rows"):
@@ -185,6 +182,8 @@ def test_a_cache_that_can_only_be_read_is_read(tmp_path, monkeypatch):
     assert np.array_equal(table.get(np.arange(10), unasked), row(np.arange(10)))
     assert np.array_equal(table.get(np.arange(20), row), row(np.arange(20)))
     assert opened(tmp_path).known() == 10
+    with pytest.raises(ConfigError, match="cache must be a folder that can be written, to compute"):
+        table.fill(row, 32, quiet)
 
 
 def test_a_full_disk_is_told_and_what_lies_there_stays(tmp_path, monkeypatch):
@@ -225,6 +224,28 @@ def test_many_ask_at_once_and_all_are_told_the_same(tmp_path):
         one.join()
     assert not wrong
     assert opened(tmp_path).known() == len(np.unique(asked))
+
+
+def test_those_who_compute_other_digits_do_not_damage_each_others_rows(tmp_path):
+    # as processes with other processors do
+    asked, expected = np.random.default_rng(0).integers(0, 40, (6, 60, 25)), row(np.arange(40))
+    wrong = []
+
+    def ask(which, of_one):
+        table = opened(tmp_path, count=40)
+        for numbers in of_one:
+            found = table.get(numbers, lambda some: row(some) * (1 + which * 1e-6))
+            if not np.allclose(found, expected[numbers], rtol=1e-5):
+                wrong.append(numbers)
+            table._write(numbers[:1], row(numbers[:1]) * np.float32(1 + which * 1e-6))
+
+    all_at_once = [threading.Thread(target=ask, args=each) for each in enumerate(asked)]
+    for one in all_at_once:
+        one.start()
+    for one in all_at_once:
+        one.join()
+    assert not wrong
+    opened(tmp_path, count=40).get(np.unique(asked), unasked)
 
 
 def coloured(count: int = 40, size: int = 32) -> Dataset:
@@ -437,7 +458,7 @@ def test_the_cache_verb_computes_all_crops_ahead_and_a_run_asks_for_none(tmp_pat
     words = ["method.name=kd", "teacher.epochs=2", "teacher.views=exact", "train.epochs=1"]
     words += [f"cache={tmp_path / 'cache'}", f"storage={tmp_path}", "device=cpu"]
     assert main("python -m richkd", ABOUT, VERBS, ["cache", *words]) == 0
-    (sums,) = (tmp_path / "cache" / "teacher-views").glob("*/sums.npy")
-    assert np.load(sums).all()
+    (path,) = (tmp_path / "cache" / "teacher-views").glob("*/rows.npy")
+    assert np.load(path)["sum"].all()
     monkeypatch.setattr(teachers.TaskTeacher, "of_numbers", pytest.fail)
     assert main("python -m richkd", ABOUT, VERBS, ["distill", *words]) == 0

@@ -207,15 +207,11 @@ class Lacks:
 def lacks_of(sweep: Sweep, task: Task, runs: Runs, folder: Path) -> Lacks:
     """Return what has to be made, beside the students, and what that costs here."""
     config = sweep.resolve(printed(sweep.base.method.name))
-    trials = sum(runs.trials[name] * runs.expected[name] for name in runs.trials)
-    refits = runs.epochs * sum(student.method != "ce" for student in STUDENTS.values())
-    epochs = dict.fromkeys(range(config.seed, config.seed + runs.seeds), trials)  # of each seed
-    for seed in range(runs.refits):
-        epochs[seed] = epochs.get(seed, 0) + refits
-    asked = list(epochs.values())  # of each teacher
+    seeds = {*range(config.seed, config.seed + runs.seeds), *range(runs.refits)}
+    # runs of one seed meet the same crops, and ask a teacher that is trained here for theirs alone
+    asked = [runs.epochs] * len(seeds)
     if config.teacher.brought:
         asked = [sum(asked)]
-    seeds = set(epochs)
     first = estimate.untrained(config, task, [config.seed])
     later = estimate.untrained(config, task, sorted(seeds - {config.seed}))
     outputs = estimate.unseen(config, task) + estimate.unjudged(config, task)

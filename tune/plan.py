@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -99,7 +100,11 @@ def settled(
     if most == 1:
         return sweep, []
     progress("trials a GPU", 0, 1)
-    tried = shared(address, sweep.resolve(printed(base.method.name)), resources, most)
+    try:
+        tried = shared(address, sweep.resolve(printed(base.method.name)), resources, most)
+    except RichkdError as error:  # as a sweep does without
+        warnings.warn(f"trials a GPU could not be measured: {error}; it is one.", stacklevel=2)
+        return sweep, []
     progress("trials a GPU", 1, 1)
     known = {"resources.trials_per_gpu": chosen(tried)}
     return Sweep(sweep.folder, sweep.layers.over("measured", known)), tried

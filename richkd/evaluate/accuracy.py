@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from richkd.data import Views
+from richkd.precision import computed
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -26,10 +27,11 @@ def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 @torch.inference_mode()
 def network_logits(network: nn.Module, views: Views, rows: Tensor, batch_size: int = 512) -> Tensor:
-    """Return the logits `(len(rows), K)` of un-augmented images, the network in eval mode."""
+    """Return the logits `(len(rows), K)` of un-augmented images, the network in eval mode and in fp32."""
     training = network.training
     network.eval()
-    logits = torch.cat([network(views.images(part)) for part in rows.split(batch_size)])
+    with computed(views.device, "fp32"):
+        logits = torch.cat([network(views.images(part)) for part in rows.split(batch_size)])
     network.train(training)
     return logits
 
