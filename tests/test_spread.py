@@ -54,7 +54,9 @@ def test_workers_fill_a_table_with_the_bytes_of_a_straight_fill_which_goes_on_wh
 
     def by_all(missing):
         told.append(missing)
-        yield from spread.spread(spread.look, (to_dict(made), 0, 0), 2, EACH, lambda: None, missing)
+        yield from spread.spread(
+            spread.image_features_of, (to_dict(made), 0, 0), 2, EACH, lambda: None, missing
+        )
 
     def cut(_what, done, _total):
         told.append(done)
@@ -73,7 +75,11 @@ def test_workers_fill_a_table_with_the_bytes_of_a_straight_fill_which_goes_on_wh
 def test_what_a_worker_raises_is_its_users_error_and_names_the_machine(cluster, tmp_path):
     made = config(tmp_path, "data.source=arrays", f"data.path={tmp_path}/none.npz")
     with pytest.raises(ConfigError, match=r"^[^ ]+: data.path must be an .npz file .* is no file"):
-        next(spread.spread(spread.look, (to_dict(made), 0, 0), 2, EACH, lambda: None, [(0, 9)]))
+        next(
+            spread.spread(
+                spread.image_features_of, (to_dict(made), 0, 0), 2, EACH, lambda: None, [(0, 9)]
+            )
+        )
 
 
 def number(start: int, stop: int) -> np.ndarray:

@@ -96,6 +96,7 @@ def spread(
     each: dict[str, float],
     beat: Callable[[], None],
     missing: list[cache.Range],
+    piece: int = PIECE,
 ) -> Iterator[np.ndarray]:
     """Yield rows that are computed by several workers at once, a block a range, in order.
 
@@ -106,6 +107,7 @@ def spread(
         each: CPUs and GPUs of a worker.
         beat: Called once a second; may raise to stop.
         missing: Ranges of rows.
+        piece: Rows that a worker computes at once.
 
     Raises:
         RichkdError: What a worker raised.
@@ -113,15 +115,15 @@ def spread(
             had, for as long as something comes.
     """
     pieces = [
-        {"start": at, "stop": min(at + PIECE, stop)}
+        {"start": at, "stop": min(at + piece, stop)}
         for start, stop in missing
-        for at in range(start, stop, PIECE)
+        for at in range(start, stop, piece)
     ]
     asker = on(Asker, ray.get_runtime_context().get_node_id()).remote()
     rows = asker.rows.remote(make, arguments, workers, each, pieces)
     try:
         for start, stop in missing:
-            yield np.concatenate([_next(rows, beat) for _ in range(start, stop, PIECE)])
+            yield np.concatenate([_next(rows, beat) for _ in range(start, stop, piece)])
     except ExecutionTimeoutError as error:
         raise Stopped(f"the workers have given no row for {PATIENCE:g} s") from error
     except RayTaskError:  # of our own code, with its traceback
@@ -142,7 +144,7 @@ def _next(rows: ray.ObjectRefGenerator, beat: Callable[[], None]) -> np.ndarray:
     return row["rows"]
 
 
-def look(config: dict[str, Any], teacher: int, at: int) -> cache.Compute:
+def image_features_of(config: dict[str, Any], teacher: int, at: int) -> cache.Compute:
     """Return, in a worker, what computes the features of a zero-shot teacher of `config`.
 
     Args:
@@ -158,79 +160,71 @@ def look(config: dict[str, Any], teacher: int, at: int) -> cache.Compute:
     return zeroshot.looking(clip, zeroshot.looks(given.views, dataset)[at])
 
 
-def features(
-    config: Config,
-    task: Task,
-    progress: Progress,
-    *,
-    stop: Stop,
-    address: str | None,
-    dashboard: str | None,
-) -> None:
-    """Put CLIP's features into the cache, by all workers of a cluster if there are several.
-
-    Args:
-        config: The run, with an absolute cache.
-        task: Its data.
-        progress: Told how far it is; may raise to stop, and what is finished stays.
-        stop: As `runner.run` takes it, like the others.
-        address: Of a running cluster.
-        dashboard: Of one that is started.
-    """
-    connect(stop, address, dashboard)
-    workers, each = workers_of(config)
-    if workers == 1:
-        return
-    share(cache.used(), progress=progress)  # pixels, and the miniature
-    beat = partial(stoppable(None, stop), "features of CLIP", 0, 1)
-    for k, (_, given, _) in enumerate(teachers.shares(config.clip)):
-        if given.logits is not None:
-            continue
-        clip = teachers.model_of(given, task.device, task.cache)
-        for at, images in enumerate(zeroshot.looks(given.views, task.dataset)):
-            what = (to_dict(config), k, at)
-            by_all = partial(spread, look, what, workers, each, beat)
-            zeroshot.image_features(clip, images, task.cache, progress, by_all)
-
-
-def workers_of(config: Config) -> tuple[int, dict[str, float]]:
-    """Return how many workers the cluster has room for, and what each takes."""
-    nodes = [node.resources for node in alive()]
-    return fit(Resources(), nodes, gpu=config.device != "cpu")
-
-
-def say(config: dict[str, Any]) -> cache.Compute:
+def crop_logits_of(config: dict[str, Any]) -> cache.Compute:
     """Return, in a worker, what computes what the task teacher of `config` says of crops, by their rows in its table."""
     run = from_dict(config)
     teacher = distill.open_teacher(estimate.alone(run), distill.open_task(run)).task
     return lambda start, stop: teacher.of_numbers(np.arange(start, stop))
 
 
-def crops(
-    config: Config,
-    teacher: teachers.TaskTeacher,
-    progress: Progress,
-    *,
-    stop: Stop,
-    address: str | None,
-    dashboard: str | None,
-) -> None:
-    """Fill the table of a task teacher, by all workers of a cluster if there are several, and give it to all machines.
+def workers_of(
+    config: Config, progress: Progress, *, stop: Stop, address: str | None, dashboard: str | None
+) -> tuple[int, dict[str, float], Callable[[], None]] | None:
+    """Return how many workers a cluster has room for, what each takes, and what hears a signal while they compute.
+
+    What this process has made so far, such as pixels, is given to all machines. None if there is but one worker, here.
 
     Args:
         config: The run, with an absolute cache.
-        teacher: Its own, with a table.
-        progress: Told how far it is; may raise to stop, and what is finished stays.
+        progress: Told how far it is; may raise to stop.
         stop: As `runner.run` takes it, like the others.
         address: Of a running cluster.
         dashboard: Of one that is started.
     """
     connect(stop, address, dashboard)
-    workers, each = workers_of(config)
-    by_all = None
-    if workers > 1:
-        share(cache.used(), progress=progress)  # pixels, and a teacher that was trained here
-        beat = partial(stoppable(None, stop), teacher.table.kind, 0, 1)
-        by_all = partial(spread, say, (to_dict(config),), workers, each, beat)
+    nodes = [node.resources for node in alive()]
+    count, each = fit(Resources(), nodes, gpu=config.device != "cpu")
+    if count == len(nodes) == 1:
+        return None
+    share(cache.used(), progress=progress)
+    return count, each, partial(stoppable(None, stop), "rows of the workers", 0, 1)
+
+
+def features(config: Config, task: Task, progress: Progress, **launch: Any) -> None:
+    """Put CLIP's features into the cache, by all workers of a cluster if there are several.
+
+    Args:
+        config: The run, with an absolute cache.
+        task: Its data.
+        progress: Told how far it is; may raise to stop, and what is finished stays.
+        launch: As `workers_of` takes it.
+    """
+    workers = workers_of(config, progress, **launch)
+    if workers is None:
+        return
+    for k, (_, given, _) in enumerate(teachers.shares(config.clip)):
+        if given.logits is not None:
+            continue
+        clip = teachers.model_of(given, task.device, task.cache)
+        for at, images in enumerate(zeroshot.looks(given.views, task.dataset)):
+            by_all = partial(spread, image_features_of, (to_dict(config), k, at), *workers)
+            zeroshot.image_features(clip, images, task.cache, progress, by_all)
+
+
+def crops(config: Config, teacher: teachers.TaskTeacher, progress: Progress, **launch: Any) -> None:
+    """Fill the table of a task teacher, by all workers of a cluster if there are several.
+
+    It is given to each machine that has not begun one of its own.
+
+    Args:
+        config: The run, with an absolute cache.
+        teacher: Its own, with a table.
+        progress: Told how far it is; may raise to stop, and what is finished stays.
+        launch: As `workers_of` takes it.
+    """
+    workers, by_all = workers_of(config, progress, **launch), None
+    if workers is not None:
+        whole = partial(spread, piece=len(teacher.table))  # each range is one piece
+        by_all = partial(whole, crop_logits_of, (to_dict(config),), *workers)
     teacher.fill(progress, by_all)
     share([teacher.table.folder], progress=progress)
