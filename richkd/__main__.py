@@ -411,8 +411,8 @@ VERBS = {
         run=bench,
         help="measure how fast this machine trains with a config",
         flags={
-            "seconds=N": "how long to measure in all, 20 if not given",
-            "variants=NAME,...": "what to measure beside the reference, such as kd,richkd-l+table+bf16",
+            "seconds=N": "how long to measure, 20 if not given, beside what has to be prepared",
+            "variants=NAME,...": "student, kd, richkd-l, each with any of +table +bf16 +live, beside the reference",
             "table12": "with CLIP live, and as Table 12 of the paper's supplement",
         },
     ),

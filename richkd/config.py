@@ -237,7 +237,10 @@ class ZeroShot:
         expand(self, "file", "prompts", "logits")
         one_of("clip.reduce", self.reduce, ("embedding", "logits", "probs"))
         if isinstance(self.views, int):
-            in_range("clip.views", self.views, 1, 1_000_000)
+            if not 1 <= self.views <= 1_000_000:
+                raise ConfigError(
+                    f"clip.views must be whole, online or a number of stored views from 1 on but got {self.views}."
+                )
         elif self.views not in ("whole", "online"):
             raise ConfigError(
                 f"clip.views must be whole, online or a number of stored views but got {self.views!r}."

@@ -520,6 +520,9 @@ def prepared(task: Task, teacher: teachers.FusedTeacher | None) -> dict[str, Any
     }
     if task.dataset.unreadable:
         found["unreadable"] = list(task.dataset.unreadable)
+    if teacher is not None and teacher.task is not None and teacher.task.table is not None:
+        table = teacher.task.table
+        found["crops"], found["crops_known"] = len(table), table.known()
     rows = task.split.validation
     for who, logits in (teacher.shown("train") if teacher else {}).items():
         found[who] = {"val_top1": accuracy(logits[rows].cpu(), task.labels[rows])["top1"]}
@@ -529,6 +532,8 @@ def prepared(task: Task, teacher: teachers.FusedTeacher | None) -> dict[str, Any
 def prepared_lines(source: str, found: dict[str, Any]) -> Iterator[str]:
     """Yield what is printed of `prepared`."""
     yield f"cached for {source} in {found['cache']}"
+    if "crops" in found:
+        yield f"teacher    {found['crops_known']:,} of {found['crops']:,} crops in its table"
     for who, each in found.items():
         if isinstance(each, dict):
             yield f"{who:<10} val top1 {each['val_top1']:6.2f} %"

@@ -31,7 +31,8 @@ from richkd.threads import threads
 LONG = ("teachers", "clip-images", "teacher-logits", "teacher-views")
 BURSTS = 5  # of steps that are timed
 BURST_SECONDS = 0.25  # of each, where they go on side by side
-ROWS = 2048  # of a pass that is timed
+ROWS, FEW = 2048, 64  # of a pass that is timed; of a slow network's
+SLOW = 0.5  # seconds of a pass over few rows
 WRITES = 3  # pairs of epochs whose writing is timed
 PICTURES = 16  # that CLIP is timed on
 CROPS = 128  # that the task teacher is timed on
@@ -228,26 +229,30 @@ def _own(config: Config, task: Task) -> TaskTeacher:
         )
 
 
-def untold(config: Config, task: Task, epochs: list[float]) -> Lack | None:
+def untold(config: Config, task: Task, epochs: dict[int, float]) -> Lack | None:
     """Return what task teachers will have to say of crops for their tables, None where it is not kept.
 
     Args:
         config: The run.
         task: Its data.
-        epochs: Of each of the teachers, the epochs of runs of which no two meet the same crops.
+        epochs: Of each seed whose teacher is asked, the epochs of runs of which no two meet the same crops.
     """
     if _views_of(config, task) != "exact":
         return None
     own, views = _own(config, task), task.train.count
     crops = len(task.split.transfer) * views
-    rows = round(_unknown(config, task) * sum(crops * (1 - (1 - 1 / views) ** e) for e in epochs))
+    rows = 0
+    for seed, count in epochs.items():
+        seeded = replace(task, split=split(task.dataset, config.data, seed))
+        unknown = _unknown(replace(config, seed=seed), seeded)
+        rows += round(unknown * crops * (1 - (1 - 1 / views) ** count))
     some = torch.from_numpy(task.split.transfer)[:CROPS]
     crop = task.train.draw(len(some), torch.Generator().manual_seed(0))
     for _ in range(2):  # the first pass traces the network
         began = time.perf_counter()
         own.logits(some, crop).cpu()  # which waits for a GPU, too
     each = (time.perf_counter() - began) / len(some)
-    what = f"task teacher over {rows} of {crops * len(epochs)} crops"
+    what = f"task teacher over {rows} crops, of {crops * len(epochs)} that there are"
     size = own.classes * np.dtype(teachers.DTYPES[config.teacher.table]).itemsize
     return Lack(what=what, bytes=rows * size, seconds=rows * each)
 
@@ -339,11 +344,13 @@ class Training:
 
 def _row_seconds(network: nn.Module, views: Views, rows: Tensor, labels: Tensor) -> float:
     """Return the seconds that a row takes in an evaluation."""
-    some = rows[:ROWS]
-    for _ in range(2):  # the first pass allocates memory
-        began = time.perf_counter()
+    for count in (FEW, ROWS, ROWS):  # the first pass of a size allocates memory
+        some, began = rows[:count], time.perf_counter()
         accuracy(network_logits(network, views, some).cpu(), labels[some])
-    return (time.perf_counter() - began) / len(some)
+        taken = time.perf_counter() - began
+        if taken > SLOW:
+            break  # of such a network a few tell enough
+    return taken / len(some)
 
 
 def _keep(config: Config, task: Task, ours: bench.Ours, folder: Path) -> tuple[float, int]:

@@ -110,6 +110,8 @@ class Record:
             self.state["unreadable"] = list(dataset.unreadable)
         if teacher is not None:
             self.state |= {"temperature": teacher.temperature, "clip_factors": teacher.factors}
+            if teacher.task is not None:
+                self.state["teacher_views"] = teacher.task.views
         self.about = {
             "config": to_dict(self.config),
             "digest": digest(self.config),

@@ -77,6 +77,13 @@ class TaskTeacher:
     precision: str = "fp32"
     keep: Callable[[str, Callable[[int, int], np.ndarray]], np.ndarray] | None = None
 
+    @property
+    def views(self) -> str:
+        """How it meets the student's crops: `teacher.views` as it is in use, or `given` logits."""
+        if self.network is None:
+            return "given"
+        return "single" if self.single else "online" if self.table is None else "exact"
+
     def logits(self, rows: Tensor, views: Tensor) -> Tensor:
         """Return logits `(B, K)` of those crops of training rows, both on the CPU."""
         if self.network is None or self.single:

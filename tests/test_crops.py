@@ -226,7 +226,7 @@ def test_trainings_with_all_views_and_online_are_one_and_differ_from_the_whole_i
     ("words", "message"),
     [
         (["clip.views=19"], r"clip.views must be at most 18.*but got 19"),
-        (["clip.views=0"], "clip.views must lie in 1 to"),
+        (["clip.views=0"], "clip.views must be whole, online or a number .* from 1 on"),
         (["clip.views=some"], "clip.views must be whole, online or a number"),
         (["clip.views=true"], "clip.views must be a whole number or text"),
         (["clip.views=online", "clip.logits=x.npy"], "needs a model but clip.logits=x.npy knows"),

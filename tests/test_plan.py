@@ -472,3 +472,20 @@ def test_a_taken_name_a_folder_that_cannot_be_and_a_small_disk_are_mistakes(
 def test_of_several_students_the_smallest_and_the_largest_are_measured(here):
     found = plans.plan([*here, "sweep.space.student.name={choice: [cnn16, cnn24, cnn8]}"])
     assert list(found["pace"]) == ["cnn8", "cnn24"]
+
+
+def test_a_plan_counts_the_crops_that_teachers_have_still_to_speak_of(tmp_path):
+    words = ["method.name=kd", "teacher.epochs=2", "teacher.shared=true", f"cache={tmp_path}"]
+    config = build(read([*words, "device=cpu"]))
+    task = distill.open_task(config)
+    crops = 597 * 9
+    expected = crops * (1 - (8 / 9) ** 20)
+    before = estimate.untold(config, task, {0: 20, 1: 20})
+    assert f"over {2 * round(expected)} crops, of {2 * crops}" in before.what
+    assert before.bytes == 2 * round(expected) * 10 * 2
+    assert before.seconds > 0
+    distill.open_teacher(config, task).task.fill(lambda *_: None)  # that of one seed
+    assert estimate.untold(config, task, {0: 20, 1: 20}).bytes == before.bytes / 2
+    assert estimate.untold(config, task, {0: 20}).bytes == 0
+    for other in ("teacher.views=online", "teacher.views=single"):
+        assert estimate.untold(build(read([*words, other])), task, {0: 20}) is None

@@ -209,9 +209,9 @@ def lacks_of(sweep: Sweep, task: Task, runs: Runs, folder: Path) -> Lacks:
     config = sweep.resolve(printed(sweep.base.method.name))
     seeds = {*range(config.seed, config.seed + runs.seeds), *range(runs.refits)}
     # runs of one seed meet the same crops, and ask a teacher that is trained here for theirs alone
-    asked = [runs.epochs] * len(seeds)
+    asked = dict.fromkeys(seeds, runs.epochs)
     if config.teacher.brought:
-        asked = [sum(asked)]
+        asked = {config.seed: sum(asked.values())}
     first = estimate.untrained(config, task, [config.seed])
     later = estimate.untrained(config, task, sorted(seeds - {config.seed}))
     outputs = estimate.unseen(config, task) + estimate.unjudged(config, task)

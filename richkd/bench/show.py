@@ -61,6 +61,8 @@ def table(found: dict[str, Any]) -> list[str]:
         "what this machine's arithmetic, memory or launches allow, and which binds",
         "",
     ]
+    full = " (tables full)" * any("+table" in name for name in found["variants"])
+    lines.append(f"of both in the same rounds{full}; parts alone:")
     for name, middle in found["ratios"].items():
         lines.append(f"{name:<25}{middle:>9.3f}x  +- {found['errors'][name]:.3f}")
     for name, own in found["parts"].items():
