@@ -125,9 +125,8 @@ def online(config: Config) -> Config:
 
 
 def alone(config: Config) -> Config:
-    """Return `config` with the task teacher alone, run online."""
-    fused = replace(config.fusion, alpha=1.0, space="logits")
-    return replace(online(plain(config)), fusion=fused)
+    """Return `config` with the task teacher alone."""
+    return replace(plain(config), fusion=replace(config.fusion, alpha=1.0, space="logits"))
 
 
 def mistakes(config: Config, task: Task, progress: Progress | None = None) -> list[str]:
@@ -157,7 +156,7 @@ def mistakes(config: Config, task: Task, progress: Progress | None = None) -> li
         student,
         trained,
         clips,
-        lambda: distill.open_teacher(alone(config), task, progress),
+        lambda: distill.open_teacher(online(alone(config)), task, progress),
         lambda: distill.open_teacher(online(config), task, progress),
     ):
         with contextlib.suppress(cache.Missing), cache.found_only(*LONG):
@@ -217,7 +216,7 @@ def _own(config: Config, task: Task) -> TaskTeacher:
     """Return the task teacher, run online; an untrained one in place of one that has still to be trained."""
     try:
         with cache.found_only(*LONG):
-            return distill.open_teacher(alone(config), task).task
+            return distill.open_teacher(online(alone(config)), task).task
     except cache.Missing:
         network = untrained_teacher(config, task).eval().requires_grad_(False)
         return TaskTeacher(
@@ -259,10 +258,9 @@ def untold(config: Config, task: Task, epochs: dict[int, float]) -> Lack | None:
 
 def _unknown(config: Config, task: Task) -> float:
     """Return which share of the task teacher's table has still to be computed."""
-    whole = replace(plain(config), fusion=replace(config.fusion, alpha=1.0, space="logits"))
     try:
         with cache.found_only(*LONG):
-            table = distill.open_teacher(whole, task).task.table
+            table = distill.open_teacher(alone(config), task).task.table
     except cache.Missing:
         return 1.0
     return 1 - table.known() / len(table)
@@ -411,7 +409,7 @@ def unjudged(config: Config, task: Task) -> list[Lack]:
     """Return of how many images a task teacher that is there has not said its logits; one that is trained soon will."""
     try:
         with cache.found_only("teachers"):
-            own = distill.open_teacher(alone(config), task).task
+            own = distill.open_teacher(online(alone(config)), task).task
     except cache.Missing:
         return []
     rows = 0

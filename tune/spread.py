@@ -163,7 +163,9 @@ def image_features_of(config: dict[str, Any], teacher: int, at: int) -> cache.Co
 def crop_logits_of(config: dict[str, Any]) -> cache.Compute:
     """Return, in a worker, what computes what the task teacher of `config` says of crops, by their rows in its table."""
     run = from_dict(config)
-    teacher = distill.open_teacher(estimate.alone(run), distill.open_task(run)).task
+    teacher = distill.open_teacher(
+        estimate.online(estimate.alone(run)), distill.open_task(run)
+    ).task
     return lambda start, stop: teacher.of_numbers(np.arange(start, stop))
 
 

@@ -27,8 +27,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
-    *("Crops", "Encoder", "ZeroShot"),
-    *("crop_features", "image_features", "load", "looking", "looks", "text_matrix"),
+    "Crops",
+    "Encoder",
+    "ZeroShot",
+    "crop_features",
+    "image_features",
+    "load",
+    "looking",
+    "looks",
+    "text_matrix",
 ]
 
 
