@@ -297,11 +297,13 @@ class Clip(ZeroShot):
 class Fusion:
     """How the two teachers become one."""
 
-    alpha: float = 0.7  # weight of the task teacher
+    alpha: float = 0.7  # weight of the task teacher's logits
+    feature_alpha: float | None = None  # of its features, the paper's lambda; None: alpha
     space: str = "logits"  # `probs` mixes probabilities, as the supplement's theory writes it
 
     def __post_init__(self) -> None:
         in_range("fusion.alpha", self.alpha, 0, 1)
+        in_range("fusion.feature_alpha", self.feature_alpha, 0, 1)
         one_of("fusion.space", self.space, ("logits", "probs"))
 
 
@@ -317,22 +319,71 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """Weights and temperature of the loss."""
+    """Weights of the three terms of the loss, and what each of them is."""
 
-    ce: float = 1.0
-    logit: float = 3.0
+    ce: float = 1.0  # of the labels
+    logit: float = 3.0  # of the teachers' logits
+    feature: float = 0.0  # of their features
+    smoothing: float = 0.0  # of the labels: the share of a target that all classes have alike
+    logit_kind: str = "kd"  # kd | dkd
     temperature: float = 3.0
     temperature_of: str = (
         "fused"  # `task`: as sharp as the task teacher's logits are at `temperature`
     )
+    standardise: bool = False  # rows of logits to mean 0 and deviation 1, as LSKD does
+    warmup: int = 0  # epochs in which the weight of the logits rises to what it is
+    dkd_alpha: float = 1.0  # of dkd: weight of the target class
+    dkd_beta: float = 8.0  # and of the others among themselves
+    feature_kind: str = "contrast"  # of pooled features; or of `maps`, the outputs of the stages
+    transform: str = "attention"  # of maps: attention | channel | projection
+    distance: str = "mse"  # of transformed maps: mse | l1 | cosine | kl
 
     def __post_init__(self) -> None:
-        in_range("loss.ce", self.ce, 0, 1e6)
-        in_range("loss.logit", self.logit, 0, 1e6)
+        for key in ("ce", "logit", "feature"):
+            in_range(f"loss.{key}", getattr(self, key), 0, 1e6)
+        in_range("loss.smoothing", self.smoothing, 0, 0.99)
         in_range("loss.temperature", self.temperature, 0.01, 1000)
+        in_range("loss.warmup", self.warmup, 0, 100_000)
+        in_range("loss.dkd_alpha", self.dkd_alpha, 0, 1e6)
+        in_range("loss.dkd_beta", self.dkd_beta, 0, 1e6)
+        one_of("loss.logit_kind", self.logit_kind, ("kd", "dkd"))
         one_of("loss.temperature_of", self.temperature_of, ("fused", "task"))
-        if self.ce == self.logit == 0:
-            raise ConfigError("loss.ce and loss.logit cannot both be 0; nothing would be learnt.")
+        one_of("loss.feature_kind", self.feature_kind, ("contrast", "maps"))
+        one_of("loss.transform", self.transform, ("attention", "channel", "projection"))
+        one_of("loss.distance", self.distance, ("mse", "l1", "cosine", "kl"))
+        if self.ce == self.logit == self.feature == 0:
+            raise ConfigError(
+                "loss.ce, loss.logit and loss.feature cannot all be 0; nothing would be learnt."
+            )
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether pooled features are contrasted."""
+        return self.feature > 0 and self.feature_kind == "contrast"
+
+    @property
+    def maps(self) -> bool:
+        """Whether the outputs of stages are compared."""
+        return self.feature > 0 and self.feature_kind == "maps"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contrast:
+    """The contrast of features with those of other images, which are kept in banks (CRD; Tian et al., 2020)."""
+
+    width: int = 128  # of the space into which all features are projected
+    negatives: int = 16384  # rows of other classes that each image is told from
+    temperature: float = 0.07
+    momentum: float = 0.5  # share of what a bank held of a row, where its image is seen again
+    replacement: bool = True  # whether a row may be drawn twice for one image
+    # whether unlabelled images have the class that the fused teacher thinks likeliest; else each is a class of its own
+    pseudo_labels: bool = False
+
+    def __post_init__(self) -> None:
+        in_range("contrast.width", self.width, 1, 100_000)
+        in_range("contrast.negatives", self.negatives, 1, 10_000_000)
+        in_range("contrast.temperature", self.temperature, 1e-3, 100)
+        in_range("contrast.momentum", self.momentum, 0, 0.9999)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -369,6 +420,7 @@ class Config:
     fusion: Fusion = field(default_factory=Fusion)
     method: Method = field(default_factory=Method)
     loss: Loss = field(default_factory=Loss)
+    contrast: Contrast = field(default_factory=Contrast)
     train: Train = field(default_factory=Train)
     seed: int = (
         0  # of initial weights, order, augmentation and (with data.seed) the labelled subset
@@ -389,6 +441,15 @@ class Config:
                 "loss.temperature_of=task compares spreads of logits but fusion.space=probs mixes probabilities; "
                 "use loss.temperature_of=fused."
             )
+        if self.fusion.space == "probs" and self.loss.standardise:
+            raise ConfigError(
+                "loss.standardise standardises logits but fusion.space=probs mixes probabilities; leave one of them out."
+            )
+
+    @property
+    def feature_alpha(self) -> float:
+        """Weight of the task teacher's features."""
+        return self.fusion.alpha if self.fusion.feature_alpha is None else self.fusion.feature_alpha
 
 
 class Entry(NamedTuple):
@@ -761,8 +822,8 @@ def build(layers: Layers, schema: type[T] = Config) -> T:
     for key in preset.fixed:
         if shown[key] != preset.settings[key]:
             raise ConfigError(
-                f"method.name={name} means {key}={preset.settings[key]:g} but got {shown[key]:g}; "
-                "leave it out, or use method.name=richkd-l."
+                f"method.name={name} means {key}={preset.settings[key]} but got {shown[key]}; leave it out, or use "
+                "another method, such as richkd-l."
             )
     return config
 

@@ -11,6 +11,7 @@ no prediction and no loss; CLIP's is large, hence rows are centred before any st
 import functools
 import math
 import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -52,15 +53,43 @@ def fuse(task: Tensor, clip: Tensor, alpha: float) -> Tensor:
     return alpha * task + (1 - alpha) * clip
 
 
-def target(task: Tensor, clip: Tensor, alpha: float, temperature: float, space: str) -> Tensor:
+def standardise(logits: Tensor) -> Tensor:
+    """Bring each row of `logits` `(N, K)` to mean 0 and deviation 1 (LSKD; Sun et al., 2024).
+
+    So a student need not reach the size of its teacher's logits, only their shape.
+    """
+    return centre(logits) / (logits.std(1, keepdim=True) + 1e-7)
+
+
+def fuse_features(embeddings: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Mix teachers' embeddings, unit-norm `(N, d)` each, and bring the mixture to unit length.
+
+    `f_F = lambda f_T + (1 - lambda) f_C` (Sec. 3) in the space into which all are projected, since the
+    features themselves have different widths (the released code).
+    """
+    mixed = sum(w * e for w, e in zip(weights, embeddings, strict=True))
+    return F.normalize(mixed, dim=1)
+
+
+def target(
+    task: Tensor,
+    clip: Tensor,
+    alpha: float,
+    temperature: float,
+    space: str,
+    *,
+    standardised: bool = False,
+) -> Tensor:
     """Return the log-probabilities `(N, K)` that the student learns, at `temperature`.
 
     `space="logits"` is the method: fuse, then one softmax. `space="probs"` is the mixture of
     probabilities that the supplement's theory section writes instead:
-    `alpha softmax(z_T / T) + (1 - alpha) softmax(z_C / T)`.
+    `alpha softmax(z_T / T) + (1 - alpha) softmax(z_C / T)`. Fused logits may be standardised
+    before the softmax.
     """
     if space == "logits":
-        return F.log_softmax(fuse(task, clip, alpha) / temperature, 1)
+        fused = fuse(task, clip, alpha)
+        return F.log_softmax((standardise(fused) if standardised else fused) / temperature, 1)
     check_pair(task, clip)
     task, clip = F.log_softmax(task / temperature, 1), F.log_softmax(clip / temperature, 1)
     if alpha in (0.0, 1.0):

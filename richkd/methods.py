@@ -1,4 +1,9 @@
-"""Name -> which losses with which weights: the one table."""
+"""Name -> which losses with which weights: the one table.
+
+Multi-level logit distillation (MLKD), which the paper's tables quote, is not among them: what its published code computes is
+not what its paper defines (masks multiply means, so that nothing is selected, and terms of the strong view take the weak
+one), so a row of that name could not be said to be either.
+"""
 
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -20,24 +25,49 @@ class Method:
     fixed: tuple[str, ...] = ()
 
 
-def _preset(ce: float, logit: float, temperature: float, alpha: float, *fixed: str) -> Method:
+def _preset(
+    ce: float, logit: float, temperature: float, alpha: float, *fixed: str, **others: Any
+) -> Method:
     weights = {"loss.ce": ce, "loss.logit": logit, "loss.temperature": temperature}
-    return Method(settings=weights | {"fusion.alpha": alpha}, fixed=fixed)
+    others = {f"loss.{key}": value for key, value in others.items()}
+    return Method(settings=weights | {"fusion.alpha": alpha} | others, fixed=fixed)
 
+
+_ALONE = "fusion.alpha"  # the task teacher, or CLIP, or none
+_NO_LOGITS = ("fusion.alpha", "loss.logit")
 
 METHODS = {
     # the labels alone
-    "ce": _preset(1.0, 0.0, 3.0, 1.0, "fusion.alpha", "loss.logit"),
+    "ce": _preset(1.0, 0.0, 3.0, 1.0, *_NO_LOGITS),
     # Hinton's distillation with RichKD's weights, so that fusion is the only difference
-    "kd": _preset(1.0, 3.0, 3.0, 1.0, "fusion.alpha"),
+    "kd": _preset(1.0, 3.0, 3.0, 1.0, _ALONE),
     # the same loss as CRD's comparison weighs it
-    "kd-crd": _preset(0.1, 0.9, 4.0, 1.0, "fusion.alpha"),
+    "kd-crd": _preset(0.1, 0.9, 4.0, 1.0, _ALONE),
     # and as LSKD's does
-    "kd-lskd": _preset(0.1, 9.0, 2.0, 1.0, "fusion.alpha"),
-    # RichKD(L): fused logits (Sec. 3), with the weights of the released code
+    "kd-lskd": _preset(0.1, 9.0, 2.0, 1.0, _ALONE),
+    # RichKD: fused logits, fused features, both (Sec. 3), with the weights of the released code
     "richkd-l": _preset(1.0, 3.0, 3.0, 0.7),
+    "richkd-f": _preset(1.0, 0.0, 3.0, 0.7, "loss.logit", feature=0.8),
+    "richkd-lf": _preset(1.0, 3.0, 3.0, 0.7, feature=0.8),
+    # contrastive representation distillation (Tian et al., 2020), which is richkd-f without CLIP
+    "crd": _preset(1.0, 0.0, 3.0, 1.0, *_NO_LOGITS, feature=0.8),
+    # attention transfer (Zagoruyko and Komodakis, 2017), p = 2
+    "at": _preset(1.0, 0.0, 3.0, 1.0, *_NO_LOGITS, feature=1000.0, feature_kind="maps"),
+    # locality guidance (Li et al., 2022)
+    "lg": _preset(
+        *(1.0, 0.0, 3.0, 1.0, *_NO_LOGITS),
+        feature=2.5,
+        feature_kind="maps",
+        transform="projection",
+    ),
+    # logit standardisation (Sun et al., 2024) with its own weights; fusion.alpha below 1 fuses
+    "lskd": _preset(0.1, 9.0, 2.0, 1.0, "loss.standardise", standardise=True),
+    # decoupled distillation (Zhao et al., 2022); fusion.alpha below 1 fuses
+    "dkd": _preset(1.0, 1.0, 4.0, 1.0, "loss.logit_kind", logit_kind="dkd", warmup=20),
+    # where a search over distillers begins: see conf/sweep/autokd.yaml
+    "autokd": _preset(1.0, 3.0, 3.0, 1.0, _ALONE, feature=1.0, feature_kind="maps"),
     # CLIP as the only teacher
-    "clip": _preset(1.0, 3.0, 3.0, 0.0, "fusion.alpha"),
+    "clip": _preset(1.0, 3.0, 3.0, 0.0, _ALONE),
 }
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from richkd import cache, checkpoint, fusion, logits, models, zeroshot
-from richkd.config import Clip, Config, Teacher, Train, ZeroShot
+from richkd.config import Clip, Config, Contrast, Fusion, Loss, Teacher, Train, ZeroShot
 from richkd.data import Dataset, Images, Split, Views
 from richkd.data.views import sent
 from richkd.errors import ConfigError, DataError
@@ -678,9 +678,10 @@ def teacher_recipe(config: Config) -> Config:
         student=replace(config.student, name=config.teacher.name, shortcut=config.teacher.shortcut),
         teacher=Teacher(),
         clip=Clip(),
-        fusion=replace(config.fusion, alpha=1.0, space="logits"),
+        fusion=Fusion(alpha=1.0),
         method=replace(config.method, name="ce"),
-        loss=replace(config.loss, ce=1.0, logit=0.0, temperature=3.0, temperature_of="fused"),
+        loss=Loss(ce=1.0, logit=0.0),
+        contrast=Contrast(),
         train=Train(
             precision="fp32",  # one teacher, whatever the student's layers and machine
             graphs=config.train.graphs,

@@ -164,7 +164,7 @@ def test_a_missing_layer_suggests_the_nearest():
 
 
 def test_what_makes_a_method_is_not_contradicted():
-    with pytest.raises(ConfigError, match=r"method.name=kd means fusion.alpha=1 but got 0.5"):
+    with pytest.raises(ConfigError, match=r"method.name=kd means fusion.alpha=1.0 but got 0.5"):
         build(read(["method.name=kd", "fusion.alpha=0.5"]))
 
 

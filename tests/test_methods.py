@@ -3,24 +3,56 @@
 import pytest
 
 from richkd import methods
-from richkd.config import Config, flatten, to_dict
+from richkd.config import Config, Layers, build, flatten, to_dict
 from richkd.errors import ConfigError
 
-# loss.ce, loss.logit, loss.temperature, fusion.alpha
+# loss.ce, loss.logit, loss.feature, loss.temperature, fusion.alpha; where no logits are learnt T is the default
 PRINTED = {
-    "ce": (1, 0, 3, 1),
-    "kd": (1, 3, 3, 1),  # RichKD's own weights: the ablation of the fusion
-    "kd-crd": (0.1, 0.9, 4, 1),
-    "kd-lskd": (0.1, 9, 2, 1),
-    "richkd-l": (1, 3, 3, 0.7),
-    "clip": (1, 3, 3, 0),
+    "ce": (1, 0, 0, 3, 1),
+    "kd": (1, 3, 0, 3, 1),  # RichKD's own weights: the ablation of the fusion
+    "kd-crd": (0.1, 0.9, 0, 4, 1),
+    "kd-lskd": (0.1, 9, 0, 2, 1),
+    "richkd-l": (1, 3, 0, 3, 0.7),
+    "richkd-f": (1, 0, 0.8, 3, 0.7),
+    "richkd-lf": (1, 3, 0.8, 3, 0.7),
+    "crd": (1, 0, 0.8, 3, 1),
+    "at": (1, 0, 1000, 3, 1),
+    "lg": (1, 0, 2.5, 3, 1),
+    "lskd": (0.1, 9, 0, 2, 1),
+    "dkd": (1, 1, 0, 4, 1),
+    "clip": (1, 3, 0, 3, 0),
 }
-KEYS = ("loss.ce", "loss.logit", "loss.temperature", "fusion.alpha")
+KEYS = ("loss.ce", "loss.logit", "loss.feature", "loss.temperature", "fusion.alpha")
+KINDS = {  # what else makes them what they are
+    "at": {"loss.feature_kind": "maps", "loss.transform": "attention", "loss.distance": "mse"},
+    "lg": {"loss.feature_kind": "maps", "loss.transform": "projection", "loss.distance": "mse"},
+    "lskd": {"loss.standardise": True, "loss.logit_kind": "kd"},
+    "dkd": {
+        "loss.logit_kind": "dkd",
+        "loss.dkd_alpha": 1,
+        "loss.dkd_beta": 8,
+        "loss.warmup": 20,
+        "loss.standardise": False,
+    },
+    "crd": {
+        "loss.feature_kind": "contrast",
+        "contrast.negatives": 16384,
+        "contrast.temperature": 0.07,
+        "contrast.momentum": 0.5,
+        "contrast.width": 128,
+    },
+}
 
 
-def test_every_method_is_held_to_its_printed_weights():
-    found = {name: tuple(m.settings[key] for key in KEYS) for name, m in methods.METHODS.items()}
-    assert found == PRINTED
+@pytest.mark.parametrize("name", PRINTED)
+def test_every_method_is_held_to_its_printed_weights(name):
+    found = flatten(to_dict(build(Layers().over("", {"method.name": name}))))
+    assert tuple(found[key] for key in KEYS) == PRINTED[name]
+    assert KINDS.get(name, {}).items() <= found.items()
+
+
+def test_all_methods_but_the_search_are_printed():
+    assert methods.METHODS.keys() - PRINTED.keys() == {"autokd"}
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
@@ -30,8 +62,9 @@ def test_a_method_fixes_only_what_it_sets_and_sets_only_what_exists(name):
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_only_richkd_leaves_alpha_free(name):
-    assert ("fusion.alpha" in methods.get(name).fixed) == (not name.startswith("richkd"))
+def test_richkd_and_losses_that_compose_with_it_leave_alpha_free(name):
+    free = name.startswith("richkd") or name in ("dkd", "lskd")
+    assert ("fusion.alpha" not in methods.get(name).fixed) == free
 
 
 def test_kd_differs_from_richkd_in_alpha_alone():
