@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
 from richkd import models
@@ -101,6 +102,18 @@ REPDISTILLER = {  # number of keys, their last layer, some other keys and the sh
         },
     ),
 }
+MAPS = {  # channels and pixels of the stages' outputs at 32 px
+    "resnet20": ((16, 32), (32, 16), (64, 8)),
+    "resnet8x4": ((64, 32), (128, 16), (256, 8)),
+    "resnet18": ((64, 32), (128, 16), (256, 8), (512, 4)),
+    "resnet50": ((256, 32), (512, 16), (1024, 8), (2048, 4)),
+    "wrn_16_2": ((32, 32), (64, 16), (128, 8)),
+    "vgg8": ((128, 16), (256, 8), (512, 4), (512, 4)),
+    "mobilenetv2": ((12, 16), (16, 8), (48, 4), (160, 2)),
+    "shufflenetv1": ((240, 16), (480, 8), (960, 4)),
+    "shufflenetv2": ((116, 16), (232, 8), (464, 4)),
+    "cnn8": ((8, 32), (16, 16), (16, 8)),
+}
 SMALL = ["resnet8", "resnet8x4", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2"]
 
 
@@ -187,6 +200,55 @@ def test_head_of_the_features_is_the_logits(name, shortcut, channels, size):
     logits = network(images)
     assert logits.shape == (4, 7)
     torch.testing.assert_close(logits, by_hand)
+
+
+class Told(torch.nn.Module):
+    """A network as distillation of its stages calls it."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        """Return logits, features and maps."""
+        features, maps = self.network.staged(images)
+        return [self.network.head(features), features, *maps]
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_stages_are_told_beside_the_features_and_survive_the_folding_of_norms(name):
+    network = models.build(name, 7).eval().requires_grad_(False)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    images = torch.randn(2, 3, 32, 32)
+    logits, features, *maps = found = Told(network)(images)
+    assert [tuple(each.shape) for each in maps] == [(2, c, side, side) for c, side in MAPS[name]]
+    assert torch.equal(features, network.features(images))
+    assert torch.equal(logits, network(images))
+    folded = fuse(Told(network))
+    assert len(list(folded.modules())) < len(list(network.modules()))
+    for each, wanted in zip(folded(images), found, strict=True):
+        assert (each - wanted).norm() < 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet20", "resnet18", "wrn_16_2", "vgg8", "shufflenetv1", "cnn8"]
+)
+def test_features_are_the_mean_of_the_last_stage(name):
+    network = models.build(name, 7).eval()
+    features, maps = network.staged(torch.randn(2, 3, 32, 32))
+    assert torch.equal(features, maps[-1].mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_each_stage_is_a_function_of_the_one_before(name):
+    network = models.build(name, 7)
+    _, maps = network.staged(torch.randn(2, 3, 32, 32))
+    for before, after in zip(maps, maps[1:], strict=False):
+        (gradient,) = torch.autograd.grad(after.square().sum(), before, retain_graph=True)
+        assert gradient.any()
 
 
 @pytest.mark.parametrize("name", [*SMALL, "cnn8"])

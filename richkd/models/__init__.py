@@ -1,7 +1,8 @@
 """Students and task teachers by name.
 
 Each network has `forward(images)`, which returns logits, `features(images)`, which returns what the linear
-layer `head` sees, and `width`, the number of features.
+layer `head` sees, `staged(images)`, which returns the outputs of its stages beside them, and `width`, the number of
+features.
 """
 
 from difflib import get_close_matches

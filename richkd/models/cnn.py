@@ -27,9 +27,14 @@ class Cnn(Network):
         )
         self.head = nn.Linear(width, classes)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`."""
-        return self.body(images).mean((2, 3))
+    def staged(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)` and the outputs of the three layers."""
+        x, maps = images, []
+        for module in self.body:
+            x = module(x)
+            if isinstance(module, nn.ReLU):
+                maps.append(x)
+        return x.mean((2, 3)), maps
 
 
 def _layer(inside: int, outside: int, stride: int) -> tuple[nn.Module, ...]:

@@ -18,6 +18,7 @@ STAGES = (  # expanded?, channels, blocks, stride
     (True, 160, 3, 2),
     (True, 320, 1, 1),
 )
+LAST_OF_SIZE = (1, 2, 4, 6)  # of those rows: the next one has stride 2
 
 
 class InvertedResidual(nn.Module):
@@ -70,9 +71,17 @@ class MobileNetV2(Network):
         draw_convolutions(self)
         draw_head(self.head)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`."""
-        return self.conv2(self.blocks(self.conv1(images))).mean((2, 3))
+    def staged(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)` and the outputs of four stages.
+
+        They are the last blocks of each size, projections without ReLU; what is pooled is another convolution behind.
+        """
+        x, maps = self.conv1(images), []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in LAST_OF_SIZE:
+                maps.append(x)
+        return self.conv2(x).mean((2, 3)), maps
 
 
 def _layer(

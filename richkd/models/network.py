@@ -19,9 +19,23 @@ class Network(nn.Module):
         """Return D, the number of features."""
         return self.head.in_features
 
+    def staged(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)` and the outputs of the stages, in one pass.
+
+        Returns:
+            Features, and of each stage, from the first to the last, a map `(N, C_i, H_i, W_i)`. A stem is no stage.
+
+        Raises:
+            ConfigError: If the network does not tell them.
+        """
+        raise ConfigError(
+            f"the methods at, lg and autokd compare the outputs of stages, which {type(self).__name__} does not tell; "
+            "take a network of ours or timm/NAME."
+        )
+
     def features(self, images: Tensor) -> Tensor:
         """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`."""
-        raise NotImplementedError
+        return self.staged(images)[0]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits `(N, K)` of `images` `(N, C, H, W)`."""

@@ -81,7 +81,9 @@ class ResNet(Network):
         self.head = nn.Linear(widths[-1], classes)
         draw_convolutions(self)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`."""
-        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
-        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+    def staged(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)` and the outputs of the three stages."""
+        first = self.layer1(F.relu(self.bn1(self.conv1(images)), inplace=True))
+        second = self.layer2(first)
+        third = self.layer3(second)
+        return third.mean((2, 3)), [first, second, third]

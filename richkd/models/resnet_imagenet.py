@@ -88,7 +88,10 @@ class ImageNetResNet(Network):
         self.head = nn.Linear(inside, classes)
         draw_convolutions(self)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`."""
-        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
+    def staged(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)` and the outputs of the four stages."""
+        first = self.layer1(F.relu(self.bn1(self.conv1(images)), inplace=True))
+        second = self.layer2(first)
+        third = self.layer3(second)
+        fourth = self.layer4(third)
+        return fourth.mean((2, 3)), [first, second, third, fourth]

@@ -98,10 +98,12 @@ class ShuffleNetV1(Network):
         )
         self.head = nn.Linear(stages[-1][0], classes)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`."""
-        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
-        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+    def staged(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)` and the outputs of the three stages."""
+        first = self.layer1(F.relu(self.bn1(self.conv1(images)), inplace=True))
+        second = self.layer2(first)
+        third = self.layer3(second)
+        return third.mean((2, 3)), [first, second, third]
 
 
 class SplitUnit(nn.Module):
@@ -174,8 +176,13 @@ class ShuffleNetV2(Network):
         self.bn2 = nn.BatchNorm2d(last)
         self.head = nn.Linear(last, classes)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`."""
-        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return F.relu(self.bn2(self.conv2(x)), inplace=True).mean((2, 3))
+    def staged(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)` and the outputs of the three stages.
+
+        What is pooled is one more convolution behind the last of them.
+        """
+        first = self.layer1(F.relu(self.bn1(self.conv1(images)), inplace=True))
+        second = self.layer2(first)
+        third = self.layer3(second)
+        last = F.relu(self.bn2(self.conv2(third)), inplace=True)
+        return last.mean((2, 3)), [first, second, third]

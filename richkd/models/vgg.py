@@ -35,14 +35,18 @@ class Vgg(Network):
         draw_convolutions(self)
         draw_head(self.head)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`."""
-        x = images
-        for block in (self.block0, self.block1, self.block2):
-            x = F.max_pool2d(F.relu(block(x), inplace=True), 2)
-        x = F.relu(self.block3(x), inplace=True)
-        x = _shrunk(x, images.shape[2])
-        return F.relu(self.block4(x), inplace=True).mean((2, 3))
+    def staged(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)` and the outputs of four stages.
+
+        They are the last four blocks, behind their ReLU and before they are pooled; the first block, of the images' own
+        size, is the stem.
+        """
+        stem = F.relu(self.block0(images), inplace=True)
+        first = F.relu(self.block1(F.max_pool2d(stem, 2)), inplace=True)
+        second = F.relu(self.block2(F.max_pool2d(first, 2)), inplace=True)
+        third = F.relu(self.block3(F.max_pool2d(second, 2)), inplace=True)
+        fourth = F.relu(self.block4(_shrunk(third, images.shape[2])), inplace=True)
+        return fourth.mean((2, 3)), [first, second, third, fourth]
 
 
 @torch.fx.wrap  # a choice that stays one where the network is traced

@@ -57,10 +57,15 @@ class Wrn(Network):
         draw_convolutions(self)
         nn.init.zeros_(self.head.bias)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`."""
-        x = self.block3(self.block2(self.block1(self.conv1(images))))
-        return F.relu(self.bn1(x), inplace=True).mean((2, 3))
+    def staged(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)` and the outputs of the three stages.
+
+        The last is what is pooled, behind the norm and ReLU at the end; the others are sums, before the next stage's.
+        """
+        first = self.block1(self.conv1(images))
+        second = self.block2(first)
+        third = F.relu(self.bn1(self.block3(second)), inplace=True)
+        return third.mean((2, 3)), [first, second, third]
 
 
 def _stage(blocks: int, inside: int, outside: int, stride: int) -> nn.Module:
