@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from richkd import cache, checkpoint, models, teachers
+from richkd.banks import Banks
 from richkd.config import Config, Layers, Teacher, build, digest, flatten
 from richkd.data import Batches, Dataset, Split, Views, load, split
 from richkd.data.batches import stream_seed
@@ -28,6 +29,8 @@ from richkd.errors import ConfigError, NonFiniteError
 from richkd.evaluate import accuracy, evaluate
 from richkd.evaluate.accuracy import network_logits
 from richkd.files import read_record, write_json
+from richkd.learner import Contrast, Learner, Maps
+from richkd.losses import maps
 from richkd.progress import Progress, stoppable
 from richkd.record import TESTED, Record, held, momentum_of, seed_folders
 from richkd.steps import ADVICE, ALONE, Steps, check_slices
@@ -113,17 +116,26 @@ def open_teacher(
     A task teacher that is neither a checkpoint nor a file of logits is trained on the labelled rows, once
     for each seed and recipe, and kept in the cache.
     """
-    if config.loss.logit == 0:
+    loss, features = config.loss, config.feature_alpha
+    if loss.logit == loss.feature == 0:
         return None
     relative = config.clip.scale in ("match_std", "calibrated")
     relative |= config.loss.temperature_of == "task"
     own = None
     clips = []
-    if config.fusion.alpha < 1:
+    if (loss.logit > 0 and config.fusion.alpha < 1) or (loss.contrasts and features < 1):
         clips = teachers.open_clip_teachers(
             config.clip, task.dataset, task.device, task.cache, progress
         )
-    if config.fusion.alpha > 0 or relative:
+    beside = None
+    if loss.maps:
+        student = initial_student(config, task.dataset)
+        image = torch.zeros(1, task.dataset.channels, *task.dataset.size)
+        sizes = tuple(shape[1:] for shape in models.stage_shapes(student, image))
+        beside = teachers.Beside(transform=loss.transform, student=sizes)
+    elif loss.contrasts and features > 0:
+        beside = teachers.Beside()
+    if beside is not None or (loss.logit > 0 and (config.fusion.alpha > 0 or relative)):
         given = config.teacher
         trained = None if given.brought else trained_teacher(config, task, progress)
         own = teachers.open_task(
@@ -135,6 +147,7 @@ def open_teacher(
             task.cache,
             progress,
             config.train.epochs,
+            beside,
         )
     check_teachers(config.teacher, task, own, clips)
     return teachers.FusedTeacher(config, task.split, task.labels, own, clips)
@@ -207,6 +220,37 @@ def open_student(config: Config, task: Task) -> nn.Module:
     return student.to(memory_format=torch.channels_last)
 
 
+def open_learner(config: Config, task: Task, teacher: teachers.FusedTeacher | None) -> Learner:
+    """Return the untrained student with what a loss of features learns beside it.
+
+    Raises:
+        ConfigError: If the student cannot be compared so.
+    """
+    student, comparison = open_student(config, task), None
+    if config.loss.contrasts:
+        banks = Banks(classes_of(config, task, teacher), config.contrast, config.seed, task.device)
+        comparison = Contrast(config, student.width, teacher.widths, teacher.weights, banks)
+    elif config.loss.maps:
+        image = torch.zeros(1, task.dataset.channels, *task.dataset.size, device=task.device)
+        own, other = models.stage_shapes(student, image), teacher.task.stages
+        sizes = maps.paired_sizes([s[1:] for s in own], [s[1:] for s in other])
+        comparison = Maps(config, [s[0] for s in own], [s[0] for s in other], sizes)
+    return Learner(student, None if comparison is None else comparison.to(task.device))
+
+
+def classes_of(config: Config, task: Task, teacher: teachers.FusedTeacher) -> Tensor:
+    """Return the class of each row that is learnt from, as contrast may know it: -1 where there is no label.
+
+    True labels of unlabelled rows are never read.
+    """
+    rows = task.split.transfer
+    known = torch.from_numpy(task.split.labels[rows])
+    if not config.contrast.pseudo_labels:
+        return known
+    likeliest = teacher.fused("train")[rows].argmax(1).cpu()
+    return torch.where(known >= 0, known, likeliest)
+
+
 def open_batches(config: Config, task: Task, *, distilled: bool) -> Batches:
     """Return the global batches of `config`, whether or not there is a teacher to distil from."""
     everything = len(task.split.labelled) == len(task.split.transfer)
@@ -255,11 +299,12 @@ class Run:
         self.record = Record(folder, config, resume=resume) if group.first else None
         progress = stoppable(progress, stop)
         self.task = open_task(config, progress, beside)
-        self.student = open_student(config, self.task)
         self.teacher = open_teacher(config, self.task, progress)
+        self.learner = open_learner(config, self.task, self.teacher)
+        self.student = self.learner.student
         self.batches = open_batches(config, self.task, distilled=self.teacher is not None)
         check_slices(self.batches, self.student, group)
-        self.optimizer = open_optimizer(config, self.student)
+        self.optimizer = open_optimizer(config, self.learner)
         self.held_out = torch.from_numpy(self.task.split.validation)
         self.seconds = time.monotonic() - began  # of its own: others may take turns with it
 
@@ -272,13 +317,14 @@ class Run:
                 opened.enter_context(held(self.folder, self.wait))
                 self.record.open(task.dataset, task.split, self.teacher, group.size)
                 if self.resume:
-                    meta, rows = self.record.restore(self.student, self.optimizer)
-                self.record.begin(self.student, self.optimizer, meta["epoch"] if meta else 0)
+                    meta, rows = self.record.restore(self.learner, self.optimizer)
+                self.record.begin(self.learner, self.optimizer, meta["epoch"] if meta else 0)
             meta, self.rows = group.from_first([meta, rows])
             self.best = meta["best"] if meta else None
-            share_state(group, self.student, self.optimizer, momentum=len(self.rows) > 0)
-            wrapped = group.wrap(self.student)
-            self.steps = Steps(config, wrapped, self.teacher, self.optimizer, self.batches, group)
+            share_state(group, self.learner, self.optimizer, begun=len(self.rows) > 0)
+            self.steps = Steps(
+                config, self.learner, self.teacher, self.optimizer, self.batches, group
+            )
             self.opened = opened.pop_all()
         return self
 
@@ -313,7 +359,7 @@ class Run:
         }
         self.rows.append(metrics)
         if self.record is not None:
-            self.record.epoch(self.student, self.optimizer, metrics, self.best)
+            self.record.epoch(self.learner, self.optimizer, metrics, self.best)
         self.seconds += time.monotonic() - began
 
     def finish(self) -> Outcome:
@@ -449,16 +495,19 @@ def better(found: dict[str, float], best: dict[str, float]) -> bool:
 
 
 def share_state(
-    group: Group, student: nn.Module, optimizer: torch.optim.Optimizer, *, momentum: bool
+    group: Group, learner: Learner, optimizer: torch.optim.Optimizer, *, begun: bool
 ) -> None:
-    """Give all workers the first one's weights and, if it has any, its momentum."""
-    group.copy_from_first(student.state_dict().values())
-    if not momentum:
+    """Give all workers the first one's weights and, of a run that goes on, its momentum and banks."""
+    group.copy_from_first(learner.state_dict().values())
+    if not begun:
         return
-    for parameter in student.parameters():
+    for _, parameter in learner.trained():
         if optimizer.state[parameter].get("momentum_buffer") is None:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    group.copy_from_first(momentum_of(student, optimizer).values())
+    group.copy_from_first(momentum_of(learner, optimizer).values())
+    state = learner.beside()
+    group.copy_from_first(state.values())
+    learner.load_beside(state)
 
 
 def test(outcome: Outcome) -> dict[str, float]:

@@ -355,14 +355,14 @@ def _keep(config: Config, task: Task, ours: bench.Ours, folder: Path) -> tuple[f
     """Return the seconds of what is written in an epoch, in every second of which the best is, and the bytes that stay."""
     record = Record(folder, config, resume=False)
     record.open(task.dataset, task.split, None, 1)
-    record.begin(ours.student, ours.steps.optimizer, 0)
+    record.begin(ours.learner, ours.steps.optimizer, 0)
     numbers = dict.fromkeys((f"number {k}" for k in range(12)), math.pi)  # as many as an epoch has
     best = {"epoch": 1, "top1": math.pi, "top5": math.pi, "loss": math.pi}
     for epoch in range(1, 2 * WRITES + 2):
         if epoch == 2:  # the first one makes what the others replace
             began = time.perf_counter()
         kept = best | {"epoch": epoch - epoch % 2}
-        record.epoch(ours.student, ours.steps.optimizer, numbers | {"epoch": epoch}, kept)
+        record.epoch(ours.learner, ours.steps.optimizer, numbers | {"epoch": epoch}, kept)
     seconds = (time.perf_counter() - began) / (2 * WRITES)
     return seconds, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 

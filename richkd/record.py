@@ -16,16 +16,18 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import Tensor
 
 from richkd import checkpoint
 from richkd.config import Config, digest, dump, to_dict
 from richkd.data import Dataset, Split
 from richkd.errors import ConfigError, CorruptError
 from richkd.files import check_writable, make_folder, read_record, write_atomic, write_json
+from richkd.learner import Learner
 from richkd.teachers import FusedTeacher
 
 TESTED = ("test/", "teacher/", "clip/", "fused/")  # metrics of the test rows
+MOMENTUM = "momentum."  # before a parameter's name, in the state of a checkpoint
 WAIT = 60.0  # seconds for the process of a driver that was killed to end
 
 Metrics = dict[str, float]
@@ -132,9 +134,9 @@ class Record:
         write_atomic(self.folder / "config.yaml", dump(self.config).encode())
 
     def restore(
-        self, student: nn.Module, optimizer: torch.optim.Optimizer
+        self, learner: Learner, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Any] | None, list[Metrics]]:
-        """Load `last/` into student and optimiser, and bring what is written after it in each epoch to its state.
+        """Load `last/` into learner and optimiser, and bring what is written after it in each epoch to its state.
 
         Random numbers need no state: each epoch's are a function of the seed and the epoch.
 
@@ -143,12 +145,13 @@ class Record:
         """
         if not checkpoint.exists(self.folder / "last"):
             return None, []
-        saved = checkpoint.load(self.folder / "last")
+        saved, student = checkpoint.load(self.folder / "last"), learner.student
         student.load_state_dict(saved.weights)
-        for name, parameter in student.named_parameters():
-            if name in saved.state:
+        learner.load_beside(saved.state)
+        for name, parameter in learner.trained():
+            if f"{MOMENTUM}{name}" in saved.state:
                 # with the parameter's own strides: the fused optimiser walks both in memory order
-                buffer = torch.empty_like(parameter).copy_(saved.state[name])
+                buffer = torch.empty_like(parameter).copy_(saved.state[f"{MOMENTUM}{name}"])
                 optimizer.state[parameter]["momentum_buffer"] = buffer
         meta, rows = saved.meta, rows_of(self.folder, saved.meta)
         epoch = meta["epoch"]
@@ -158,18 +161,18 @@ class Record:
         write_atomic(self.folder / "metrics.jsonl", lines.encode())
         return meta, rows
 
-    def begin(self, student: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    def begin(self, learner: Learner, optimizer: torch.optim.Optimizer, epoch: int) -> None:
         """Say that the run goes on after `epoch`; before the first there is a checkpoint, too, to go on from."""
         write_json(self.folder / "run.json", self.state)
         if epoch == 0:
-            self._save(student, optimizer, 0, {}, None)
+            self._save(learner, optimizer, 0, {}, None)
             write_atomic(self.folder / "metrics.jsonl", b"")
 
     def epoch(
-        self, student: nn.Module, optimizer: torch.optim.Optimizer, metrics: Metrics, best: Metrics
+        self, learner: Learner, optimizer: torch.optim.Optimizer, metrics: Metrics, best: Metrics
     ) -> None:
         """Keep an epoch: its checkpoint, and its line of metrics."""
-        self._save(student, optimizer, metrics["epoch"], metrics, best)
+        self._save(learner, optimizer, metrics["epoch"], metrics, best)
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
             file.flush()
@@ -177,15 +180,16 @@ class Record:
 
     def _save(
         self,
-        student: nn.Module,
+        learner: Learner,
         optimizer: torch.optim.Optimizer,
         epoch: int,
         metrics: Metrics,
         best: Metrics | None,
     ) -> None:
         meta = self.about | {"epoch": epoch, "metrics": metrics, "best": best}
-        weights = dict(student.state_dict())
-        checkpoint.save(self.folder / "last", weights, momentum_of(student, optimizer), meta)
+        weights = dict(learner.student.state_dict())
+        state = momentum_of(learner, optimizer) | learner.beside()
+        checkpoint.save(self.folder / "last", weights, state, meta)
         if best is not None and best["epoch"] == epoch:
             checkpoint.save(self.folder / "best", weights, {}, meta)
 
@@ -254,11 +258,11 @@ def newest(folder: Path, seeds: int = 1) -> int:
     return min(checkpoint.verify(last)["meta"]["epoch"] for last in lasts)
 
 
-def momentum_of(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimiser's momentum buffers by the name of their parameter."""
+def momentum_of(learner: Learner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimiser's momentum buffers by MOMENTUM and the name of their parameter."""
     return {
-        name: optimizer.state[parameter]["momentum_buffer"]
-        for name, parameter in student.named_parameters()
+        f"{MOMENTUM}{name}": optimizer.state[parameter]["momentum_buffer"]
+        for name, parameter in learner.trained()
         if optimizer.state[parameter].get("momentum_buffer") is not None
     }
 

@@ -6,9 +6,9 @@ made at once, and the terms of the loss stay there until the epoch has ended.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +18,20 @@ from richkd.config import Config
 from richkd.data import Batches
 from richkd.data.views import sent
 from richkd.errors import ConfigError, Interrupted, NonFiniteError
+from richkd.learner import Learner
 from richkd.precision import in_use
 from richkd.teachers import FusedTeacher
 from richkd.workers import Group
 
-ADVICE = "lower train.lr or loss.logit, or raise loss.temperature"  # of a run that diverged
+ADVICE = "lower train.lr, loss.logit or loss.feature, or raise loss.temperature"  # of a run that diverged
 ALONE = Group()
 BLOCK = {
     "cpu": 256,
     "cuda": 4096,
 }  # rows: of a CPU some seconds of a teacher, of a GPU more than a copy is worth
 EAGER = 3  # steps before a graph is captured, in which kernels are chosen and momentum begins
-TERMS = ("loss_ce", "loss_logit", "loss", "target_entropy")
+TERMS = ("loss_ce", "loss_logit", "loss_feature", "loss", "target_entropy")
+LOSS = TERMS.index("loss")
 
 
 class Slice(NamedTuple):
@@ -39,9 +41,13 @@ class Slice(NamedTuple):
         rows: Training rows `(B,)`, where their pixels are.
         labels: Visible labels `(B,)`, on the device.
         views: Crops `(B, 3)`, where the pixels are.
-        target: Log-probabilities of the teacher `(B, K)`, on the device; None where nothing is distilled.
+        target: Log-probabilities of the teacher `(B, K)`, on the device; None where no logits are learnt.
         labelled: Number of labelled rows in the global batch, on the device.
         total: Number of rows in the global batch.
+        beside: What a loss of features asks of the teachers, as `Said.beside`, on the device.
+        ids: Place of each row of the *global* batch among the rows that are learnt from, on the device; None where no banks
+            are kept.
+        pixels: The crops themselves, uint8 `(B, H, W, C)`, where they are streamed.
     """
 
     rows: Tensor
@@ -50,6 +56,18 @@ class Slice(NamedTuple):
     target: Tensor | None
     labelled: Tensor
     total: int
+    beside: tuple[Tensor, ...] = ()
+    ids: Tensor | None = None
+    pixels: Tensor | None = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors that it holds."""
+        for each in self:
+            yield from (
+                part
+                for part in (each if isinstance(each, tuple) else (each,))
+                if isinstance(part, Tensor)
+            )
 
 
 class Steps:
@@ -57,7 +75,7 @@ class Steps:
 
     Args:
         config: The run.
-        student: As `group.wrap` returned it.
+        learner: The student, and what is learnt beside it.
         teacher: None where nothing is distilled.
         optimizer: Of the student's parameters.
         batches: Global batches.
@@ -67,20 +85,26 @@ class Steps:
     def __init__(
         self,
         config: Config,
-        student: nn.Module,
+        learner: Learner,
         teacher: FusedTeacher | None,
         optimizer: torch.optim.Optimizer,
         batches: Batches,
         group: Group = ALONE,
     ) -> None:
-        self.config, self.student, self.teacher = config, student, teacher
+        self.config, self.learner, self.teacher = config, learner, teacher
+        self.student, self.comparison = learner.student, learner.comparison
+        self.wrapped = group.wrap(learner)
         self.optimizer, self.batches, self.group = optimizer, batches, group
         self.views, self.device = batches.views, batches.views.device
         self.half = in_use(config.train.precision, self.device) == "bf16"
         self.resident = self.views.view is not None
         alone = group.size == 1 and self.resident
         replayed = self.device.type == "cuda" and config.train.graphs and alone
-        self.graph = Graph(optimizer) if replayed else None
+        self.banks = None if self.comparison is None else self.comparison.banks
+        generators = [] if self.banks is None else [self.banks.generator]
+        self.graph = Graph(optimizer, generators) if replayed else None
+        # how much of its weight the loss of logits has; read by a graph
+        self.rise = torch.ones((), device=self.device)
 
     def blocks(self, epoch: int) -> Iterator[list[Slice]]:
         """Yield this worker's slices of the batches of `epoch`, a block of them at a time."""
@@ -95,26 +119,38 @@ class Steps:
         mine = [[each[self.group.slice(len(each))] for each in batch] for batch in block]
         rows, labels, views = map(torch.cat, zip(*mine, strict=True))
         sizes = [len(rows) for rows, _, _ in mine]
-        targets = [None] * len(sizes)
+        targets: Sequence[Tensor | None] = [None] * len(sizes)
+        beside: Sequence[tuple[Tensor, ...]] = [()] * len(sizes)
         if self.teacher is not None and len(rows):
-            targets = self.teacher.target(rows, views).split(sizes)
+            said = self.teacher.said(rows, views)
+            if said.target is not None:
+                targets = said.target.split(sizes)
+            if said.beside:
+                beside = list(zip(*(each.split(sizes) for each in said.beside), strict=True))
+        ids: Sequence[Tensor | None] = [None] * len(sizes)
+        if self.banks is not None:
+            everyone = torch.cat([rows for rows, _, _ in block])
+            places = torch.searchsorted(self.batches.transfer, everyone)
+            ids = sent(places, self.device).split(totals)
         known = torch.cat([rows[:, None], views, labels[:, None]], 1)
         there = sent(known, self.device)
         where = (there if self.resident else known).split(sizes)
         return [
-            Slice(crops[:, 0], own[:, -1], crops[:, 1:-1], target, count, total)
-            for crops, own, target, count, total in zip(
+            Slice(crops[:, 0], own[:, -1], crops[:, 1:-1], *others)
+            for crops, own, *others in zip(
                 where,
                 there.split(sizes),
                 targets,
                 sent(labelled, self.device),
                 totals,
+                beside,
+                ids,
                 strict=True,
             )
         ]
 
     def take(self, part: Slice, progress: float) -> Tensor:
-        """Take one step of the optimiser and return what this slice adds to the values of TERMS, `(4,)`.
+        """Take one step of the optimiser and return what this slice adds to the values of TERMS.
 
         Args:
             part: This worker's slice.
@@ -131,40 +167,65 @@ class Steps:
         return self.step(part)
 
     def step(self, part: Slice) -> Tensor:
-        """Take one step at the learning rate that is set, and return what `values` returns, detached."""
-        values = self.values(part) if len(part.rows) else self.idle()
+        """Take one step at the learning rate that is set, and return the values of TERMS, detached."""
+        values, found = self.values(part) if len(part.rows) else self.idle(part)
         self.optimizer.zero_grad(set_to_none=True)
         # the gradients of several workers are averaged, where they should add up
-        (self.group.size * values[2]).backward()
+        (self.group.size * values[LOSS]).backward()
         self.optimizer.step()
+        if self.comparison is not None:
+            self.comparison.update(found, part.ids, part.total, self.group)
         return values.detach()
 
-    def values(self, part: Slice) -> Tensor:
-        """Return what a slice adds to the values of TERMS, `(4,)`; the third is the loss to descend."""
+    def values(self, part: Slice) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return what a slice adds to the values of TERMS, of which the loss is to be descended, and what was compared."""
         images, weights = self.views.images(part.rows, part.views), self.config.loss
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.half, cache_enabled=False
         ):
-            logits = self.student(images)
+            logits, found = self.wrapped(images, part.beside)
         logits = logits.float()
-        ce = losses.cross_entropy(logits, part.labels, part.labelled)
-        if part.target is None:
-            zero = ce.new_zeros(())
-            return torch.stack([ce.detach(), zero, weights.ce * ce, zero])
-        logit = losses.kd(logits, part.target, self.teacher.temperature, part.total)
-        loss = weights.ce * ce + weights.logit * logit
-        entropy = fusion.entropy(part.target) * (len(part.rows) / part.total)
-        return torch.stack([ce.detach(), logit.detach(), loss, entropy])
+        ce = losses.cross_entropy(logits, part.labels, part.labelled, weights.smoothing)
+        logit = feature = entropy = ce.new_zeros(())
+        loss = weights.ce * ce
+        if part.target is not None:
+            logit = self._of_logits(logits, part)
+            loss = loss + weights.logit * self.rise * logit
+            entropy = fusion.entropy(part.target) * (len(part.rows) / part.total)
+        if self.comparison is not None:
+            feature = self._of_features(found, part)
+            loss = loss + weights.feature * feature
+        terms = [ce.detach(), logit.detach(), feature.detach(), loss, entropy]
+        return torch.stack(terms), found
 
-    def idle(self) -> Tensor:
+    def _of_logits(self, logits: Tensor, part: Slice) -> Tensor:
+        weights, temperature = self.config.loss, self.teacher.temperature
+        if weights.standardise:
+            logits = fusion.standardise(logits)
+        if weights.logit_kind == "kd":
+            return losses.kd(logits, part.target, temperature, part.total)
+        shares = weights.dkd_alpha, weights.dkd_beta
+        return losses.dkd(logits, part.target, part.labels, temperature, *shares, part.total)
+
+    def _of_features(self, found: tuple[Tensor, ...], part: Slice) -> Tensor:
+        return self.comparison.loss(found, part.beside, part.ids, part.total, self.group)
+
+    def idle(self, part: Slice) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the values of a worker whose slice is empty: zeros that go back through the whole network.
 
-        The others wait for its gradients. In eval mode, so that the image that it looks at changes no statistics.
+        The others wait for its gradients, and for its part of what they gather. In eval mode, so that the image that it looks
+        at changes no statistics.
         """
-        self.student.eval()
-        zero = 0 * self.student(self.views.images(self.batches.transfer[:1])).sum()
-        self.student.train()
-        return torch.stack([zero.detach(), zero.detach(), zero, zero.detach()])
+        self.learner.eval()
+        image = self.views.images(self.batches.transfer[:1])
+        widths = () if self.teacher is None else self.teacher.widths
+        logits, found = self.wrapped(image, [image.new_ones(1, width) for width in widths])
+        self.learner.train()
+        zero = 0 * sum(each.sum() for each in (logits, *found))
+        none = tuple(each[:0] for each in found)
+        if self.banks is not None:
+            zero = zero + self._of_features(none, part)
+        return torch.stack([zero if k == LOSS else zero.detach() for k in range(len(TERMS))]), none
 
     def epoch(self, epoch: int, stop: Callable[[], int | None]) -> dict[str, float]:
         """Train for one epoch and return the mean of each of TERMS over the global batches.
@@ -177,7 +238,11 @@ class Steps:
             NonFiniteError: If a term or a weight is NaN or infinite; names epoch, step and term.
             Interrupted: If `stop` returned a signal.
         """
-        self.student.train()
+        self.learner.train()
+        if self.comparison is not None:
+            self.comparison.begin(epoch)
+        if warmup := self.config.loss.warmup:
+            self.rise.fill_(min((epoch + 1) / warmup, 1.0))
         steps, epochs = len(self.batches), self.config.train.epochs
         terms = torch.zeros(steps, len(TERMS), device=self.device)
         parts = (part for block in self.blocks(epoch) for part in block)
@@ -187,7 +252,7 @@ class Steps:
             terms[k] = self.take(part, (epoch * steps + k) / (epochs * steps))
         terms = self.group.total(terms)
         self.group.copy_from_first(self.student.buffers())
-        check_finite(terms.cpu(), self.student, epoch)
+        check_finite(terms.cpu(), self.learner, epoch)
         return dict(zip(TERMS, terms.double().mean(0).tolist(), strict=True))
 
 
@@ -200,11 +265,16 @@ class Graph:
 
     Args:
         optimizer: That the step ends with.
+        generators: Of random numbers that a step draws on the GPU, beside PyTorch's own.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, generators: Sequence[torch.Generator] = ()
+    ) -> None:
         self.optimizer, self.taken = optimizer, 0
         self.graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            self.graph.register_generator_state(generator)
 
     def take(self, step: Callable[[Slice], Tensor], part: Slice) -> Tensor:
         """Take a step and return its values, which hold until the next one.
@@ -226,15 +296,16 @@ class Graph:
             return values
         if self.taken == EAGER + 1:
             self._capture(step, part)
-        for own, given in zip(self.part, part, strict=True):
-            if isinstance(own, Tensor):
-                own.copy_(given)
+        for own, given in zip(self.part.tensors(), part.tensors(), strict=True):
+            own.copy_(given)
         self.graph.replay()
         return self.values
 
     def _capture(self, step: Callable[[Slice], Tensor], part: Slice) -> None:
         """Record the step; nothing is computed yet."""
-        self.part = Slice(*(e.clone() if isinstance(e, Tensor) else e for e in part))
+        self.part = part._replace(
+            **{name: _copied(value) for name, value in part._asdict().items()}
+        )
         self.optimizer.zero_grad(set_to_none=True)
         try:
             with torch.cuda.graph(self.graph):
@@ -246,6 +317,12 @@ class Graph:
             raise ConfigError(
                 f"train.graphs: a step of this student cannot be recorded ({reason}); give train.graphs=false."
             ) from error
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_copied, value))
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def check_slices(batches: Batches, student: nn.Module, group: Group) -> None:
@@ -267,15 +344,15 @@ def check_slices(batches: Batches, student: nn.Module, group: Group) -> None:
         ) from error
 
 
-def check_finite(terms: Tensor, student: nn.Module, epoch: int) -> None:
-    """Raise NonFiniteError naming the first step and term of `terms` `(steps, 4)`, or the weight, not finite."""
+def check_finite(terms: Tensor, learner: Learner, epoch: int) -> None:
+    """Raise NonFiniteError naming the first step and term of `terms` `(steps, 5)`, or the weight, not finite."""
     if not terms.isfinite().all():
         where = (~terms.isfinite()).nonzero()[0].tolist()
         raise NonFiniteError(
             f"{TERMS[where[1]]} is {terms[where[0], where[1]].item()} at step {where[0] + 1} of epoch {epoch + 1}; "
             f"{ADVICE}."
         )
-    for name, value in student.state_dict().items():
+    weights = learner.student.state_dict() | learner.beside()
+    for name, value in weights.items():
         if not value.isfinite().all():
-            name = name.removeprefix("module.")  # of a student wrapped for several workers
             raise NonFiniteError(f"weight {name} is not finite after epoch {epoch + 1}; {ADVICE}.")

@@ -1,4 +1,4 @@
-"""The fused teacher as one object: rows and views in, the student's target out.
+"""The fused teacher as one object: rows and views in, out comes what the student learns from.
 
 Whether a teacher's logits are computed online, looked up in a table or read from a file is decided here and nowhere
 else.
@@ -12,9 +12,10 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from richkd.data.views import sent
 from richkd.errors import ConfigError, DataError
 from richkd.evaluate.accuracy import accuracy, network_logits
 from richkd.files import sha256_of
+from richkd.losses import maps
 from richkd.models import foreign, library
 from richkd.models.library import Preprocessing
 from richkd.precision import computed
@@ -53,12 +55,16 @@ IMAGES_AHEAD = 16  # whose crops are computed between two looks at who wants to 
 class TaskTeacher:
     """The user's own teacher: a network and what it says of what the student sees, or given logits.
 
+    What it says of an image is its logits and, where it was opened for a loss of features, numbers beside them.
+
     Attributes:
         identity: Changes with its outputs; a run goes on with the same one only.
         classes: K.
         train_views: Training images under its own normalisation.
         test_views: Test images, likewise.
-        network: Frozen, in eval mode; None if its logits were given.
+        network: Frozen, in eval mode, says all these numbers in a row; None if its logits were given.
+        sizes: How many numbers each thing beside the logits has: its features, or each of its maps.
+        stages: Channels, height and width of each of its maps, where they are compared.
         given: Logits `(N, K)` of the training rows and `(M, K)` of the test rows, un-augmented, None where unknown.
         single: Whether it says of each crop what it says of the whole image, which is wrong under augmentation.
         table: What it says of each crop of each training row, known or computed when it is asked; None asks the network.
@@ -71,6 +77,8 @@ class TaskTeacher:
     train_views: Views
     test_views: Views
     network: nn.Module | None = None
+    sizes: tuple[int, ...] = ()
+    stages: tuple[tuple[int, int, int], ...] = ()
     given: tuple[Tensor, Tensor | None] | None = None
     single: bool = False
     table: Table | None = None
@@ -86,20 +94,25 @@ class TaskTeacher:
 
     def logits(self, rows: Tensor, views: Tensor) -> Tensor:
         """Return logits `(B, K)` of those crops of training rows, both on the CPU."""
+        return self.said(rows, views)[0]
+
+    def said(self, rows: Tensor, views: Tensor, pixels: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return logits `(B, K)` of those crops of training rows, both on the CPU, and what is beside them.
+
+        Args:
+            rows: `(B,)`.
+            views: Their crops, one a row.
+            pixels: The crops themselves, uint8 `(B, H, W, C)`, where they are streamed.
+        """
         if self.network is None or self.single:
-            return self.train[sent(rows, self.train.device)]
-        return self._crops(rows, views)[:, : self.classes]
-
-    def features(self, rows: Tensor, views: Tensor) -> Tensor:
-        """Return the pooled features `(B, D)` of those crops, of a teacher that was opened for them."""
-        return self._crops(rows, views)[:, self.classes :]
-
-    def _crops(self, rows: Tensor, views: Tensor) -> Tensor:
+            return (self.train[sent(rows, self.train.device)],)
         if self.table is None:
-            return self._run(self.train_views, rows, views)
-        numbers = rows * self.train_views.count + self.train_views.number(views)
-        found = torch.from_numpy(self.table.get(numbers.numpy(), self.of_numbers))
-        return sent(found, self.train_views.device).float()
+            found = self._run(self.train_views, rows, views, pixels)
+        else:
+            numbers = rows * self.train_views.count + self.train_views.number(views)
+            known = torch.from_numpy(self.table.get(numbers.numpy(), self.of_numbers))
+            found = sent(known, self.train_views.device).float()
+        return found.split((self.classes, *self.sizes), 1)
 
     def of_numbers(self, numbers: np.ndarray) -> np.ndarray:
         """Return what the network says of the crops that are rows `numbers` of its table."""
@@ -112,7 +125,13 @@ class TaskTeacher:
         """Compute all rows of the table that are not known yet, as `Table.fill` does."""
         self.table.fill(self.of_numbers, IMAGES_AHEAD * self.train_views.count, progress, spread)
 
-    def _run(self, part: Views, rows: Tensor, views: Tensor | None = None) -> Tensor:
+    def _run(
+        self,
+        part: Views,
+        rows: Tensor,
+        views: Tensor | None = None,
+        pixels: Tensor | None = None,
+    ) -> Tensor:
         """Return what the network says of crops of `part`, or of whole images.
 
         On a CPU that is the same whoever else is in a batch, from LEAST on and on one thread, so that a table holds what any
@@ -125,7 +144,10 @@ class TaskTeacher:
         each = max(PIXELS[device.type] // math.prod(part.shape[:2]) // LEAST, 1) * LEAST
 
         def run(batch: Tensor) -> Tensor:
-            images = part.images(rows[batch], None if views is None else views[batch])
+            if pixels is None:
+                images = part.images(rows[batch], None if views is None else views[batch])
+            else:
+                images = part.normalised(pixels[batch])
             with torch.no_grad(), computed(device, self.precision):
                 return network(images).float()
 
@@ -171,17 +193,53 @@ class TaskTeacher:
         return torch.from_numpy(self.keep(part, compute)).to(views.device)
 
 
-class Outputs(nn.Module):
-    """The logits of a network and, behind them, its pooled features."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beside:
+    """What a loss of features asks of a task teacher beside its logits.
 
-    def __init__(self, network: nn.Module) -> None:
+    Attributes:
+        transform: Of its stage outputs; None asks for its pooled features.
+        student: Height and width of each stage of the student, with which they are compared.
+    """
+
+    transform: str | None = None
+    student: tuple[maps.Size, ...] = ()
+
+
+class Outputs(nn.Module):
+    """The logits of a network and, behind them, its pooled features, or its stage outputs made comparable.
+
+    Args:
+        network: Has a head.
+        beside: What is asked for.
+        image: One that it takes, `(1, C, H, W)`.
+
+    Attributes:
+        stages: Channels, height and width of each stage's output, where they are asked for.
+        sizes: How many numbers each thing behind the logits has.
+    """
+
+    def __init__(self, network: nn.Module, beside: Beside, image: Tensor) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.transform = network, beside.transform
+        self.stages, self.sizes = (), (network.head.in_features,)
+        if beside.transform is not None:
+            self.stages = models.stage_shapes(network, image)
+            own = [shape[1:] for shape in self.stages]
+            self.places = maps.paired_sizes(beside.student, own)
+            with torch.no_grad():
+                _, outputs = network.staged(image)
+            each = maps.transformed(outputs, self.places, self.transform)
+            self.sizes = tuple(part.shape[1] for part in each)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return `(N, K + D)` of `images` `(N, C, H, W)`."""
-        features = self.network.features(images)
-        return torch.cat([self.network.head(features), features], 1)
+        """Return `(N, K + E)` of `images` `(N, C, H, W)`."""
+        if self.transform is None:
+            features = self.network.features(images)
+            return torch.cat([self.network.head(features), features], 1)
+        features, outputs = self.network.staged(images)
+        each = maps.transformed(outputs, self.places, self.transform)
+        return torch.cat([self.network.head(features), *each], 1)
 
 
 class Resized(nn.Module):
@@ -196,10 +254,15 @@ class Resized(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`."""
+        return self.network.features(self._shrunk(images))
+
+    def staged(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the pooled features `(N, D)`, and the outputs of the stages."""
+        return self.network.staged(self._shrunk(images))
+
+    def _shrunk(self, images: Tensor) -> Tensor:
         size = (self.size, self.size)
-        return self.network.features(
-            F.interpolate(images, size, mode="bilinear", align_corners=False)
-        )
+        return F.interpolate(images, size, mode="bilinear", align_corners=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits `(N, K)` of `images` `(N, C, H, W)`."""
@@ -215,7 +278,7 @@ def open_task(
     cache_root: Path | None = None,
     progress: Progress | None = None,
     epochs: int = 1,
-    features: bool = False,
+    beside: Beside | None = None,
 ) -> TaskTeacher:
     """Return the task teacher of `config`.
 
@@ -228,10 +291,19 @@ def open_task(
         cache_root: Where what it says is kept; None keeps nothing.
         progress: Told how far such a computation is.
         epochs: Of the run that asks; of a long one `teacher.views=auto` keeps what it says of crops.
-        features: Whether its pooled features are asked for, too.
+        beside: What is asked for beside its logits.
+
+    Raises:
+        ConfigError: If it does not fit together, or cannot say what is asked for.
     """
     views = {"train_views": train_views, "test_views": test_views}
     classes, device = len(dataset.names), train_views.device
+    if beside is not None and (config.logits is not None or config.views == "single"):
+        given = "teacher.logits" if config.logits is not None else "teacher.views=single"
+        raise ConfigError(
+            f"loss.feature asks the task teacher for more than {given} knows, its logits; give teacher.checkpoint, or use a "
+            "method without features."
+        )
     if config.logits is not None:
         train, test = logits.aligned(config.logits, dataset, field="teacher.logits")
         return TaskTeacher(
@@ -266,11 +338,20 @@ def open_task(
 
     network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     crops = views["train_views"]
-    width = classes + (network.head.in_features if features else 0)
+    sizes, stages = (), ()
+    if beside is not None:
+        image = torch.zeros(1, dataset.channels, *dataset.size, device=device)
+        network = Outputs(network, beside, image)
+        sizes, stages = network.sizes, network.stages
+    width = classes + sum(sizes)
     how, table = views_in_use(config, crops, width, epochs), None
     if how == "exact" and cache_root is not None:
         key = {"teacher": seen, "images": dataset.train.digest, "torch": torch.__version__}
-        key |= {"pad": crops.pad, "flips": crops.flips, "features": features}
+        key |= {
+            "pad": crops.pad,
+            "flips": crops.flips,
+            "beside": None if beside is None else asdict(beside),
+        }
         rows = len(crops) * crops.count
         try:
             table = Table(cache_root, "teacher-views", key, rows, width, DTYPES[config.table])
@@ -285,7 +366,9 @@ def open_task(
     return TaskTeacher(
         identity=_short(hashlib.sha256(repr(said).encode()).hexdigest()),
         classes=classes,
-        network=Outputs(network) if features else network,
+        network=network,
+        sizes=sizes,
+        stages=stages,
         single=how == "single",
         table=table,
         precision=config.precision,
@@ -373,7 +456,7 @@ def _digest_of(network: nn.Module) -> str:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class ClipTeacher:
-    """Zero-shot logits of every row at the model's own scale."""
+    """Zero-shot logits of every row at the model's own scale, and the image features behind them."""
 
     identity: str  # changes with its outputs; a run goes on with the same one only
     train: Tensor  # (N, K)
@@ -383,6 +466,9 @@ class ClipTeacher:
     weight: float = 1.0  # its share of the zero-shot logits
     # logits of crops of training rows, as `logits` takes them; None: of the whole images, whatever the crop
     crops: Callable[[Tensor, Tensor], Tensor] | None = None
+    # unit-norm image features of crops, or of the whole images, likewise; None if only given logits are known
+    features: Callable[[Tensor, Tensor], Tensor] | None = None
+    width: int = 0  # numbers of such features
 
     def logits(self, rows: Tensor, views: Tensor) -> Tensor:
         """Return logits `(B, K)` of those crops of training rows."""
@@ -461,7 +547,7 @@ def open_clip_teacher(
         for part in (dataset.train, dataset.test)
     )
     parts = [clip.identity, templates, dataset.names, dataset.digest, config.reduce]
-    crops = None
+    crops = look = None
     if config.views != "whole":
         parts.append(config.views)
         look = zeroshot.crop_features(clip, config.views, dataset, cache_root, progress)
@@ -470,6 +556,11 @@ def open_clip_teacher(
             image = sent(look(rows, views), device)
             return fusion.zero_shot_logits(image, text, clip.logit_scale, config.reduce)
 
+    whole = zeroshot.image_features(clip, dataset.train, cache_root)
+
+    def features(rows: Tensor, views: Tensor) -> Tensor:
+        return sent(whole[rows.cpu()] if look is None else look(rows, views), device).float()
+
     return ClipTeacher(
         identity=_short(hashlib.sha256(json.dumps(parts).encode()).hexdigest()),
         train=train,
@@ -477,6 +568,8 @@ def open_clip_teacher(
         logit_scale=clip.logit_scale,
         source=f"{field}.prompts",
         crops=crops,
+        features=features,
+        width=whole.shape[1],
     )
 
 
@@ -559,6 +652,19 @@ def check_normalisation(teacher: TaskTeacher, rows: Tensor, labels: Tensor) -> N
         )
 
 
+class Said(NamedTuple):
+    """What the teachers say of some crops.
+
+    Attributes:
+        target: Log-probabilities `(B, K)` of the fused teacher; None where no logits are learnt.
+        beside: Of a loss of features: features `(B, D)` of each teacher that has a weight, the task teacher first, or the
+            task teacher's transformed maps `(B, E)`, a stage each.
+    """
+
+    target: Tensor | None
+    beside: tuple[Tensor, ...]
+
+
 class FusedTeacher:
     """What the student learns from: the task teacher, the zero-shot teacher, or both.
 
@@ -572,6 +678,8 @@ class FusedTeacher:
             where there are none.
         temperature: T of the loss, after `loss.temperature_of` was applied.
         alpha: Weight of the task teacher.
+        widths: Numbers of the features of each teacher that a loss of features listens to.
+        weights: Weight of each of these.
         identities: By name of the teachers that take part, what changes with their outputs.
     """
 
@@ -588,6 +696,8 @@ class FusedTeacher:
         for k, clip in enumerate(clips):
             self.identities["clip" if k == 0 else f"clip {k + 1}"] = clip.identity
         self.alpha, self.space = config.fusion.alpha, config.fusion.space
+        self.loss, self.standardised = config.loss, config.loss.standardise
+        self.widths, self.weights = self._features(config.feature_alpha)
         rows, held_out = (torch.from_numpy(part) for part in (split.transfer, split.validation))
         needs_task = config.clip.scale in ("match_std", "calibrated")
         self.factors = [
@@ -606,9 +716,11 @@ class FusedTeacher:
         }
         self.temperature = config.loss.temperature
         if config.loss.temperature_of == "task" and self.alpha < 1:
-            spread = fusion.spread(task.train[rows])
+            spread = fusion.spread(self._learnt(task.train[rows]))
             self.temperature *= (
-                fusion.spread(self.fused("train")[rows]) / spread if spread else math.inf
+                fusion.spread(self._learnt(self.fused("train")[rows])) / spread
+                if spread
+                else math.inf
             )
         if not 1e-3 <= self.temperature <= 1e4:
             raise ConfigError(
@@ -616,6 +728,24 @@ class FusedTeacher:
                 f"of the {config.loss.temperature_of} logits came to {self.temperature:.3g}; "
                 "see whether one of the teachers is constant."
             )
+
+    def _learnt(self, fused: Tensor) -> Tensor:
+        """Return fused logits as the student learns them."""
+        return fusion.standardise(fused) if self.standardised else fused
+
+    def _features(self, alpha: float) -> tuple[list[int], list[float]]:
+        """Return widths and weights of the teachers whose features the student is contrasted with."""
+        if not self.loss.contrasts:
+            return [], []
+        found = [(sum(self.task.sizes), alpha)] if alpha > 0 else []
+        for clip in self.clips if alpha < 1 else ():
+            if clip.features is None:
+                raise ConfigError(
+                    f"loss.feature asks CLIP for its features but {clip.source} gives logits alone; give a model, or "
+                    "fusion.feature_alpha=1."
+                )
+            found.append((clip.width, (1 - alpha) * clip.weight))
+        return [width for width, _ in found], [weight for _, weight in found]
 
     def _mixed(self, known: list[Tensor | None]) -> Tensor | None:
         """Return the logits of the zero-shot teachers, scaled and mixed, None unless all are known."""
@@ -659,13 +789,35 @@ class FusedTeacher:
             )
         return found
 
-    def target(self, rows: Tensor, views: Tensor) -> Tensor:
-        """Return the target's log-probabilities `(B, K)` for those crops of training rows, both on the CPU."""
-        clip = self.zero_shot_logits(rows, views)
-        task = self.task.logits(rows, views) if self.task is not None and self.alpha > 0 else clip
-        return fusion.target(
-            task, task if clip is None else clip, self.alpha, self.temperature, self.space
-        )
+    def said(self, rows: Tensor, views: Tensor, pixels: Tensor | None = None) -> Said:
+        """Return what is learnt of those crops of training rows, both on the CPU.
+
+        Args:
+            rows: `(B,)`.
+            views: Their crops, one a row.
+            pixels: The crops themselves, where they are streamed.
+        """
+        learnt, own = self.loss.logit > 0, ()
+        if self.task is not None and (
+            self.loss.maps or self.task.sizes or (learnt and self.alpha > 0)
+        ):
+            own = self.task.said(rows, views, pixels)
+        target, beside = None, own[1:]
+        if learnt:
+            clip = self.zero_shot_logits(rows, views)
+            task = own[0] if own else clip
+            target = fusion.target(
+                task,
+                task if clip is None else clip,
+                self.alpha,
+                self.temperature,
+                self.space,
+                standardised=self.standardised,
+            )
+        if len(beside) < len(self.widths):
+            features = (clip.features(rows, views) for clip in self.clips)
+            beside = (*beside, *features)
+        return Said(target, beside)
 
 
 def teacher_recipe(config: Config) -> Config:

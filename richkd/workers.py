@@ -47,18 +47,18 @@ class Group:
         slices = [Group(rank=rank, size=self.size).slice(rows) for rank in range(self.size)]
         return [each.stop - each.start for each in slices]
 
-    def wrap(self, student: nn.Module) -> nn.Module:
-        """Return `student` such that a backward pass leaves the mean of all workers' gradients in its parameters.
+    def wrap(self, learner: nn.Module) -> nn.Module:
+        """Return `learner` such that a backward pass leaves the mean of all workers' gradients in its parameters.
 
         All workers start with the first one's weights. Statistics of batch norm are each worker's own slice's while
         it trains, as in all data-parallel training; the running ones are the first worker's.
         """
         if self.size == 1:
-            return student
+            return learner
         # unused ones are looked for, since then no bucket is laid out anew after the first step: a run that is gone on with
         # adds up in the order of the straight one
         return nn.parallel.DistributedDataParallel(
-            student, gradient_as_bucket_view=True, find_unused_parameters=True
+            learner, gradient_as_bucket_view=True, find_unused_parameters=True
         )
 
     def total(self, values: Tensor) -> Tensor:

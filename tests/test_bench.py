@@ -16,7 +16,7 @@ from richkd.command import main
 from richkd.config import Config, build, read
 from richkd.data import load
 from richkd.errors import ConfigError, Interrupted
-from richkd.steps import Slice, Steps
+from richkd.steps import LOSS, Slice, Steps
 
 NAMES = ["student", "kd", "richkd-l", "reference"]
 DEFAULT = [*NAMES[:3], "kd+table", "richkd-l+table", "richkd-l+table+bf16", "reference"]
@@ -91,12 +91,12 @@ def test_the_references_loss_is_that_of_our_step(make, logits, tmp_path, method,
     labels = torch.from_numpy(task.split.labels)[some]
     views = task.train.draw(32, torch.Generator().manual_seed(1))
     images = task.train.images(some, views)
-    student = distill.open_student(config, task).train()
+    learner = distill.open_learner(config, task, fused).train()
     batches = distill.open_batches(config, task, distilled=True)
-    steps = Steps(config, student, fused, distill.open_optimizer(config, student), batches)
+    steps = Steps(config, learner, fused, distill.open_optimizer(config, learner), batches)
     known = (labels >= 0).sum()
-    part = Slice(some, labels, views, fused.target(some, views), known, len(some))
-    ours = steps.values(part)[2]
+    part = Slice(some, labels, views, fused.said(some, views).target, known, len(some))
+    ours = steps.values(part)[0][LOSS]
     theirs = Reference(config, task, fused).loss(images.contiguous(), labels, some)
     assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
 

@@ -194,7 +194,7 @@ def test_scales_and_shares_hold_for_crops_too(cache_root, batch, scale):
     target = fusion.target(
         teacher.task.logits(rows, views), expected, teacher.alpha, teacher.temperature, "logits"
     )
-    torch.testing.assert_close(teacher.target(rows, views), target)
+    torch.testing.assert_close(teacher.said(rows, views).target, target)
     whole = opened(config(f"cache={cache_root}", f"clip.scale={scale}"))
     assert first == whole.factors[0]
     assert torch.equal(teacher.clips[0].train, whole.clips[0].train)

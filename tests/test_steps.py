@@ -11,7 +11,7 @@ from richkd import checkpoint, distill, models
 from richkd.config import Train, build, read
 from richkd.data import load
 from richkd.errors import ConfigError
-from richkd.steps import BLOCK, EAGER, Graph, Steps
+from richkd.steps import BLOCK, EAGER, LOSS, TERMS, Graph, Steps
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +43,11 @@ def opened(words, *more: str) -> Steps:
     """Return the steps of a run that has not begun."""
     config = build(read([*words, *more]))
     task = distill.open_task(config)
-    student, teacher = distill.open_student(config, task), distill.open_teacher(config, task)
-    optimizer = distill.open_optimizer(config, student)
+    teacher = distill.open_teacher(config, task)
+    learner = distill.open_learner(config, task, teacher)
+    optimizer = distill.open_optimizer(config, learner)
     return Steps(
-        config, student, teacher, optimizer, distill.open_batches(config, task, distilled=True)
+        config, learner, teacher, optimizer, distill.open_batches(config, task, distilled=True)
     )
 
 
@@ -71,14 +72,14 @@ def test_a_block_holds_the_batches_that_are_drawn_and_their_target(words):
         assert torch.equal(part.labels, labels)
         assert torch.equal(part.views, views)
         assert (part.total, int(part.labelled)) == (len(rows), int((labels >= 0).sum()))
-        torch.testing.assert_close(part.target, ours.teacher.target(rows, views))
+        torch.testing.assert_close(part.target, ours.teacher.said(rows, views).target)
 
 
 def gradients(words, **changes) -> tuple[float, torch.Tensor]:
     """Return loss and gradient of a first batch."""
     ours = opened(words, *(f"train.{key}={value}" for key, value in changes.items()))
     part = next(ours.blocks(0))[0]
-    loss = ours.values(part)[2]
+    loss = ours.values(part)[0][LOSS]
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in ours.student.parameters()])
 
@@ -195,7 +196,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_step_waits_for_a_gpu(given, views):
     ours = opened([*given, "device=cuda", f"teacher.views={views}"])
     ours.epoch(0, lambda: None)  # the table is filled, the graph captured
-    terms = torch.zeros(4, device="cuda")
+    terms = torch.zeros(len(TERMS), device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         for block in ours.blocks(0):

@@ -275,11 +275,9 @@ def teacher(tmp_path_factory):
     dataset = coloured()
     views = [Views(part, dataset, torch.device("cpu")) for part in (dataset.train, dataset.test)]
 
-    def opener(root, features: bool = False, **changes):
+    def opener(root, beside=None, **changes):
         settings = {"name": "resnet8", "checkpoint": str(path), "views": "exact"} | changes
-        return teachers.open_task(
-            Teacher(**settings), None, dataset, *views, root, features=features
-        )
+        return teachers.open_task(Teacher(**settings), None, dataset, *views, root, beside=beside)
 
     return opener, network.eval(), dataset, views[0]
 
@@ -340,11 +338,11 @@ def test_a_crop_s_row_has_the_same_bits_whoever_else_is_in_the_batch(teacher, tm
 def test_features_lie_beside_logits(teacher, tmp_path):
     opener, network, _, views = teacher
     rows, crops = torch.arange(20), views.numbered(torch.arange(20))
-    task = opener(tmp_path, features=True, table="fp32")
+    task = opener(tmp_path, beside=teachers.Beside(), table="fp32")
     with torch.no_grad():
         images = views.images(rows, crops)
         torch.testing.assert_close(task.logits(rows, crops), network(images))
-        torch.testing.assert_close(task.features(rows, crops), network.features(images))
+        torch.testing.assert_close(task.said(rows, crops)[1], network.features(images))
     assert task.table.known() == 20
     assert torch.equal(task.train, opener(None, views="online").train)
 

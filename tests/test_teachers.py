@@ -98,7 +98,7 @@ def test_the_target_is_that_of_the_fused_parts(space, scale):
     rows, views = BATCH
     assert teacher.factors == [factor]
     expected = fusion.target(task.given[0][rows], factor * clip.train[rows], 0.7, 2.0, space)
-    assert torch.equal(teacher.target(rows, views), expected)
+    assert torch.equal(teacher.said(rows, views).target, expected)
 
 
 def test_the_task_teacher_sees_the_student_s_crops_and_the_zero_shot_teacher_does_not():
@@ -106,7 +106,7 @@ def test_the_task_teacher_sees_the_student_s_crops_and_the_zero_shot_teacher_doe
     rows, views = BATCH
     with torch.no_grad():
         logits = task.network(VIEWS["train"].images(rows, views))
-    found = fused(task, clip, alpha=0.7).target(rows, views)
+    found = fused(task, clip, alpha=0.7).said(rows, views).target
     assert torch.equal(found, fusion.target(logits, clip.train[rows], 0.7, 3.0, "logits"))
 
 
@@ -119,7 +119,7 @@ def test_alpha_one_is_plain_distillation_bit_for_bit(clip, temperature_of, space
     teacher = fused(task, clip, alpha=1.0, temperature_of=temperature_of, space=space)
     rows, views = BATCH
     expected = torch.log_softmax(task.logits(rows, views) / 3.0, 1)
-    assert torch.equal(teacher.target(rows, views), expected)
+    assert torch.equal(teacher.said(rows, views).target, expected)
     assert teacher.temperature == 3.0
 
 
@@ -128,7 +128,7 @@ def test_alpha_one_is_plain_distillation_bit_for_bit(clip, temperature_of, space
 def test_alpha_zero_is_the_zero_shot_teacher_alone(task, space):
     clip = clip_teacher()
     rows, views = BATCH
-    found = fused(task, clip, alpha=0.0, space=space).target(rows, views)
+    found = fused(task, clip, alpha=0.0, space=space).said(rows, views).target
     assert torch.equal(found, torch.log_softmax(clip.train[rows] / 3.0, 1))
 
 
@@ -154,7 +154,7 @@ def test_an_offset_of_the_zero_shot_logits_changes_no_target_and_no_temperature(
         teacher = fused(
             task_table(), clip, scale="match_std", temperature_of=temperature_of, space=space
         )
-        found.append((teacher.target(*BATCH), teacher.temperature, teacher.factors[0]))
+        found.append((teacher.said(*BATCH).target, teacher.temperature, teacher.factors[0]))
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-4, rtol=0)
     assert found[0][1:] == pytest.approx(found[1][1:], rel=1e-5)
 
@@ -182,7 +182,7 @@ def test_zero_shot_logits_of_zero_only_soften_the_target():
     silent = ClipTeacher(
         identity="c", train=torch.zeros(ROWS, CLASSES), test=None, logit_scale=None
     )
-    found = fused(task, silent, alpha=0.5, temperature=3.0).target(*BATCH)
+    found = fused(task, silent, alpha=0.5, temperature=3.0).said(*BATCH).target
     torch.testing.assert_close(found, torch.log_softmax(task.given[0][BATCH[0]] / 6.0, 1))
 
 
@@ -200,7 +200,7 @@ def test_a_constant_teacher_gives_no_relative_temperature(constant):
 
 def test_a_target_can_be_learnt_from_and_carries_no_gradient_of_its_own():
     task = task_network()
-    target = fused(task, clip_teacher()).target(*BATCH)
+    target = fused(task, clip_teacher()).said(*BATCH).target
     student = torch.zeros(4, CLASSES, requires_grad=True)
     losses.kd(student, target, 3.0, 4).backward()
     assert student.grad.abs().sum() > 0
@@ -223,7 +223,7 @@ def test_what_is_shown_as_fused_is_what_the_student_learns():
     for space in ("logits", "probs"):
         teacher = fused(task_table(), clip_teacher(), alpha=0.2, space=space)
         found[space] = teacher.shown("train")["fused"].argmax(1)
-        target = teacher.target(torch.arange(ROWS), torch.zeros(ROWS, 3, dtype=torch.long))
+        target = teacher.said(torch.arange(ROWS), torch.zeros(ROWS, 3, dtype=torch.long)).target
         assert torch.equal(found[space], target.argmax(1))
     assert not torch.equal(found["logits"], found["probs"])
 
@@ -732,7 +732,7 @@ def test_several_zero_shot_teachers_are_mixed_by_their_shares_each_at_its_scale(
     np.testing.assert_allclose(teacher.zero_shot["test"], mixed[ROWS:], rtol=1e-3, atol=1e-3)
     expected = (0.6 * own + 0.4 * mixed[:ROWS])[BATCH[0]] / 3
     expected = torch.from_numpy(expected).log_softmax(1).float()
-    torch.testing.assert_close(teacher.target(*BATCH), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(teacher.said(*BATCH).target, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_all_zero_shot_teachers_that_take_part_are_known_by_what_they_say(tmp_path):

@@ -95,7 +95,7 @@ def size(tree: Any) -> int:
 
 
 def held(loop: Ours | Reference, device: torch.device) -> int:
-    """Return the bytes that a training holds on `device` before its first step: student, teachers and images."""
+    """Return the bytes that a training holds on `device` before its first step: student, banks, teachers and images."""
     if isinstance(loop, Reference):
         pixels = loop.loader.dataset.pixels.nbytes if device.type == "cpu" else 0
         return pixels + size([loop.student, loop.teacher, loop.given, loop.clip])
@@ -103,7 +103,8 @@ def held(loop: Ours | Reference, device: torch.device) -> int:
     if loop.teacher is not None:
         clips = [[getattr(each, name) for name in each.__slots__] for each in loop.teacher.clips]
         teachers = [vars(loop.teacher), vars(loop.teacher.task), *clips]
-    return size([loop.student, teachers, loop.steps.views.view])
+    learner = loop.learner
+    return size([learner, learner.beside(), teachers, loop.steps.views.view])
 
 
 def peak(loop: Ours | Reference, device: torch.device) -> int:

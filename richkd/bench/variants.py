@@ -145,10 +145,11 @@ class Ours:
         self, config: Config, task: Task, teacher: FusedTeacher | None, again: int | None = None
     ) -> None:
         self.config, self.teacher, self.again = config, teacher, again
-        self.student = distill.open_student(config, task).train()
-        optimizer = distill.open_optimizer(config, self.student)
+        self.learner = distill.open_learner(config, task, teacher).train()
+        self.student = self.learner.student
+        optimizer = distill.open_optimizer(config, self.learner)
         batches = distill.open_batches(config, task, distilled=teacher is not None)
-        self.steps = Steps(config, self.student, teacher, optimizer, batches)
+        self.steps = Steps(config, self.learner, teacher, optimizer, batches)
         self.blocks = self._endless()
 
     def _endless(self) -> Iterator[list[tuple[Slice, float]]]:

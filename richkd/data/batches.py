@@ -15,7 +15,12 @@ from richkd.data.subsets import Split
 from richkd.data.views import Views
 from richkd.errors import DataError
 
-STREAMS = {"initialisation": 0, "order": 1, "augmentation": 2}
+STREAMS = {
+    name: k
+    for k, name in enumerate(
+        ("initialisation", "order", "augmentation", "negatives", "banks", "projections")
+    )
+}
 
 
 def stream_seed(seed: int, stream: str, epoch: int = 0) -> int:

@@ -12,7 +12,7 @@ from richkd.errors import ConfigError
 from richkd.models import library
 from richkd.models.cnn import Cnn
 from richkd.models.mobilenet import MobileNetV2
-from richkd.models.network import Network, check_size
+from richkd.models.network import Network, check_size, stage_shapes
 from richkd.models.resnet import NARROW, X4, ResNet
 from richkd.models.resnet_imagenet import Basic, Bottleneck, ImageNetResNet
 from richkd.models.shufflenet import ShuffleNetV1, ShuffleNetV2
@@ -49,7 +49,7 @@ NETWORKS: dict[str, tuple[Any, ...]] = {  # class and its first arguments
 }
 NAMES = tuple(NETWORKS)
 
-__all__ = ["NAMES", "NETWORKS", "Network", "build", "check_size"]
+__all__ = ["NAMES", "NETWORKS", "Network", "build", "check_size", "stage_shapes"]
 
 
 def build(name: str, classes: int, *, channels: int = 3, shortcut: str = "B") -> Network:

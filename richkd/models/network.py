@@ -64,6 +64,15 @@ def check_size(network: nn.Module, channels: int, size: tuple[int, int], *, fiel
         network.train(training)
 
 
+@torch.no_grad()
+def stage_shapes(network: nn.Module, image: Tensor) -> tuple[tuple[int, int, int], ...]:
+    """Return channels, height and width of the output of each stage for one `image` `(1, C, H, W)`; nothing is changed."""
+    training = network.training
+    _, outputs = network.eval().staged(image)
+    network.train(training)
+    return tuple(tuple(each.shape[1:]) for each in outputs)
+
+
 def draw_convolutions(network: nn.Module) -> None:
     """Draw weights with standard deviation sqrt(2 / (k k out)) (He et al., fan-out); biases are 0."""
     for module in network.modules():
