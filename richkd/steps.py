@@ -7,7 +7,7 @@ made at once, and the terms of the loss stay there until the epoch has ended.
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -109,11 +109,18 @@ class Steps:
     def blocks(self, epoch: int) -> Iterator[list[Slice]]:
         """Yield this worker's slices of the batches of `epoch`, a block of them at a time."""
         length = max(BLOCK[self.device.type] // self.batches.batch_size, 1)
-        left = self.batches.epoch(epoch)
-        while block := list(islice(left, length)):
-            yield self._prepared(block)
+        left = list(self.batches.epoch(epoch))
+        pixels: Iterator[Tensor | None] = repeat(None)
+        if self.views.streamed:
+            mine = ([each[self.group.slice(len(each))] for each in batch] for batch in left)
+            pixels = self.views.loader([(rows, views) for rows, _, views in mine])
+        for start in range(0, len(left), length):
+            block = left[start : start + length]
+            yield self._prepared(block, list(islice(pixels, len(block))))
 
-    def _prepared(self, block: list[tuple[Tensor, Tensor, Tensor]]) -> list[Slice]:
+    def _prepared(
+        self, block: list[tuple[Tensor, Tensor, Tensor]], pixels: list[Tensor | None]
+    ) -> list[Slice]:
         totals = [len(rows) for rows, _, _ in block]
         labelled = torch.stack([(labels >= 0).sum() for _, labels, _ in block])
         mine = [[each[self.group.slice(len(each))] for each in batch] for batch in block]
@@ -122,7 +129,9 @@ class Steps:
         targets: Sequence[Tensor | None] = [None] * len(sizes)
         beside: Sequence[tuple[Tensor, ...]] = [()] * len(sizes)
         if self.teacher is not None and len(rows):
-            said = self.teacher.said(rows, views)
+            said = self.teacher.said(
+                rows, views, torch.cat(pixels) if self.views.streamed else None
+            )
             if said.target is not None:
                 targets = said.target.split(sizes)
             if said.beside:
@@ -145,6 +154,7 @@ class Steps:
                 totals,
                 beside,
                 ids,
+                pixels,
                 strict=True,
             )
         ]
@@ -179,7 +189,11 @@ class Steps:
 
     def values(self, part: Slice) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return what a slice adds to the values of TERMS, of which the loss is to be descended, and what was compared."""
-        images, weights = self.views.images(part.rows, part.views), self.config.loss
+        weights = self.config.loss
+        if part.pixels is None:
+            images = self.views.images(part.rows, part.views)
+        else:
+            images = self.views.normalised(part.pixels)
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.half, cache_enabled=False
         ):

@@ -32,6 +32,8 @@ class Views:
         memory: GiB that padded pixels of its own may take; above, batches are read from `images` as they are needed.
     """
 
+    streamed = False  # whether pixels are made ahead by other processes: see `stream.py`
+
     def __init__(
         self, images: Images, dataset: Dataset, device: torch.device, memory: float = math.inf
     ) -> None:
@@ -109,7 +111,11 @@ class Views:
 
     def images(self, rows: Tensor, views: Tensor | None = None) -> Tensor:
         """Return the same crops normalised, float32 `(B, C, H, W)` in channels-last memory order."""
-        return normalise(self.pixels(rows, views), self.mean, self.std)
+        return self.normalised(self.pixels(rows, views))
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Return uint8 crops `(B, H, W, C)` as networks take them, float32 `(B, C, H, W)`."""
+        return normalise(pixels, self.mean, self.std)
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
