@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from richkd import fusion
-from richkd.losses import cross_entropy, kd
+from richkd.losses import cross_entropy, dkd, kd
 
 ROWS, CLASSES = 7, 5
 LOGITS = arrays(np.float32, (ROWS, CLASSES), elements=st.floats(-30, 30, width=32))
@@ -114,3 +114,88 @@ def test_slices_of_a_batch_add_up_to_the_whole(logits, teacher, labels, cuts):
     parts = [losses(slice(low, high)) for low, high in zip(cuts, cuts[1:], strict=False)]
     torch.testing.assert_close(sum(values for values, _ in parts), whole)
     torch.testing.assert_close(torch.cat([part for _, part in parts]), gradient)
+
+
+def decoupled(student, teacher, labels, temperature, alpha, beta):
+    """DKD as its equations say, in float64 and row by row."""
+    total = 0.0
+    for s, t, label in zip(student, teacher, labels, strict=True):
+        p, q = (np.exp(log_softmax(z[None] / temperature)[0]) for z in (t, s))
+        label = p.argmax() if label < 0 else label
+        others = np.arange(len(p)) != label
+        two = [(each[label], each[others].sum()) for each in (p, q)]
+        target = sum(a * np.log(a / b) for a, b in zip(*two, strict=True))
+        rest = [each[others] / each[others].sum() for each in (p, q)]
+        nontarget = (rest[0] * np.log(rest[0] / rest[1])).sum()
+        total += temperature**2 * (alpha * target + beta * nontarget)
+    return total / len(student)
+
+
+@settings(deadline=None)
+@given(
+    student=arrays(np.float64, (ROWS, CLASSES), elements=st.floats(-20, 20)),
+    teacher=arrays(np.float64, (ROWS, CLASSES), elements=st.floats(-20, 20)),
+    labels=LABELS,
+    temperature=st.floats(1, 20),
+    alpha=st.floats(0, 4),
+    beta=st.floats(0, 16),
+)
+def test_dkd_is_its_equations(student, teacher, labels, temperature, alpha, beta):
+    target = torch.log_softmax(torch.from_numpy(teacher) / temperature, 1)
+    given = (torch.from_numpy(labels), temperature, alpha, beta, ROWS)
+    found = dkd(torch.from_numpy(student), target, *given).item()
+    expected = decoupled(student, teacher, labels, temperature, alpha, beta)
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_dkd_weighted_by_the_teachers_doubt_is_kd():
+    # Zhao et al. 2022, Eq. 7: KD = TCKD + (1 - p_target) NCKD, row by row
+    student, teacher = normal(1, CLASSES).double(), normal(1, CLASSES, seed=1).double()
+    target, label = torch.log_softmax(teacher / 4, 1), torch.tensor([2])
+    doubt = 1 - target.exp()[0, 2].item()
+    found = dkd(student, target, label, 4.0, 1.0, doubt, 1)
+    torch.testing.assert_close(found, kd(student, target, 4.0, 1))
+
+
+def test_dkd_has_the_gradient_of_finite_differences():
+    student = normal(3, CLASSES).double().requires_grad_()
+    target = torch.log_softmax(normal(3, CLASSES, seed=1).double() / 4, 1)
+    labels = torch.tensor([0, -1, 4])
+    assert torch.autograd.gradcheck(lambda z: dkd(z, target, labels, 4.0, 1.0, 8.0, 3), student)
+
+
+def test_a_sure_teacher_leaves_dkd_finite():
+    student = normal(2, CLASSES).requires_grad_()
+    target = torch.log_softmax(torch.eye(CLASSES)[:2] * 400, 1)
+    loss = dkd(student, target, torch.tensor([0, 1]), 1.0, 1.0, 8.0, 2)
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()
+
+
+@settings(deadline=None)
+@given(logits=arrays(np.float32, (ROWS, CLASSES), elements=st.floats(-30, 30, width=32)))
+def test_standardised_rows_have_mean_zero_and_deviation_one(logits):
+    logits = logits + np.arange(CLASSES, dtype=np.float32)  # never constant to rounding
+    wide = logits.astype(np.float64)
+    expected = (wide - wide.mean(1, keepdims=True)) / (wide.std(1, ddof=1, keepdims=True) + 1e-7)
+    found = fusion.standardise(torch.from_numpy(logits)).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_standardising_forgets_size_and_offset_alone():
+    logits = normal(ROWS, CLASSES).double()
+    torch.testing.assert_close(
+        fusion.standardise(7 * logits + 3), fusion.standardise(logits), rtol=1e-5, atol=1e-6
+    )
+
+
+@settings(deadline=None)
+@given(logits=LOGITS, labels=LABELS, smoothing=st.floats(0, 0.9))
+def test_smoothed_labels_share_out_what_they_say(logits, labels, smoothing):
+    known = np.flatnonzero(labels >= 0)
+    soft = np.full((ROWS, CLASSES), smoothing / CLASSES)
+    soft[known, labels[known]] += 1 - smoothing
+    expected = -(soft * log_softmax(logits))[known].sum() / max(len(known), 1)
+    given = torch.from_numpy(logits), torch.from_numpy(labels), len(known)
+    assert cross_entropy(*given, smoothing).item() == pytest.approx(expected, rel=1e-4, abs=1e-4)

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from richkd import distill
+from richkd import distill, models
 from richkd.config import build, read
 from richkd.data import load
+from richkd.models import Network
 from richkd.steps import Steps
 from richkd.workers import Group
 
@@ -27,7 +29,7 @@ class Stopped(Exception):
     """The test's own end of a run."""
 
 
-class Plain(nn.Module):
+class Plain(Network):
     """A network without batch norm."""
 
     def __init__(self) -> None:
@@ -35,9 +37,9 @@ class Plain(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Flatten())
         self.head = nn.Linear(64, 10)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return logits `(N, 10)`."""
-        return self.head(self.body(images))
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Return features `(N, 64)`."""
+        return self.body(images)
 
 
 def plain(*_: object) -> nn.Module:
@@ -54,11 +56,37 @@ def overrides(tmp_path_factory) -> list[str]:
         logits = np.random.default_rng(k).normal(size=(len(labels), 10)).astype(np.float32)
         logits[np.arange(len(labels)), labels] += 3
         np.save(folder / f"{name}.npy", logits)
+    torch.manual_seed(0)
+    torch.save(models.build("cnn8", 10, channels=1).state_dict(), folder / "cnn8.pt")
     return [
         *(f"{name}.logits={folder / name}.npy" for name in ("teacher", "clip")),
         *(f"train.epochs={EPOCHS}", f"train.batch_size={BATCH}", f"cache={folder}"),
         "data.labelled_share=null",
     ]
+
+
+CONTRAST = [
+    *("method.name=crd", "contrast.negatives=200", "contrast.width=8"),
+    *("teacher.name=cnn8", "train.epochs=2"),
+]
+
+
+def contrast(group: Group, place: Path, overrides: list[str]) -> None:
+    """Contrast features, in one go and in two, and write down what this worker's banks and projections came to."""
+    own = [each for each in overrides if not each.startswith(("teacher.", "clip."))]
+    weights = Path(build(read(own)).cache) / "cnn8.pt"
+    config = build(read([*own, *CONTRAST, f"teacher.checkpoint={weights}"]))
+    for name, cut in (("contrast", False), ("contrast-cut", True)):
+        with distill.Run(config, place / name, group=group) as run:
+            for _ in range(1 if cut else 2):
+                run.advance()
+        if cut:
+            with distill.Run(config, place / name, group=group, resume=True) as run:
+                run.advance()
+        state = {k: v.clone() for k, v in run.learner.beside().items()} | dict(
+            run.student.state_dict()
+        )
+        torch.save(state, place / f"{name}-{group.rank}.pt")
 
 
 def work(rank: int, size: int, port: int, folder: str, overrides: list[str]) -> None:
@@ -76,9 +104,9 @@ def work(rank: int, size: int, port: int, folder: str, overrides: list[str]) -> 
         seen.append([part.rows.tolist(), part.labels.tolist(), part.views.tolist(), total])
         return original(steps, part)
 
-    def idle(steps):
+    def idle(steps, part):
         seen.append([[], [], [], None])
-        return resting(steps)
+        return resting(steps, part)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Steps, "values", values)
@@ -105,6 +133,8 @@ def work(rank: int, size: int, port: int, folder: str, overrides: list[str]) -> 
             report=lambda metrics, _: again.append(metrics["epoch"]),
         )
         assert again == [2, 3], again  # heard of 1, cut in 2
+        with warnings.catch_warnings(action="ignore"):  # the teacher knows nothing
+            contrast(group, place, overrides)
     short = build(read([*overrides, "train.epochs=2", "train.batch_size=64", "seed=5"]))
     told: list[dict] = []
 
@@ -194,6 +224,28 @@ def test_without_batch_norm_workers_train_the_weights_of_one(results, size):
             assert (value - start[name]).abs().max() > 0.01, "it was trained"
     for a, b in zip(metrics(results[1] / "plain"), metrics(results[size] / "plain"), strict=True):
         assert a == pytest.approx(b, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_banks_and_projections_are_equal_on_all_workers_and_those_of_one(results, size):
+    one = torch.load(results[1] / "contrast-0.pt", weights_only=True)
+    first = torch.load(results[size] / "contrast-0.pt", weights_only=True)
+    assert {"banks.student", "banks.teacher", "banks.normalisers"} <= first.keys()
+    for rank in range(1, size):
+        found = torch.load(results[size] / f"contrast-{rank}.pt", weights_only=True)
+        assert all(torch.equal(value, found[name]) for name, value in first.items())
+    for name, value in first.items():
+        torch.testing.assert_close(value, one[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_contrast_goes_on_bit_for_bit_on_every_worker(results, size):
+    for rank in range(size):
+        straight, cut = (
+            torch.load(results[size] / f"{name}-{rank}.pt", weights_only=True)
+            for name in ("contrast", "contrast-cut")
+        )
+        assert all(torch.equal(value, cut[name]) for name, value in straight.items())
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -3,7 +3,8 @@
 Shapes: B rows of a batch, n rows of a bank, d numbers of an embedding, K negatives.
 """
 
-import torch
+import math
+
 from torch import Tensor
 
 EPS = 1e-7  # of the published loss
@@ -37,8 +38,8 @@ def contrast(similarity: Tensor, normaliser: Tensor, bank_rows: int, rows: int) 
         rows: Number of rows in the global batch.
     """
     noise = (similarity.shape[1] - 1) / bank_rows
-    scores = similarity.exp() / normaliser
-    all_rows = (scores + (noise + EPS)).log()
-    own = scores[:, 0].log().sum()
-    others = (similarity.shape[1] - 1) * similarity.shape[0] * torch.as_tensor(noise).log()
-    return (all_rows.sum() - own - others) / rows
+    scores = (similarity - normaliser.log()).exp()
+    # each negative adds log(1 + x / c), small beside log c, of which as much again would have to cancel
+    rises = ((scores + EPS) / noise).log1p().sum()
+    own = similarity[:, 0] - normaliser.log() - math.log(noise)
+    return (rises - own.sum()) / rows
