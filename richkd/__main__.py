@@ -412,7 +412,7 @@ VERBS = {
         help="measure how fast this machine trains with a config",
         flags={
             "seconds=N": "how long to measure, 20 if not given, beside what has to be prepared",
-            "variants=NAME,...": "student, kd, richkd-l, each with any of +table +bf16 +live, beside the reference",
+            "variants=NAME,...": "student, kd, richkd-l, crd, richkd-f, richkd-lf, each with any of +table +bf16 +live, beside the reference",
             "table12": "with CLIP live, and as Table 12 of the paper's supplement",
         },
     ),

@@ -6,7 +6,7 @@
     python -m richkd bench my.yaml --table12                # CLIP live and cached, as in the paper's supplement
 
 A variant takes the steps of a run: `student` learns from the labels alone, `kd` from the task teacher, `richkd-l` from both
-teachers. Behind the method stands what is changed about it:
+teachers, `crd`, `richkd-f` and `richkd-lf` from features, too. Behind the method stands what is changed about it:
 
     +table    the task teacher's logits of each crop come from its table (teacher.views=exact), which is full: the batches
               of a burst are a small fixed set whose rows are asked for beforehand
@@ -25,9 +25,11 @@ and job:
                 reference's in the same round), seconds_per_epoch, memory (bytes at most) and floor: the least seconds an
                 image by flops, bytes and launches, the images_per_second that they allow, and which of them binds
     parts       images per second, low and high of what is measured alone: fill (teacher over random crops, as a table is
-                filled), augment and pil (batches of 128 random crops as `Views.images` and torchvision make them)
-    ratios      medians over pairs of bursts of the same round: richkd-l/reference:bf16 and :fp32 and richkd-l/kd with the
-                table full, augment/pil; one whose variants were not measured is left out
+                filled), augment and pil (batches of 128 random crops as `Views.images` and torchvision make them), contrast
+                and gather (both sides of the loss of contrast, forward and backward, as it is and with copied rows)
+    ratios      medians over pairs of bursts of the same round: richkd-l/reference:bf16 and :fp32, richkd-l/kd, richkd-f/kd
+                and richkd-lf/kd with the table full, augment/pil, contrast/gather; one whose variants were not measured is
+                left out
     errors      their standard errors
     computed    see `computed`; {} where nothing is filled
 """
@@ -49,9 +51,9 @@ from torch import Tensor, nn
 
 from richkd import distill, zeroshot
 from richkd.bench import floors, memory
+from richkd.bench.reference import Reference
 from richkd.bench.variants import (
     REFERENCE,
-    Crops,
     Loop,
     Ours,
     Variant,
@@ -70,7 +72,7 @@ __all__ = ["Ours", "burst_length", "measure", "of_method", "speed"]
 SECONDS = 20.0  # of a measurement, unless said otherwise
 ROUNDS = 10  # that are aimed at
 LEAST_ROUNDS = 3  # also if they take longer than asked, as with slow networks
-PARTS = ("fill", "augment", "pil")
+PARTS = ("fill", "augment", "pil", "contrast", "gather")
 OF_QUARTILES = (
     1.2533 / 1.3490
 )  # error of a median by that of a mean; between quartiles lie 1.349 deviations
@@ -86,7 +88,10 @@ def compared(config: Config) -> dict[str, tuple[str, str]]:
         "richkd-l/reference:bf16": (f"richkd-l{full}+bf16", REFERENCE),
         "richkd-l/reference:fp32": (f"richkd-l{full}", REFERENCE),
         "richkd-l/kd": (f"richkd-l{full}", f"kd{full}"),
+        "richkd-f/kd": (f"richkd-f{full}", f"kd{full}"),
+        "richkd-lf/kd": (f"richkd-lf{full}", f"kd{full}"),
         "augment/pil": ("augment", "pil"),
+        "contrast/gather": ("contrast", "gather"),
     }
 
 
@@ -176,7 +181,7 @@ class Rounds:
     def _warmed_up(self, name: str, seconds: float) -> int:
         """Take a loop's first steps and return how many of them take about `seconds`."""
         loop, began = self.loops[name], time.perf_counter()
-        if not isinstance(loop, Crops):
+        if isinstance(loop, Ours | Reference):
             self.memory[name] = memory.peak(loop, self.device)
         if time.perf_counter() - began > SLOW * seconds:
             return 1

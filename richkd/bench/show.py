@@ -7,6 +7,9 @@ WIDTH = 80
 PAPER = {  # Table 12 of the supplement: seconds an epoch of CIFAR-100 and memory, its G taken as GiB, GPU not named
     "kd": (7, 2.278),
     "richkd-l+live": (41, 3.048),
+    "crd": (26, 3.226),
+    "richkd-f+live": (45, 4.136),
+    "richkd-lf+live": (46, 4.138),
 }
 
 

@@ -14,16 +14,22 @@ import torch
 from torch import Tensor
 
 from richkd import distill, methods
+from richkd.bench.gathered import Contrasted, gathered
 from richkd.bench.reference import Pictures, Reference, augmentation
-from richkd.config import Config, Method
+from richkd.config import Config, Loss, Method
 from richkd.distill import Task
 from richkd.errors import ConfigError
+from richkd.losses import similarities
 from richkd.progress import Progress
 from richkd.steps import Slice, Steps
 from richkd.teachers import FusedTeacher
 from richkd.threads import one_thread
 
-METHODS = {"student": "ce", "kd": "kd", "richkd-l": "richkd-l"}  # the method of each variant
+METHODS = {  # the method of each variant
+    "student": "ce",
+    **{name: name for name in ("kd", "richkd-l", "crd", "richkd-f", "richkd-lf")},
+}
+CONTRASTED = ("crd", "richkd-f", "richkd-lf")  # whose teachers are asked for features
 CHANGES = {
     "table": ("teacher.views", "exact"),  # its rows are there before the measurement
     "bf16": ("train.precision", "bf16"),
@@ -32,7 +38,7 @@ CHANGES = {
 WITHOUT = {
     "student": ("table", "live"),
     "kd": ("live",),
-    "richkd-l": (),
+    "crd": ("live",),
 }  # what has no such teacher
 PLAIN = {"teacher.views": "online", "train.precision": "fp32", "clip.views": "whole"}
 REFERENCE = "reference"
@@ -65,7 +71,7 @@ class Variant(NamedTuple):
                 f"but got {name!r}; write it like richkd-l+table+bf16."
             )
         found = cls(method, tuple(change for change in CHANGES if change in changes))
-        if idle := [change for change in found.changes if change in WITHOUT[method]]:
+        if idle := [change for change in found.changes if change in WITHOUT.get(method, ())]:
             raise ConfigError(
                 f"--variants: {name} asks for +{idle[0]}, but {method} has no such teacher; leave it out."
             )
@@ -88,21 +94,35 @@ def wanted(config: Config, names: str | None = None, *, live: bool = False) -> l
     Args:
         config: The run.
         names: Of the variants, with commas between them; None takes each method plain, and with what makes it fast.
-        live: Whether CLIP is to be measured live, too.
+        live: Whether the variants of Table 12 of the supplement are to be measured, too, with CLIP live and cached.
 
     Raises:
         ConfigError: If there is no such variant.
     """
     found = default(config) if names is None else [Variant.named(name) for name in names.split(",")]
-    return list(dict.fromkeys(found + [Variant("richkd-l", ("live",))] * live))
+    return list(dict.fromkeys(found + table12(config) * live))
+
+
+def table12(config: Config) -> list[Variant]:
+    """Return what Table 12 of the supplement compares, with CLIP live, as there, and cached."""
+    methods = ["richkd-l", *(("richkd-f", "richkd-lf") if has_features(config) else ())]
+    found = [Variant("kd"), *([Variant("crd")] if has_features(config) else ())]
+    return found + [Variant(method, each) for method in methods for each in ((), ("live",))]
+
+
+def has_features(config: Config) -> bool:
+    """Whether both teachers are networks, of which features are known."""
+    return config.teacher.logits is None and config.clip.logits is None
 
 
 def default(config: Config) -> list[Variant]:
     """Return what is measured unless it is said: each method plain, and with all that makes it fast."""
-    plain = [Variant(method) for method in METHODS]
+    plain = [Variant(method) for method in ("student", "kd", "richkd-l")]
     if config.teacher.logits is not None:  # which know no crops
         return [*plain, Variant("richkd-l", ("bf16",))]
     table = [Variant("kd", ("table",)), Variant("richkd-l", ("table",))]
+    if has_features(config):
+        table += [Variant("richkd-f", ("table",)), Variant("richkd-lf", ("table",))]
     return [*plain, *table, Variant("richkd-l", ("table", "bf16"))]
 
 
@@ -117,7 +137,7 @@ def of_method(config: Config, name: str) -> Config:
     return replace(
         config,
         method=Method(name=name),
-        loss=replace(config.loss, **loss, temperature_of="fused"),
+        loss=Loss(**loss),
         fusion=replace(config.fusion, alpha=settings["fusion.alpha"], space="logits"),
         clip=replace(config.clip, scale="model"),
     )
@@ -207,19 +227,20 @@ def open_loops(
 
     Each training has a student of its own, and all have the same teachers.
     """
-    opened: dict[tuple[str, ...], FusedTeacher] = {}
+    opened: dict[Variant, FusedTeacher] = {}
 
-    def fused(changes: tuple[str, ...]) -> FusedTeacher:
-        if changes not in opened:
-            both = Variant("richkd-l", changes).config(config)
-            opened[changes] = distill.open_teacher(both, task, progress)
-        return opened[changes]
+    def fused(changes: tuple[str, ...], method: str = "richkd-l") -> FusedTeacher:
+        asked = Variant(method, changes)
+        if asked not in opened:
+            opened[asked] = distill.open_teacher(asked.config(config), task, progress)
+        return opened[asked]
 
     def training(variant: Variant) -> Ours:
         own, changes = variant.config(config), tuple(c for c in variant.changes if c != "bf16")
         if variant.method == "student":
             return Ours(own, task, None)
-        teacher = fused(changes)
+        contrasts = variant.method in CONTRASTED
+        teacher = fused(changes, variant.method) if contrasts else fused(changes)
         if variant.method == "kd":
             teacher = FusedTeacher(own, task.split, task.labels, teacher.task, [])
         if "table" not in changes:
@@ -237,7 +258,11 @@ def open_loops(
     there = task.device if task.train.view is not None else torch.device("cpu")
     own = one_threaded(lambda *crops: task.train.images(*(each.to(there) for each in crops)))
     pil = one_threaded(lambda rows, _: torch.stack([pictures.view(row) for row in rows]))
-    return loops | {"augment": Crops(task, own, BATCH), "pil": Crops(task, pil, BATCH)}
+    loops |= {"augment": Crops(task, own, BATCH), "pil": Crops(task, pil, BATCH)}
+    if any(variant.method in CONTRASTED for variant in variants):
+        loops["contrast"] = Contrasted(config, task, similarities)
+        loops["gather"] = Contrasted(config, task, gathered)
+    return loops
 
 
 def one_threaded(make: Callable[..., object]) -> Callable[..., object]:
