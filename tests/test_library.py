@@ -46,6 +46,41 @@ def test_head_of_the_features_is_the_logits(name):
     torch.testing.assert_close(network(images), by_hand)
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("timm/resnet18", 32, [(64, 8), (128, 4), (256, 2), (512, 1)]),
+        ("timm/mobilenetv3_small_050", 64, [(8, 16), (16, 8), (24, 4), (288, 2)]),
+        ("timm/mobilenetv1_100", 64, [(128, 16), (256, 8), (512, 4), (1024, 2)]),
+        ("timm/vit_tiny_patch16_224", 224, [(192, 14)] * 3),
+        ("timm/pit_ti_224", 224, [(64, 27), (128, 14), (256, 7)]),
+    ],
+)
+def test_stages_of_timm_are_told_beside_the_features(name, size, expected):
+    network = models.build(name, 7).eval()
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        features, maps = network.staged(images)
+        assert torch.equal(features, network.features(images))
+    assert [tuple(each.shape) for each in maps] == [(2, c, side, side) for c, side in expected]
+
+
+def test_blocks_of_tokens_are_the_first_the_middle_and_the_last():
+    network, told = models.build("timm/vit_tiny_patch16_224", 7).eval(), []
+    for block in network.body.blocks:
+        block.register_forward_hook(lambda *found: told.append(found[2]))
+    with torch.no_grad():
+        _, maps = network.staged(torch.randn(1, 3, 224, 224))
+    for each, block in zip(maps, (0, 6, 11), strict=True):
+        assert torch.equal(each.flatten(2).transpose(1, 2), told[block][:, 1:])
+
+
+def test_stages_that_a_network_does_not_tell_are_refused():
+    network = models.build("torchvision/resnet18", 7)
+    with pytest.raises(ConfigError, match="at, lg and autokd .* which ResNet does not tell; take"):
+        network.staged(torch.randn(2, 3, 32, 32))
+
+
 @pytest.mark.parametrize("name", [*NETWORKS, "torchvision/vit_b_16"])
 def test_weights_of_the_library_give_its_logits(name):
     trained = plain(name, 5).eval()

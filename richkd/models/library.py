@@ -11,13 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from richkd.errors import ConfigError
-from richkd.models.network import Network
+from richkd.models.network import Network, untold
 
 PREFIXES = ("timm/", "torchvision/")
 FIELDS = "student.name and teacher.name"
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # classifiers that torchvision adds for training
 WITHOUT_AUXILIARY: dict[str, Any] = {"aux_logits": False, "init_weights": True}
 OPTIONS = {"googlenet": WITHOUT_AUXILIARY, "inception_v3": WITHOUT_AUXILIARY}
+STEM = 4  # times that images are smaller behind what these libraries count as a network's stem
 PUBLISHED = (
     "fc",
     "linear",
@@ -55,6 +56,22 @@ class LibraryNetwork(Network):
         assert isinstance(head, nn.Linear)
         body.set_submodule(classifier, nn.Identity())
         self.body, self.head, self.classifier = body, head, classifier
+        self.stages = _stages(body)
+
+    def staged(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the pooled features `(N, D)` of `images` `(N, C, H, W)` and the outputs of the stages.
+
+        Of a network whose maps shrink these are its stages from a quarter of the image's side on, before any last
+        convolution or norm; of one of tokens the first, the middle and the last block, each token in its place and
+        without class token.
+
+        Raises:
+            ConfigError: Of torchvision's networks, and the few of timm's that do not tell them.
+        """
+        if not self.stages:
+            raise untold(self.body)
+        x, maps = self.body.forward_intermediates(images, indices=self.stages)
+        return self.body.forward_head(x), maps  # whose last layer is the identity
 
     def features(self, images: Tensor) -> Tensor:
         """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`.
@@ -162,6 +179,16 @@ def _timm(name: str, **options: Any) -> Network:
         layer = next(layer for layer, module in body.named_modules() if module is head)
         return LibraryNetwork(body, layer)
     raise _no_head(f"timm/{name}")
+
+
+def _stages(body: nn.Module) -> list[int]:
+    """Return which of the outputs that timm knows of `body` are told; none of other networks."""
+    if not hasattr(body, "forward_intermediates"):
+        return []
+    shrunk = [stage["reduction"] for stage in body.feature_info]
+    if len(set(shrunk)) == 1:
+        return [0, len(shrunk) // 2, len(shrunk) - 1]
+    return [i for i, times in enumerate(shrunk) if times >= STEM]
 
 
 def _torchvision(name: str, classes: int, **options: Any) -> Network:

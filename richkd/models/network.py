@@ -28,10 +28,7 @@ class Network(nn.Module):
         Raises:
             ConfigError: If the network does not tell them.
         """
-        raise ConfigError(
-            f"the methods at, lg and autokd compare the outputs of stages, which {type(self).__name__} does not tell; "
-            "take a network of ours or timm/NAME."
-        )
+        raise untold(self)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the pooled features `(N, D)` of `images` `(N, C, H, W)`."""
@@ -40,6 +37,14 @@ class Network(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits `(N, K)` of `images` `(N, C, H, W)`."""
         return self.head(self.features(images))
+
+
+def untold(network: nn.Module) -> ConfigError:
+    """Return what to raise where outputs of the stages of `network` are asked for and not told."""
+    return ConfigError(
+        f"the methods at, lg and autokd compare the outputs of stages, which {type(network).__name__} does not tell; "
+        "take a network of ours or another timm/NAME."
+    )
 
 
 @torch.no_grad()
