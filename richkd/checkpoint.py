@@ -24,7 +24,7 @@ from torch import Tensor
 from richkd.errors import ConfigError, CorruptError
 from richkd.files import read_json, sync, to_json, write_synced
 
-FORMAT = 1
+FORMAT = 2  # in 1 the state was momentum alone
 WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.safetensors", "manifest.json"
 FILES = (WEIGHTS, STATE, MANIFEST)
 ADVICE = "take another checkpoint of the run (`best` or `last`), or make it again."

@@ -388,13 +388,25 @@ class Contrast:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Train:
-    """Plain SGD with momentum, the learning rate following a cosine to 0, step by step."""
+    """How the student is trained, by default by plain SGD with momentum along a cosine to 0, step by step."""
 
     epochs: int = 240
     batch_size: int = 64
+    drop_last: bool = False  # whether the rows that fill no batch are left out of an epoch
+    optimizer: str = "sgd"  # sgd | adamw
     lr: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    momentum: float = 0.9  # of sgd
+    nesterov: bool = False  # of sgd
+    weight_decay: float = 5e-4  # of all parameters; of adamw not of vectors, biases and tokens
+    schedule: str = "cosine"  # of the learning rate: cosine (step by step) | epochs (cosine epoch by epoch) | steps
+    milestones: tuple[int, ...] = (
+        150,
+        180,
+        210,
+    )  # of steps: epochs after which it falls to a tenth
+    lr_min: float = 0.0  # of the cosines: where they end
+    warmup: int = 0  # of the cosines: epochs in which the rate climbs to `lr`
+    warmup_lr: float = 0.0  # from here
     precision: str = (
         "auto"  # of the student's layers: fp32, bf16 (autocast); auto: bf16 on a GPU that has it
     )
@@ -402,11 +414,24 @@ class Train:
 
     def __post_init__(self) -> None:
         one_of("train.precision", self.precision, ("auto", "fp32", "bf16"))
+        one_of("train.optimizer", self.optimizer, ("sgd", "adamw"))
+        one_of("train.schedule", self.schedule, ("cosine", "epochs", "steps"))
         in_range("train.epochs", self.epochs, 1, 100_000)
         in_range("train.batch_size", self.batch_size, 2, 1_000_000)
         in_range("train.lr", self.lr, 1e-8, 100)
         in_range("train.momentum", self.momentum, 0, 0.9999)
         in_range("train.weight_decay", self.weight_decay, 0, 10)
+        in_range("train.lr_min", self.lr_min, 0, self.lr)
+        in_range("train.warmup", self.warmup, 0, 100_000)
+        in_range("train.warmup_lr", self.warmup_lr, 0, self.lr)
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        for epoch in self.milestones:
+            in_range("train.milestones", epoch, 1, 100_000)
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise ConfigError(
+                f"train.nesterov is a matter of sgd with momentum but got train.optimizer={self.optimizer} and "
+                f"train.momentum={self.momentum:g}; leave it out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

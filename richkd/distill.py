@@ -32,13 +32,14 @@ from richkd.files import read_record, write_json
 from richkd.learner import Contrast, Learner, Maps
 from richkd.losses import maps
 from richkd.progress import Progress, stoppable
-from richkd.record import TESTED, Record, held, momentum_of, seed_folders
+from richkd.record import TESTED, Record, held, optimizer_state, seed_folders, set_state
 from richkd.steps import ADVICE, ALONE, Steps, check_slices
 from richkd.student import network_of
 from richkd.threads import one_thread
 from richkd.workers import Group
 
 MOMENT = 1.0  # seconds for a process that has just been stopped to leave its folder
+TOKENS = ("cls_token", "dist_token", "pos_embed")  # names of transformers' learnt tokens
 SOME = 500  # held-out rows on which a teacher that is not trained here is looked at
 
 _looked_at: set[tuple[str, ...]] = set()  # teachers, with the rows that they were asked about
@@ -256,19 +257,40 @@ def open_batches(config: Config, task: Task, *, distilled: bool) -> Batches:
     everything = len(task.split.labelled) == len(task.split.transfer)
     # without a target unlabelled rows teach nothing, so each batch is filled with labelled ones
     share = config.data.labelled_share if distilled or everything else 1.0
-    return Batches(task.split, task.train, config.train.batch_size, share, config.seed)
+    train = config.train
+    return Batches(
+        task.split, task.train, train.batch_size, share, config.seed, drop_last=train.drop_last
+    )
 
 
-def open_optimizer(config: Config, student: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimiser of the student's parameters; each step sets its learning rate, which lies on a GPU if they do."""
-    lr, device = config.train.lr, next(student.parameters()).device
+def open_optimizer(config: Config, learner: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimiser of all that is learnt; each step sets its learning rate, which lies on a GPU if they do."""
+    train, device = config.train, next(learner.parameters()).device
+    lr = torch.tensor(train.lr, device=device) if device.type == "cuda" else train.lr
+    if train.optimizer == "adamw":
+        groups = decayed(learner, train.weight_decay)
+        return torch.optim.AdamW(groups, lr=lr, fused=True, capturable=device.type == "cuda")
     return torch.optim.SGD(
-        student.parameters(),
-        lr=torch.tensor(lr, device=device) if device.type == "cuda" else lr,
-        momentum=config.train.momentum,
-        weight_decay=config.train.weight_decay,
+        learner.parameters(),
+        lr=lr,
+        momentum=train.momentum,
+        nesterov=train.nesterov,
+        weight_decay=train.weight_decay,
         fused=True,
     )
+
+
+def decayed(learner: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the parameters in two groups: those that decay, and vectors, biases and tokens, which do not."""
+    kept = [
+        parameter.dim() < 2 or name.rpartition(".")[2].startswith(("bias", *TOKENS))
+        for name, parameter in learner.named_parameters()
+    ]
+    parameters = [*zip(learner.parameters(), kept, strict=True)]
+    return [
+        {"params": [each for each, free in parameters if not free], "weight_decay": weight_decay},
+        {"params": [each for each, free in parameters if free], "weight_decay": 0.0},
+    ]
 
 
 class Run:
@@ -321,7 +343,7 @@ class Run:
                 self.record.begin(self.learner, self.optimizer, meta["epoch"] if meta else 0)
             meta, self.rows = group.from_first([meta, rows])
             self.best = meta["best"] if meta else None
-            share_state(group, self.learner, self.optimizer, begun=len(self.rows) > 0)
+            share_state(group, self.learner, self.optimizer)
             self.steps = Steps(
                 config, self.learner, self.teacher, self.optimizer, self.batches, group
             )
@@ -494,20 +516,17 @@ def better(found: dict[str, float], best: dict[str, float]) -> bool:
     return (found["top1"], -found["loss"]) > (best["top1"], -best["loss"])
 
 
-def share_state(
-    group: Group, learner: Learner, optimizer: torch.optim.Optimizer, *, begun: bool
-) -> None:
-    """Give all workers the first one's weights and, of a run that goes on, its momentum and banks."""
+def share_state(group: Group, learner: Learner, optimizer: torch.optim.Optimizer) -> None:
+    """Give all workers the first one's weights and banks and, if it has any, the state of its optimiser."""
     group.copy_from_first(learner.state_dict().values())
-    if not begun:
-        return
-    for _, parameter in learner.trained():
-        if optimizer.state[parameter].get("momentum_buffer") is None:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    group.copy_from_first(momentum_of(learner, optimizer).values())
-    state = learner.beside()
-    group.copy_from_first(state.values())
-    learner.load_beside(state)
+    beside = learner.beside()
+    group.copy_from_first(beside.values())
+    learner.load_beside(beside)
+    state = optimizer_state(learner, optimizer)
+    shapes = group.from_first({name: list(value.shape) for name, value in state.items()})
+    if not group.first:
+        set_state(learner, optimizer, {name: torch.zeros(shape) for name, shape in shapes.items()})
+    group.copy_from_first(optimizer_state(learner, optimizer).values())
 
 
 def test(outcome: Outcome) -> dict[str, float]:

@@ -27,7 +27,6 @@ from richkd.learner import Learner
 from richkd.teachers import FusedTeacher
 
 TESTED = ("test/", "teacher/", "clip/", "fused/")  # metrics of the test rows
-MOMENTUM = "momentum."  # before a parameter's name, in the state of a checkpoint
 WAIT = 60.0  # seconds for the process of a driver that was killed to end
 
 Metrics = dict[str, float]
@@ -148,11 +147,7 @@ class Record:
         saved, student = checkpoint.load(self.folder / "last"), learner.student
         student.load_state_dict(saved.weights)
         learner.load_beside(saved.state)
-        for name, parameter in learner.trained():
-            if f"{MOMENTUM}{name}" in saved.state:
-                # with the parameter's own strides: the fused optimiser walks both in memory order
-                buffer = torch.empty_like(parameter).copy_(saved.state[f"{MOMENTUM}{name}"])
-                optimizer.state[parameter]["momentum_buffer"] = buffer
+        set_state(learner, optimizer, saved.state)
         meta, rows = saved.meta, rows_of(self.folder, saved.meta)
         epoch = meta["epoch"]
         if epoch and meta["best"]["epoch"] == epoch:
@@ -188,7 +183,7 @@ class Record:
     ) -> None:
         meta = self.about | {"epoch": epoch, "metrics": metrics, "best": best}
         weights = dict(learner.student.state_dict())
-        state = momentum_of(learner, optimizer) | learner.beside()
+        state = optimizer_state(learner, optimizer) | learner.beside()
         checkpoint.save(self.folder / "last", weights, state, meta)
         if best is not None and best["epoch"] == epoch:
             checkpoint.save(self.folder / "best", weights, {}, meta)
@@ -258,13 +253,27 @@ def newest(folder: Path, seeds: int = 1) -> int:
     return min(checkpoint.verify(last)["meta"]["epoch"] for last in lasts)
 
 
-def momentum_of(learner: Learner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimiser's momentum buffers by MOMENTUM and the name of their parameter."""
+def optimizer_state(learner: Learner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return what the optimiser keeps of each parameter, such as its momentum, as `KEY NAME`."""
     return {
-        f"{MOMENTUM}{name}": optimizer.state[parameter]["momentum_buffer"]
+        f"{key} {name}": value
         for name, parameter in learner.trained()
-        if optimizer.state[parameter].get("momentum_buffer") is not None
+        for key, value in optimizer.state[parameter].items()
+        if value is not None
     }
+
+
+def set_state(learner: Learner, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+    """Give an optimiser what `optimizer_state` returned; other entries of `state` are passed over."""
+    parameters = dict(learner.trained())
+    for entry, value in state.items():
+        key, _, name = entry.partition(" ")
+        if (parameter := parameters.get(name)) is None:
+            continue
+        if value.shape == parameter.shape:
+            # with the parameter's own strides: the fused optimiser walks both in memory order
+            value = torch.empty_like(parameter).copy_(value)
+        optimizer.state[parameter][key] = value.to(parameter.device)
 
 
 def result_of(folder: Path) -> dict[str, Any]:

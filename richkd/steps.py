@@ -5,7 +5,6 @@ made at once, and the terms of the loss stay there until the epoch has ended.
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, repeat
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from richkd.data.views import sent
 from richkd.errors import ConfigError, Interrupted, NonFiniteError
 from richkd.learner import Learner
 from richkd.precision import in_use
+from richkd.schedule import learning_rate
 from richkd.teachers import FusedTeacher
 from richkd.workers import Group
 
@@ -166,7 +166,7 @@ class Steps:
             part: This worker's slice.
             progress: How much of the training lies behind, 0 to 1; sets the learning rate.
         """
-        lr = self.config.train.lr * (0.5 + 0.5 * math.cos(math.pi * progress))
+        lr = learning_rate(self.config.train, progress)
         for parameters in self.optimizer.param_groups:
             if isinstance(parameters["lr"], Tensor):  # on a GPU, whose graphs read it there
                 parameters["lr"].fill_(lr)
@@ -344,9 +344,7 @@ def check_slices(batches: Batches, student: nn.Module, group: Group) -> None:
 
     It cannot where the last map has a single pixel.
     """
-    sizes = {len(batches.transfer) % batches.batch_size, batches.batch_size} - {0}
-    if batches.share is not None:
-        sizes = {batches.batch_size}
+    sizes = {batches.rows % batches.batch_size, batches.batch_size} - {0}
     if not any(1 in group.lengths(rows) for rows in sizes):
         return
     try:

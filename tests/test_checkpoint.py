@@ -320,8 +320,8 @@ def test_missing_file_is_corrupt_and_another_file_beside_is_ignored(tmp_path):
 def test_newer_format_is_a_config_error(tmp_path):
     folder = tmp_path / "last"
     save(folder, 1)
-    tampered(folder, lambda m: m.update(format=2), sign=True)
-    with pytest.raises(ConfigError, match="format 1 or less but has 2"):
+    tampered(folder, lambda m: m.update(format=3), sign=True)
+    with pytest.raises(ConfigError, match="format 2 or less but has 3"):
         checkpoint.load(folder)
 
 

@@ -38,10 +38,18 @@ class Batches:
         share: Share of labelled rows in each batch, drawn anew as often as needed; None takes rows as
             they fall. An epoch has as many batches either way: one pass over as many rows as there are.
         seed: The run's seed.
+        drop_last: Whether rows that fill no batch are left out of an epoch.
     """
 
     def __init__(
-        self, split: Split, views: Views, batch_size: int, share: float | None, seed: int
+        self,
+        split: Split,
+        views: Views,
+        batch_size: int,
+        share: float | None,
+        seed: int,
+        *,
+        drop_last: bool = False,
     ) -> None:
         self.labels = torch.from_numpy(split.labels)
         self.transfer = torch.from_numpy(split.transfer)
@@ -53,23 +61,25 @@ class Batches:
         known = self.labels[self.transfer] >= 0
         self.labelled, self.unlabelled = self.transfer[known], self.transfer[~known]
         self.views, self.batch_size, self.seed = views, batch_size, seed
-        self.share = share if len(self.unlabelled) else None
+        self.share, self.drop_last = share if len(self.unlabelled) else None, drop_last
 
     def __len__(self) -> int:
         """Steps in an epoch."""
-        return -(-len(self.transfer) // self.batch_size)
+        full, left = divmod(len(self.transfer), self.batch_size)
+        return full + (left > 0 and not self.drop_last)
 
     @property
     def rows(self) -> int:
         """Rows in an epoch."""
-        return len(self.transfer) if self.share is None else len(self) * self.batch_size
+        most = len(self) * self.batch_size
+        return min(len(self.transfer), most) if self.share is None else most
 
     def order(self, epoch: int) -> list[Tensor]:
         """Return the rows of each batch of `epoch`."""
         generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", epoch))
         if self.share is None:
             rows = self.transfer[torch.randperm(len(self.transfer), generator=generator)]
-            return list(rows.split(self.batch_size))
+            return list(rows.split(self.batch_size))[: len(self)]
         labelled = min(max(round(self.share * self.batch_size), 1), self.batch_size)
         parts = [
             endless(self.labelled, labelled * len(self), generator).view(len(self), -1),
