@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from richkd import checkpoint, distill
-from richkd.config import Train, build, read
+from richkd.config import CONF, Train, build, read
 from richkd.errors import ConfigError
 from richkd.learner import Learner
+from richkd.models import NAMES
 from richkd.record import optimizer_state, set_state
 from richkd.schedule import learning_rate
 
@@ -208,3 +209,17 @@ def test_a_second_worker_has_the_first_one_s_state():
     one, other = map(optimizer_state, learners, optimizers)
     assert one.keys() == other.keys()
     assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_the_papers_recipe_and_its_pairs_fit_together():
+    pairs = sorted(path.stem for path in (CONF / "pair").glob("*.yaml"))
+    cifar = [pair for pair in pairs if not pair.startswith("imagenet-")]
+    assert len(cifar) == 17
+    for pair in cifar:
+        config = build(read(["cifar100", "paper/recipe", f"pair/{pair}"]))
+        assert pair == f"{config.teacher.name}-{config.student.name}"
+        mobile = config.student.name.startswith(("mobilenet", "shufflenet"))
+        assert config.train.lr == (0.01 if mobile else 0.05)
+        assert (config.train.schedule, config.train.epochs) == ("steps", 240)
+        for name in (config.teacher.name, config.student.name):
+            assert name in NAMES
