@@ -102,7 +102,9 @@ class Data:
     download: bool = False  # of cifar100: whether torchvision may fetch what is not in `root`
     path: str | None = None  # of folder: the folder; of arrays: the .npz file
     names: str | None = None  # of folder and arrays: text file with a class name a line
-    size: int = 32  # of folder: pixels of a side that images are brought to
+    # how images are varied: crop (out of padded pixels, and flip), or one by one: resized (ImageNet) | strong (transformers)
+    augment: str = "crop"
+    size: int = 32  # of folder, resized and strong: pixels of a side that images are brought to
     pad: int | None = None  # pixels of zero padding before the random crop; None: the source's own
     flip: bool | None = None  # whether a mirror image keeps its class; None: the source's own
     unreadable: float = 0.0  # of folder: share of files that may be left out; 0: none
@@ -116,6 +118,11 @@ class Data:
 
     def __post_init__(self) -> None:
         expand(self, "root", "path", "names")
+        one_of("data.augment", self.augment, ("crop", "resized", "strong"))
+        if self.augment != "crop" and self.pad is not None:
+            raise ConfigError(
+                f"data.pad is a matter of data.augment=crop but got {self.augment}; leave it out."
+            )
         in_range("data.size", self.size, 8, 1024)
         in_range("data.pad", self.pad, 0, 256)
         in_range("data.unreadable", self.unreadable, 0, 0.5)
@@ -205,7 +212,7 @@ class Teacher:
                 "teacher.mean and teacher.std belong together but only one is given; give both or none."
             )
         if self.checkpoint is self.pretrained is None:
-            for key in ("mean", "std", "size"):
+            for key in ("mean", "std"):
                 if getattr(self, key) is not None:
                     raise ConfigError(
                         f"teacher.{key} is a matter of teacher.checkpoint or teacher.pretrained but neither is given; "
@@ -461,6 +468,7 @@ class Config:
             object.__setattr__(self, "storage", self.storage.removeprefix("file://"))
         if is_url(self.storage):
             check_storage(self.storage)
+        self._check_views()
         if self.fusion.space == "probs" and self.loss.temperature_of == "task":
             raise ConfigError(
                 "loss.temperature_of=task compares spreads of logits but fusion.space=probs mixes probabilities; "
@@ -475,6 +483,27 @@ class Config:
     def feature_alpha(self) -> float:
         """Weight of the task teacher's features."""
         return self.fusion.alpha if self.fusion.feature_alpha is None else self.fusion.feature_alpha
+
+    def _check_views(self) -> None:
+        """Raise ConfigError if a teacher is to meet crops in a way in which they do not come."""
+        streamed, own = self.data.augment != "crop", self.teacher
+        if own.size is not None and not streamed and own.checkpoint is own.pretrained is None:
+            raise ConfigError(
+                "teacher.size is a matter of teacher.checkpoint or teacher.pretrained but neither is given; leave it out."
+            )
+        if not streamed:
+            return
+        if own.views == "exact":
+            raise ConfigError(
+                f"teacher.views=exact keeps what can be seen of an image but under data.augment={self.data.augment} that "
+                "has no end; use teacher.views=online."
+            )
+        for clip in (self.clip, *self.clip.extra):
+            if clip.views != "whole":
+                raise ConfigError(
+                    f"clip.views={clip.views} is a matter of data.augment=crop but got {self.data.augment}; use "
+                    "clip.views=whole."
+                )
 
 
 class Entry(NamedTuple):

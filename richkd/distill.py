@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from richkd import cache, checkpoint, models, teachers
 from richkd.banks import Banks
 from richkd.config import Config, Layers, Teacher, build, digest, flatten
-from richkd.data import Batches, Dataset, Split, Views, load, split
+from richkd.data import Batches, Dataset, Split, Stream, Views, load, split, views_of
 from richkd.data.batches import stream_seed
 from richkd.errors import ConfigError, NonFiniteError
 from richkd.evaluate import accuracy, evaluate
@@ -53,8 +53,8 @@ class Task:
 
     dataset: Dataset
     split: Split
-    train: Views
-    test: Views
+    train: Views | Stream
+    test: Views | Stream
     device: torch.device
     wanted_cache: str | None
 
@@ -102,8 +102,8 @@ def open_task(config: Config, progress: Progress | None = None, beside: Task | N
     return Task(
         dataset=dataset,
         split=split(dataset, config.data, config.seed),
-        train=Views(dataset.train, dataset, device, config.data.memory),
-        test=Views(dataset.test, dataset, device, config.data.memory),
+        train=views_of(dataset.train, dataset, device, config.data.memory),
+        test=views_of(dataset.test, dataset, device, config.data.memory),
         device=device,
         wanted_cache=config.cache,
     )

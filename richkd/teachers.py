@@ -327,6 +327,8 @@ def open_task(
         network = Resized(network, size)
     models.check_size(network, dataset.channels, dataset.size, field="teacher.name, teacher.size")
     wanted = (sha256, mean, std, size, config.precision)
+    if dataset.streamed:
+        wanted += (dataset.augment, dataset.size)  # which say what whole images are, too
     seen = _short(hashlib.sha256(repr(wanted).encode()).hexdigest())
 
     def keep(part: str, compute: Callable[[int, int], np.ndarray]) -> np.ndarray:
@@ -390,6 +392,8 @@ def views_in_use(config: Teacher, crops: Views, width: int, epochs: int) -> str:
     """
     if config.views != "auto":
         return config.views
+    if crops.streamed:  # of which no two are the same
+        return "online"
     kept = len(crops) * crops.count * width * np.dtype(DTYPES[config.table]).itemsize
     return "exact" if kept <= MOST and (config.shared or epochs >= LONG) else "online"
 

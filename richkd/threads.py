@@ -9,6 +9,9 @@ from typing import TypeVar
 
 import torch
 
+GRANTED = (
+    torch.get_num_threads()
+)  # as OMP_NUM_THREADS says, which Ray sets to a job's cores; else the machine's
 AHEAD = 4  # items in flight for each thread
 
 T = TypeVar("T")

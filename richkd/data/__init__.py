@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from richkd import cache
 from richkd.config import Data
 from richkd.data.arrays import arrays
@@ -12,8 +14,10 @@ from richkd.data.cifar import cifar100
 from richkd.data.dataset import Dataset, Images
 from richkd.data.digits import digits
 from richkd.data.folder import folder
+from richkd.data.imagenet import imagenet
 from richkd.data.padded import shared
 from richkd.data.rows import rows
+from richkd.data.stream import Stream
 from richkd.data.subsets import Split, split
 from richkd.data.views import Views
 from richkd.errors import ConfigError
@@ -24,19 +28,35 @@ SOURCES: dict[str, Callable[[Data, Path, Progress | None], Dataset]] = {
     "cifar100": cifar100,
     "folder": folder,
     "arrays": arrays,
+    "imagenet": imagenet,
 }
-OWN = {  # keys of one or two sources alone
-    "root": ("cifar100",),
+OWN = {  # keys of some sources alone
+    "root": ("cifar100", "imagenet"),
     "download": ("cifar100",),
     "path": ("folder", "arrays"),
-    "names": ("folder", "arrays"),
-    "size": ("folder",),
+    "names": ("folder", "arrays", "imagenet"),
     "unreadable": ("folder",),
     "folds": ("folder", "arrays"),
     "fold": ("folder", "arrays"),
 }
 
-__all__ = ["Batches", "Dataset", "Images", "Split", "Views", "load", "rows", "split"]
+MEAN, STD = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # ImageNet's, for which the recipes of streams are made
+
+__all__ = [
+    "Batches",
+    "Dataset",
+    "Images",
+    "Split",
+    "Stream",
+    "Views",
+    "load",
+    "rows",
+    "split",
+    "views_of",
+]
 
 _loaded: dict[tuple[Data, Path], Dataset] = {}  # the last one
 
@@ -64,6 +84,12 @@ def load(config: Data, cache_root: Path | None = None, progress: Progress | None
                 f"data.{key} is a matter of data.source={' or '.join(sources)} but data.source is {config.source}; "
                 "leave it out."
             )
+    streamed = config.augment != "crop"
+    if config.size != Data().size and config.source != "folder" and not streamed:
+        raise ConfigError(
+            f"data.size is a matter of data.source=folder, or of data.augment=resized or strong, but data.source is "
+            f"{config.source}; leave it out."
+        )
     # what only the split reads makes no other data set
     asked = replace(config, validation=1, seed=0, labelled_per_class=None, labelled_share=None)
     root = cache.root(None) if cache_root is None else cache_root
@@ -71,13 +97,38 @@ def load(config: Data, cache_root: Path | None = None, progress: Progress | None
         dataset = SOURCES[config.source](config, root, progress)
         own = {key: getattr(config, key) for key in ("pad", "flip")}
         dataset = replace(dataset, **{k: v for k, v in own.items() if v is not None})
+        if streamed:
+            if dataset.channels != 3:
+                raise ConfigError(
+                    f"data.augment={config.augment} is for images in colour but {dataset.name} has {dataset.channels} "
+                    "channel; use data.augment=crop."
+                )
+            side = {"side": config.size, "mean": MEAN, "std": STD}
+            dataset = replace(dataset, augment=config.augment, **side)
         parts = {
             part: shared(
                 getattr(dataset, part), dataset.pad, dataset.flip, config.memory, root, progress
             )
             for part in ("train", "test")
+            if not streamed
         }
         dataset = replace(dataset, **parts)
         _loaded.clear()
         _loaded[asked, root] = dataset
     return _loaded[asked, root]
+
+
+def views_of(
+    images: Images, dataset: Dataset, device: torch.device, memory: float
+) -> Views | Stream:
+    """Return all views of the training or test images of `dataset`, as its augmentation makes them.
+
+    Args:
+        images: Of the data set.
+        dataset: Says how they are augmented.
+        device: Where batches are made.
+        memory: GiB that padded pixels may take.
+    """
+    if dataset.streamed:
+        return Stream(images, dataset, device)
+    return Views(images, dataset, device, memory)

@@ -18,7 +18,7 @@ from richkd.errors import DataError
 STREAMS = {
     name: k
     for k, name in enumerate(
-        ("initialisation", "order", "augmentation", "negatives", "banks", "projections")
+        ("initialisation", "order", "augmentation", "negatives", "banks", "projections", "layers")
     )
 }
 
@@ -90,7 +90,7 @@ class Batches:
         return list(torch.cat(parts, 1))
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield rows `(B,)`, visible labels `(B,)` and views `(B, 3)` of each batch of `epoch`."""
+        """Yield rows `(B,)`, visible labels `(B,)` and views `(B, 3)`, or seeds `(B, 1)`, of each batch of `epoch`."""
         generator = torch.Generator().manual_seed(stream_seed(self.seed, "augmentation", epoch))
         for rows in self.order(epoch):
             yield rows, self.labels[rows], self.views.draw(len(rows), generator)

@@ -6,7 +6,7 @@ Shapes: N images of H x W pixels and C channels, K classes.
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ class Images:
     """Rows of pixels `(N, H, W, C)` uint8 with labels `(N,)` int64, -1 where none is known.
 
     Attributes:
-        pixels: In memory, or a memory map of a file.
+        pixels: In memory, or a memory map of a file; None of files that are never decoded as a whole, in RGB then.
         labels: Class of each row.
         ids: `(N,)`, place of each row among all images of its source, training and test; as they come if None.
         files: The files that the rows were made of, if they were.
@@ -34,16 +34,17 @@ class Images:
         padded: Map of the padded pixels, of which `pixels` are a part, if they are kept: see `padded.py`.
     """
 
-    pixels: np.ndarray
+    pixels: np.ndarray | None
     labels: np.ndarray
     ids: np.ndarray | None = None
-    files: tuple[Path, ...] | None = None
+    files: Sequence[Path] | None = None
     digest: str | None = None
     padded: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         pixels, labels = self.pixels, self.labels
-        if (
+        assert pixels is not None or (self.files is not None and self.digest is not None)
+        if pixels is not None and (
             pixels.dtype != np.uint8
             or pixels.ndim != 4
             or pixels.shape[3] not in (1, 3)
@@ -56,9 +57,10 @@ class Images:
             raise DataError(
                 f"labels must be integers but got {labels.dtype}; -1 marks an unlabelled row."
             )
-        if labels.shape != pixels.shape[:1]:
+        count = len(self.files) if pixels is None else len(pixels)
+        if labels.shape != (count,):
             raise DataError(
-                f"there must be one label an image but got {labels.shape} for {len(pixels)} images."
+                f"there must be one label an image but got {labels.shape} for {count} images."
             )
         object.__setattr__(self, "labels", labels.astype(np.int64))
         if self.ids is None:
@@ -72,10 +74,13 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def picture(self, row: int) -> "Image":
+        """Return a row from its file, in full, where there is one."""
+        return picture(self.pixels[row]) if self.files is None else decode(self.files[row])
+
     def pictures(self, start: int, stop: int) -> "Iterator[Image]":
-        """Yield rows `start` to `stop` as CLIP should see them: from their files, in full, where there are any."""
-        for k in range(start, stop):
-            yield picture(self.pixels[k]) if self.files is None else decode(self.files[k])
+        """Yield rows `start` to `stop` as CLIP should see them."""
+        return map(self.picture, range(start, stop))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -93,6 +98,8 @@ class Dataset:
     first_test: int | None = None  # place of its first test row in the source; None: cut by us
     mean: tuple[float, ...] | None = None  # of each channel of the training pixels, in 0 to 1
     std: tuple[float, ...] | None = None
+    augment: str = "crop"  # or how a stream of them is augmented, see `stream.py`
+    side: int | None = None  # pixels of a side to which a stream brings them
     digest: str = ""
 
     def __post_init__(self) -> None:
@@ -100,7 +107,8 @@ class Dataset:
         if classes < 2:
             raise DataError(f"{self.name} must have at least 2 classes but got {classes}.")
         check_names(self.name, self.names)
-        if self.train.pixels.shape[1:] != self.test.pixels.shape[1:]:
+        decoded = self.train.pixels is not None
+        if decoded and self.train.pixels.shape[1:] != self.test.pixels.shape[1:]:
             raise DataError(
                 f"training and test images of {self.name} must have one height, width and number of channels but "
                 f"got {self.train.pixels.shape[1:]} and {self.test.pixels.shape[1:]}."
@@ -138,12 +146,17 @@ class Dataset:
     @property
     def channels(self) -> int:
         """Number of channels, 1 or 3."""
-        return self.train.pixels.shape[3]
+        return 3 if self.train.pixels is None else self.train.pixels.shape[3]
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of an image in pixels."""
-        return self.train.pixels.shape[1:3]
+        """Height and width in pixels of an image as a network sees it."""
+        return self.train.pixels.shape[1:3] if self.side is None else (self.side, self.side)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether images are augmented one by one, so that no table holds all that can be seen of them."""
+        return self.augment != "crop"
 
 
 def check_names(source: str, names: tuple[str, ...]) -> None:

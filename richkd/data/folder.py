@@ -158,7 +158,7 @@ def listing(config: Data) -> Listing:
             f"data.path: pictures without a label lie in unlabelled but {root} has unlabeled; rename it."
         )
     prefixes = _layout(root)
-    classes = {prefix: _folders(root / prefix) for prefix in prefixes}
+    classes = {prefix: folders(root / prefix) for prefix in prefixes}
     if prefixes == [""]:
         classes[""] = [name for name in classes[""] if name != "unlabelled"]
     known = classes[prefixes[0]]
@@ -205,7 +205,7 @@ def _layout(root: Path) -> list[str]:
     if "train" not in parts or len(parts) == 1:
         raise DataError(
             f"data.path must hold train and one of test and val, or class folders alone, but {root} has "
-            f"{', '.join(map(repr, _folders(root)))}; rename its folders, or give one of them as data.path to have "
+            f"{', '.join(map(repr, folders(root)))}; rename its folders, or give one of them as data.path to have "
             "test rows cut from it."
         )
     return [f"{part}/" for part in parts]
@@ -242,7 +242,7 @@ def _check_classes(root: Path, classes: dict[str, list[str]]) -> None:
         )
 
 
-def _folders(path: Path) -> list[str]:
+def folders(path: Path) -> list[str]:
     """Return the names of the folders in `path`, sorted."""
     with os.scandir(path) as entries:
         return sorted(e.name for e in entries if e.name[0] != "." and _is_folder(e))

@@ -67,12 +67,26 @@ def pixels(source: Path | bytes, size: int) -> np.ndarray:
 
     The shorter side comes to `size` pixels. Raises as `decode` does.
     """
-    image = decode(source)
-    side = min(image.size)
+    return centre(decode(source), size)
+
+
+def centre(
+    image: Image.Image,
+    size: int,
+    filtered: Image.Resampling = Image.Resampling.BICUBIC,
+    margin: float = 1.0,
+) -> np.ndarray:
+    """Return the centre square of a picture, scaled to uint8 `(size, size, 3)`; antialiased.
+
+    Args:
+        image: RGB.
+        size: Pixels of a side.
+        filtered: How it is scaled.
+        margin: The shorter side comes to so many times `size` before the square is cut.
+    """
+    side = min(image.size) / margin
     left, top = (image.width - side) / 2, (image.height - side) / 2
-    square = image.resize(
-        (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
-    )
+    square = image.resize((size, size), filtered, box=(left, top, left + side, top + side))
     return np.array(square)
 
 

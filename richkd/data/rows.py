@@ -25,8 +25,11 @@ def rows(config: Data, dataset: Dataset) -> list[str]:
     else:
         parts = (dataset.train, dataset.test)
         found = dict(pair for part in parts for pair in zip(part.ids, part.labels, strict=True))
-        places = sorted(found)
-        labels = [found[k] for k in places]
+        ids = sorted(found)
+        labels = [found[k] for k in ids]
+        places = ids
+        if config.source == "imagenet":
+            places = [part.files.relative(k) for part in parts for k in range(len(part))]
     return [
         f"{place}\t{dataset.names[label] if label >= 0 else ''}"
         for place, label in zip(places, labels, strict=True)

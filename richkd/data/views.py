@@ -23,7 +23,7 @@ from richkd.data.padded import layout, padded
 
 
 class Views:
-    """All views of some images, on one device.
+    """All views of some images, on one device; `Stream` has the same face for what is not cropped out of padded pixels.
 
     Args:
         images: N images of H x W pixels and C channels.
@@ -126,7 +126,7 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Turn uint8 `(B, H, W, C)` into normalised float32 `(B, C, H, W)`; `mean` and `std` in grey levels."""
+    """Turn integers `(B, H, W, C)` into normalised float32 `(B, C, H, W)`; `mean` and `std` in grey levels."""
     width = pixels.shape[2]
     # over whole rows: a broadcast over one or three channels takes five times as long
     rows = pixels.flatten(2).sub(mean.repeat(width)).div_(std.repeat(width))
