@@ -4,9 +4,10 @@ No step waits for a GPU: what the host knows of a block of batches goes there in
 made at once, and the terms of the loss stay there until the epoch has ended.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, repeat
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from richkd import fusion, losses
 from richkd.config import Config
 from richkd.data import Batches
+from richkd.data.batches import stream_seed
 from richkd.data.views import sent
 from richkd.errors import ConfigError, Interrupted, NonFiniteError
 from richkd.learner import Learner
@@ -40,14 +42,14 @@ class Slice(NamedTuple):
     Attributes:
         rows: Training rows `(B,)`, where their pixels are.
         labels: Visible labels `(B,)`, on the device.
-        views: Crops `(B, 3)`, where the pixels are.
+        views: Crops `(B, 3)`, where the pixels are, or seeds `(B, 1)` of streamed ones.
         target: Log-probabilities of the teacher `(B, K)`, on the device; None where no logits are learnt.
         labelled: Number of labelled rows in the global batch, on the device.
         total: Number of rows in the global batch.
         beside: What a loss of features asks of the teachers, as `Said.beside`, on the device.
         ids: Place of each row of the *global* batch among the rows that are learnt from, on the device; None where no banks
             are kept.
-        pixels: The crops themselves, uint8 `(B, H, W, C)`, where they are streamed.
+        pixels: The crops themselves, integers `(B, H, W, C)` on the device, where they are streamed.
     """
 
     rows: Tensor
@@ -108,19 +110,26 @@ class Steps:
 
     def blocks(self, epoch: int) -> Iterator[list[Slice]]:
         """Yield this worker's slices of the batches of `epoch`, a block of them at a time."""
-        length = max(BLOCK[self.device.type] // self.batches.batch_size, 1)
-        left = list(self.batches.epoch(epoch))
-        pixels: Iterator[Tensor | None] = repeat(None)
+        left = self.batches.epoch(epoch)
         if self.views.streamed:
-            mine = ([each[self.group.slice(len(each))] for each in batch] for batch in left)
-            pixels = self.views.loader([(rows, views) for rows, _, views in mine])
-        for start in range(0, len(left), length):
-            block = left[start : start + length]
-            yield self._prepared(block, list(islice(pixels, len(block))))
+            yield from self._streamed(list(left))
+        length = max(BLOCK[self.device.type] // self.batches.batch_size, 1)
+        while block := list(islice(left, length)):
+            yield self._prepared(block)
+
+    def _streamed(self, batches: list[tuple[Tensor, Tensor, Tensor]]) -> Iterator[list[Slice]]:
+        """Yield each batch by itself, as soon as its pixels are made."""
+        mine = [[each[self.group.slice(len(each))] for each in batch] for batch in batches]
+        with contextlib.closing(
+            self.views.loader([(rows, views) for rows, _, views in mine])
+        ) as made:
+            for batch, pixels in zip(batches, made, strict=True):
+                yield self._prepared([batch], sent(pixels, self.device))
 
     def _prepared(
-        self, block: list[tuple[Tensor, Tensor, Tensor]], pixels: list[Tensor | None]
+        self, block: list[tuple[Tensor, Tensor, Tensor]], pixels: Tensor | None = None
     ) -> list[Slice]:
+        """Return the slices of a block; where views are streamed, of the one batch that `pixels` were made for."""
         totals = [len(rows) for rows, _, _ in block]
         labelled = torch.stack([(labels >= 0).sum() for _, labels, _ in block])
         mine = [[each[self.group.slice(len(each))] for each in batch] for batch in block]
@@ -129,9 +138,7 @@ class Steps:
         targets: Sequence[Tensor | None] = [None] * len(sizes)
         beside: Sequence[tuple[Tensor, ...]] = [()] * len(sizes)
         if self.teacher is not None and len(rows):
-            said = self.teacher.said(
-                rows, views, torch.cat(pixels) if self.views.streamed else None
-            )
+            said = self.teacher.said(rows, views, pixels)
             if said.target is not None:
                 targets = said.target.split(sizes)
             if said.beside:
@@ -154,7 +161,7 @@ class Steps:
                 totals,
                 beside,
                 ids,
-                pixels,
+                [pixels] * len(sizes),
                 strict=True,
             )
         ]
@@ -241,6 +248,13 @@ class Steps:
             zero = zero + self._of_features(none, part)
         return torch.stack([zero if k == LOSS else zero.detach() for k in range(len(TERMS))]), none
 
+    @contextlib.contextmanager
+    def _seeded(self, epoch: int) -> Iterator[None]:
+        """Have layers that draw, such as drop-path, draw what belongs to the epoch and to this worker."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(stream_seed(self.config.seed, "layers", epoch) + self.group.rank)
+            yield
+
     def epoch(self, epoch: int, stop: Callable[[], int | None]) -> dict[str, float]:
         """Train for one epoch and return the mean of each of TERMS over the global batches.
 
@@ -259,11 +273,11 @@ class Steps:
             self.rise.fill_(min((epoch + 1) / warmup, 1.0))
         steps, epochs = len(self.batches), self.config.train.epochs
         terms = torch.zeros(steps, len(TERMS), device=self.device)
-        parts = (part for block in self.blocks(epoch) for part in block)
-        for k, part in enumerate(parts):
-            if (signum := stop()) is not None:
-                raise Interrupted(signum, f"interrupted in epoch {epoch + 1} of {epochs}")
-            terms[k] = self.take(part, (epoch * steps + k) / (epochs * steps))
+        with contextlib.closing(self.blocks(epoch)) as blocks, self._seeded(epoch):
+            for k, part in enumerate(part for block in blocks for part in block):
+                if (signum := stop()) is not None:
+                    raise Interrupted(signum, f"interrupted in epoch {epoch + 1} of {epochs}")
+                terms[k] = self.take(part, (epoch * steps + k) / (epochs * steps))
         terms = self.group.total(terms)
         self.group.copy_from_first(self.student.buffers())
         check_finite(terms.cpu(), self.learner, epoch)

@@ -102,7 +102,7 @@ class TaskTeacher:
         Args:
             rows: `(B,)`.
             views: Their crops, one a row.
-            pixels: The crops themselves, uint8 `(B, H, W, C)`, where they are streamed.
+            pixels: The crops themselves, integers `(B, H, W, C)` on the device, where they are streamed.
         """
         if self.network is None or self.single:
             return (self.train[sent(rows, self.train.device)],)
@@ -825,12 +825,12 @@ class FusedTeacher:
 
 
 def teacher_recipe(config: Config) -> Config:
-    """Return the run that trains the task teacher of `config`: cross-entropy on its labelled rows."""
+    """Return the run that trains the task teacher of `config`: cross-entropy on its labelled rows, at the size that it sees."""
+    # a share of labels is of no effect, so of none on the cache either
+    data = replace(config.data, labelled_share=None, size=config.teacher.size or config.data.size)
     return replace(
         config,
-        data=replace(
-            config.data, labelled_share=None
-        ),  # of no effect, so of none on the cache either
+        data=data,
         student=replace(config.student, name=config.teacher.name, shortcut=config.teacher.shortcut),
         teacher=Teacher(),
         clip=Clip(),
