@@ -76,6 +76,8 @@ def distill(arguments: argparse.Namespace) -> Done:
     from richkd.record import result_of
 
     say(f"{config.method.name} on {config.data.source}, into {folder}")
+    if config.caution:
+        say(config.caution)
     if config.loss.logit:
         fused = f"alpha {config.fusion.alpha:g} at clip.scale {config.clip.scale}, "
         say(
@@ -84,7 +86,7 @@ def distill(arguments: argparse.Namespace) -> Done:
         )
 
     def row(metrics: dict[str, Any], _checkpoint: Path) -> None:
-        say(epoch_line(metrics, config.train.epochs))
+        say(epoch_line(metrics, config.train.epochs, config.part))
 
     def how_to_go_on() -> str:
         line = ["distill", *arguments.words]
@@ -152,12 +154,13 @@ def evaluate(arguments: argparse.Namespace) -> Done:
     from richkd.student import find_checkpoint
 
     checkpoint = find_checkpoint(place)
-    found, speed, _ = training.retest(checkpoint, changes)
+    found, speed, meta = training.retest(checkpoint, changes)
     answer = {
         "run": str(checkpoint.parent),
         "checkpoint": str(checkpoint),
         "val": percent(found["val"]),
         "test": percent(found["test"]),
+        "selection": meta["config"].get("selection", "validation"),  # of before there was a choice
         "images_per_second": speed,
     }
     _print(answer)

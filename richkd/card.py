@@ -33,7 +33,7 @@ def card(
     rows, tested = meta.get("rows", {}), run.get("metrics", {})
     again = command_of(config, threads=run.get("threads"), workers=run.get("workers", 1))
     accuracy = {
-        "validation": [meta["metrics"].get(f"val/top{k}") for k in (1, 5)],
+        config.judged: [meta["metrics"].get(f"val/top{k}") for k in (1, 5)],
         "test": [tested.get(f"test/top{k}") for k in (1, 5)],
     }
     height, width = about["input"]["shape"][2:]
@@ -51,9 +51,15 @@ def card(
                 for part, values in accuracy.items()
             ],
         ),
-        "Epochs and settings were chosen by validation rows"
-        + (", test rows were read once, afterwards." if tested else "."),
-        *_seeds(saved.folder),
+        f"Epochs and settings were chosen by {config.judged} rows"
+        + (
+            ", which flatters."
+            if config.caution
+            else ", test rows were read once, afterwards."
+            if tested
+            else "."
+        ),
+        *_seeds(saved.folder, config.judged),
         "## Use",
         f"`student.onnx` and `student.pt2` take uint8 `({', '.join(map(str, about['input']['shape']))})` and return logits; "
         "normalisation is inside. Decoding, turning upright, cutting to the centre and scaling lie outside, and "
@@ -124,7 +130,7 @@ def over_seeds(folder: Path) -> list[float]:
     return found
 
 
-def _seeds(folder: Path) -> list[str]:
+def _seeds(folder: Path, judged: str) -> list[str]:
     top1 = over_seeds(folder)
     if len(top1) < 2:
         return []
@@ -133,7 +139,7 @@ def _seeds(folder: Path) -> list[str]:
     return [
         f"One of {len(top1)} students of this setting, each with another seed; of all of them the test top-1 is "
         f"{statistics.fmean(top1):.2f} ± {statistics.stdev(top1):.2f} % (mean ± standard deviation)."
-        + " This one has the highest validation accuracy."
+        + f" This one has the highest {judged} accuracy."
         * best
     ]
 

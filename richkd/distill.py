@@ -5,10 +5,12 @@
 
 A run folder (see `record`) holds `config.yaml`, `run.json` (what it is and how it ended), `metrics.jsonl` (one line
 an epoch), `last/` (the newest checkpoint, from which a run goes on) and `best/` (the epoch with the highest
-validation accuracy). Test rows are not read here but once, by `test`, after the run.
+validation accuracy). Test rows are not read here but once, by `test`, after the run; unless `selection: paper` says
+that the best epoch is the one with the highest test accuracy.
 """
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -68,6 +70,15 @@ class Task:
         """True labels `(N,)` of all training rows: for evaluation, never for the loss."""
         return torch.from_numpy(self.dataset.train.labels)
 
+    @property
+    def judged(self) -> tuple[Views, Tensor, Tensor]:
+        """Images, their rows and the labels of these, on which epochs are chosen: held out, or of the test if none are."""
+        rows = torch.from_numpy(self.split.validation)
+        if len(rows):
+            return self.train, rows, self.labels[rows]
+        labels = torch.from_numpy(self.dataset.test.labels)
+        return self.test, torch.arange(len(labels)), labels
+
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Outcome:
@@ -93,7 +104,9 @@ def device_of(config: Config) -> torch.device:
 def open_task(config: Config, progress: Progress | None = None, beside: Task | None = None) -> Task:
     """Load data, cut it, and put the pixels on the device; they are shared with a task on the same data, if given."""
     if beside is not None:
-        return replace(beside, split=split(beside.dataset, config.data, config.seed))
+        return replace(
+            beside, split=split(beside.dataset, config.data, config.seed, config.selection)
+        )
     device = device_of(config)
     if device.type == "cuda":
         # a run that is gone on with ends as the straight one
@@ -101,7 +114,7 @@ def open_task(config: Config, progress: Progress | None = None, beside: Task | N
     dataset = load(config.data, cache.root(config.cache), progress)
     return Task(
         dataset=dataset,
-        split=split(dataset, config.data, config.seed),
+        split=split(dataset, config.data, config.seed, config.selection),
         train=views_of(dataset.train, dataset, device, config.data.memory),
         test=views_of(dataset.test, dataset, device, config.data.memory),
         device=device,
@@ -160,11 +173,16 @@ def check_teachers(
     own: teachers.TaskTeacher | None,
     clips: list[teachers.ClipTeacher],
 ) -> None:
-    """Look at what the teachers that were brought say of held-out rows, or of some of them; once a process."""
+    """Look at what the teachers that were brought say of held-out rows, or of some of them; once a process.
+
+    Where none are held out, they are rows that are learnt from and have a label.
+    """
     seen = (*(each.identity for each in (own, *clips) if each is not None), task.split.digest)
     if seen in _looked_at:
         return
-    rows = torch.from_numpy(task.split.validation)
+    rows = torch.from_numpy(
+        task.split.validation if len(task.split.validation) else task.split.labelled
+    )
     some = rows[:: -(-len(rows) // SOME)]
     for source in given.brought if own is not None else ():
         teachers.check_sense(f"teacher.{source}", own.plain(some), task.labels[some])
@@ -327,7 +345,6 @@ class Run:
         self.batches = open_batches(config, self.task, distilled=self.teacher is not None)
         check_slices(self.batches, self.student, group)
         self.optimizer = open_optimizer(config, self.learner)
-        self.held_out = torch.from_numpy(self.task.split.validation)
         self.seconds = time.monotonic() - began  # of its own: others may take turns with it
 
     def __enter__(self) -> "Run":
@@ -356,15 +373,14 @@ class Run:
         del self.steps
 
     def advance(self) -> None:
-        """Train for one epoch, look at the held-out rows, and keep both."""
+        """Train for one epoch, look at the rows on which epochs are chosen, and keep both."""
         group, epoch = self.group, len(self.rows)
         began = time.monotonic()
         trained = self.steps.epoch(epoch, self.stop)
         seconds = time.monotonic() - began
-        mine = self.held_out[group.slice(len(self.held_out))]
-        logits = network_logits(self.student, self.task.train, mine)
-        logits = group.gather(logits, len(self.held_out))
-        found = accuracy(logits.cpu(), self.task.labels[self.held_out])
+        views, rows, labels = self.task.judged
+        logits = network_logits(self.student, views, rows[group.slice(len(rows))])
+        found = accuracy(group.gather(logits, len(rows)).cpu(), labels)
         if not math.isfinite(found["loss"]):
             raise NonFiniteError(f"val/loss is {found['loss']} after epoch {epoch + 1}; {ADVICE}.")
         if self.best is None or better(found, self.best):
@@ -533,8 +549,8 @@ def test(outcome: Outcome) -> dict[str, float]:
     """Read the test rows with the best epoch's student and with its teachers, once: it is kept in `run.json`.
 
     Returns:
-        `test/top1`, `test/top5`, `test/loss` of the student, and `teacher/top1`, `clip/top1` and
-        `fused/top1` where the run had them: the teachers on the same test rows, un-augmented.
+        `test/top1`, `test/top5`, `test/loss` of the student, `test/last_top1` of the last epoch's, and `teacher/top1`,
+        `clip/top1` and `fused/top1` where the run had them: the teachers on the same test rows, un-augmented.
     """
     with held(outcome.folder):
         state = read_record(outcome.folder / "run.json", "metrics")
@@ -545,6 +561,12 @@ def test(outcome: Outcome) -> dict[str, float]:
         labels = torch.from_numpy(task.dataset.test.labels)
         found = evaluate(outcome.network, task.test, torch.arange(len(labels)), labels)
         metrics = {f"test/{name}": value for name, value in found.items()}
+        metrics["test/last_top1"] = found["top1"]
+        if state["metrics"]["best_epoch"] != state["metrics"]["epoch"]:
+            last = copy.deepcopy(outcome.network)
+            last.load_state_dict(checkpoint.load(outcome.folder / "last").weights)
+            found = evaluate(last, task.test, torch.arange(len(labels)), labels)
+            metrics["test/last_top1"] = found["top1"]
         for name, logits in (teacher.shown("test") if teacher is not None else {}).items():
             metrics[f"{name}/top1"] = accuracy(logits.cpu(), labels)["top1"]
         state["metrics"] |= metrics
@@ -558,15 +580,17 @@ def evaluate_teachers(
     """Evaluate teachers on un-augmented rows, for a look at them before anything is trained.
 
     Returns:
-        By name of the teacher, of `val`, `test` and `all` rows whose labels and logits are known: `top1`, `top5`, `loss`
-        and `rows`. A teacher that has learnt from some of these rows is flattered by them.
+        By name of the teacher, of `val` (if any are held out), `test` and `all` rows whose labels and logits are known:
+        `top1`, `top5`, `loss` and `rows`. A teacher that has learnt from some of these rows is flattered by them.
     """
     labels = {"train": task.labels, "test": torch.from_numpy(task.dataset.test.labels)}
     validation = torch.from_numpy(task.split.validation)
     found: dict[str, dict[str, dict[str, float]]] = {}
     shown = {part: teacher.shown(part) for part in labels}
     for who, logits in shown["train"].items():
-        parts = {"val": (logits[validation].cpu(), labels["train"][validation])}
+        parts = {}
+        if len(validation):
+            parts["val"] = (logits[validation].cpu(), labels["train"][validation])
         everything = [(logits.cpu(), labels["train"])]
         if who in shown["test"]:
             parts["test"] = (shown["test"][who].cpu(), labels["test"])
@@ -580,7 +604,10 @@ def evaluate_teachers(
 
 
 def prepared(task: Task, teacher: teachers.FusedTeacher | None) -> dict[str, Any]:
-    """Return what the cache holds for a run: where, for how many images, and how good its teachers are on held-out rows."""
+    """Return what the cache holds for a run: where, for how many images, and how good its teachers are on held-out rows.
+
+    Where none are held out, on test rows.
+    """
     found = {
         "cache": str(task.cache),
         "train": len(task.dataset.train),
@@ -591,9 +618,10 @@ def prepared(task: Task, teacher: teachers.FusedTeacher | None) -> dict[str, Any
     if teacher is not None and teacher.task is not None and teacher.task.table is not None:
         table = teacher.task.table
         found["crops"], found["crops_known"] = len(table), table.known()
-    rows = task.split.validation
-    for who, logits in (teacher.shown("train") if teacher else {}).items():
-        found[who] = {"val_top1": accuracy(logits[rows].cpu(), task.labels[rows])["top1"]}
+    of, part = ("train", "val") if len(task.split.validation) else ("test", "test")
+    _, rows, labels = task.judged
+    for who, logits in (teacher.shown(of) if teacher else {}).items():
+        found[who] = {f"{part}_top1": accuracy(logits[rows].cpu(), labels)["top1"]}
     return found
 
 
@@ -604,7 +632,8 @@ def prepared_lines(source: str, found: dict[str, Any]) -> Iterator[str]:
         yield f"teacher    {found['crops_known']:,} of {found['crops']:,} crops in its table"
     for who, each in found.items():
         if isinstance(each, dict):
-            yield f"{who:<10} val top1 {each['val_top1']:6.2f} %"
+            for key, top1 in each.items():
+                yield f"{who:<10} {key.replace('_', ' ')} {top1:6.2f} %"
 
 
 def retest(
@@ -617,8 +646,8 @@ def retest(
         changes: Dotted keys that say where its data lie now.
 
     Returns:
-        `val` and `test`, each with `top1`, `top5` and `loss`; images per second; and what the checkpoint
-        says of itself.
+        `val` and `test`, each with `top1`, `top5` and `loss`, the former of the rows that its epoch was chosen on;
+        images per second; and what the checkpoint says of itself.
 
     Raises:
         ConfigError: If the data that the checkpoint's config names is not the data it was made with.
@@ -640,11 +669,8 @@ def retest(
             f"{len(task.dataset.names)}; it is no student of this task."
         )
     network = network.to(task.device, memory_format=torch.channels_last)
-    validation, labels = (
-        torch.from_numpy(task.split.validation),
-        torch.from_numpy(task.dataset.test.labels),
-    )
-    found = {"val": evaluate(network, task.train, validation, task.labels[validation])}
+    labels = torch.from_numpy(task.dataset.test.labels)
+    found = {"val": evaluate(network, *task.judged)}
     began = time.monotonic()
     found["test"] = evaluate(network, task.test, torch.arange(len(labels)), labels)
     return found, len(labels) / (time.monotonic() - began), saved.meta

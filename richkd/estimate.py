@@ -48,7 +48,7 @@ class Pace:
         opening: Seconds to open data and student.
         step: Seconds of a step of the optimiser.
         steps: Steps of an epoch.
-        validation: Seconds of a pass over the validation rows.
+        validation: Seconds of a pass over the rows that epochs are chosen on.
         writing: Seconds of what is written in an epoch.
         testing: Seconds of a pass over the test rows.
         kept: Bytes of the checkpoints that a run leaves.
@@ -242,7 +242,7 @@ def untold(config: Config, task: Task, epochs: dict[int, float]) -> Lack | None:
     crops = len(task.split.transfer) * views
     rows = 0
     for seed, count in epochs.items():
-        seeded = replace(task, split=split(task.dataset, config.data, seed))
+        seeded = replace(task, split=split(task.dataset, config.data, seed, config.selection))
         unknown = _unknown(replace(config, seed=seed), seeded)
         rows += round(unknown * crops * (1 - (1 - 1 / views) ** count))
     some = torch.from_numpy(task.split.transfer)[:CROPS]
@@ -287,7 +287,7 @@ def pace(
         workers: That share each batch; one's slice is timed, without what they say to each other.
         each: Threads of a worker.
     """
-    device, rows = task.device, torch.from_numpy(task.split.validation)
+    device, (views, rows, labels) = task.device, task.judged
     steps = len(distill.open_batches(config, task, distilled=teacher is not None))
     slices = replace(config.train, batch_size=max(2, -(-config.train.batch_size // workers)))
     with threads(each):
@@ -297,7 +297,7 @@ def pace(
         opening = time.perf_counter() - began
         length = bench.burst_length(ours, seconds / BURSTS, device)
         speed = statistics.median(bench.speed(ours, length, device) for _ in range(BURSTS))
-        passing = _row_seconds(ours.student, task.train, rows, task.labels)
+        passing = _row_seconds(ours.student, views, rows, labels)
     writing, kept = _keep(config, task, ours, folder)
     return Pace(
         opening=opening,
@@ -305,7 +305,7 @@ def pace(
         steps=steps,
         validation=passing * len(rows) / workers,
         writing=writing,
-        testing=passing * len(task.dataset.test),
+        testing=2 * passing * len(task.dataset.test),  # the best epoch's student and the last one's
         kept=kept,
     )
 
@@ -341,10 +341,10 @@ class Training:
 
 
 def _row_seconds(network: nn.Module, views: Views, rows: Tensor, labels: Tensor) -> float:
-    """Return the seconds that a row takes in an evaluation."""
+    """Return the seconds that a row takes in an evaluation; `labels` are those rows' own."""
     for count in (FEW, ROWS, ROWS):  # the first pass of a size allocates memory
         some, began = rows[:count], time.perf_counter()
-        accuracy(network_logits(network, views, some).cpu(), labels[some])
+        accuracy(network_logits(network, views, some).cpu(), labels[:count])
         taken = time.perf_counter() - began
         if taken > SLOW:
             break  # of such a network a few tell enough
@@ -371,7 +371,7 @@ def untrained(config: Config, task: Task, seeds: Iterable[int]) -> list[int]:
     """Return for which of `seeds` the task teacher has still to be trained."""
     found = []
     for seed in () if config.teacher.brought else seeds:
-        own = replace(task, split=split(task.dataset, config.data, seed))
+        own = replace(task, split=split(task.dataset, config.data, seed, config.selection))
         try:
             with cache.found_only("teachers"):
                 distill.trained_teacher(replace(config, seed=seed), own)
@@ -421,8 +421,8 @@ def unjudged(config: Config, task: Task) -> list[Lack]:
             rows += len(getattr(task.dataset, part))
     if rows == 0:
         return []
-    held_out = torch.from_numpy(task.split.validation)
-    seconds = rows * _row_seconds(own.network, own.train_views, held_out, task.labels)
+    labels = torch.from_numpy(task.dataset.test.labels)
+    seconds = rows * _row_seconds(own.network, own.test_views, torch.arange(len(labels)), labels)
     what = f"task teacher over {rows} images"
     return [Lack(what=what, bytes=4 * rows * own.classes, seconds=seconds)]
 

@@ -33,10 +33,10 @@ def lines(print_line: Callable[[str], None]) -> Progress:
     return told
 
 
-def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
-    """Return what is printed of an epoch of a single run."""
+def epoch_line(metrics: dict[str, Any], epochs: int, part: str) -> str:
+    """Return what is printed of an epoch of a single run; `part` names the rows that it is judged on, `val` or `test`."""
     return (
         f"epoch {metrics['epoch']:4d}/{epochs}  loss {metrics['train/loss']:7.3f}  "
-        f"val top1 {metrics['val/top1']:6.2f} %  best {metrics['best_val_top1']:6.2f} %  "
+        f"{part} top1 {metrics['val/top1']:6.2f} %  best {metrics['best_val_top1']:6.2f} %  "
         f"{metrics['images_per_second']:7.0f} images/s"
     )

@@ -68,6 +68,7 @@ class Record:
     def __init__(self, folder: Path, config: Config, *, resume: bool) -> None:
         self.folder, self.config, self.resume = folder, config, resume
         self.state: dict[str, Any] = {"state": "running", "digest": digest(config)}
+        self.state["selection"] = config.selection
         self.tested: Metrics = {}  # what a run before this one read of the test rows
         self._check_same()
         check_writable(folder, "storage")
@@ -277,7 +278,10 @@ def set_state(learner: Learner, optimizer: torch.optim.Optimizer, state: dict[st
 
 
 def result_of(folder: Path) -> dict[str, Any]:
-    """Return what a finished and tested run came to: `run`, `checkpoint`, `val`, `test`, speed, and its teachers."""
+    """Return what a finished and tested run came to: `run`, `checkpoint`, `val`, `test`, speed, and its teachers.
+
+    `val` is of the rows that its epoch was chosen on, which `selection` says; `last` of test rows and the last epoch.
+    """
     state = read_record(folder / "run.json", "metrics")
     found = state["metrics"]
     result = {
@@ -285,6 +289,8 @@ def result_of(folder: Path) -> dict[str, Any]:
         "checkpoint": str(folder / "best"),
         "val": {"top1": found["best_val_top1"], "top5": found["best_val_top5"]},
         "test": {"top1": found["test/top1"], "top5": found["test/top5"]},
+        "last": {"top1": found["test/last_top1"]},
+        "selection": state["selection"],
         "images_per_second": found["images_per_second"],
     }
     for who in ("teacher", "clip", "fused"):
@@ -302,9 +308,14 @@ def result_lines(result: dict[str, Any]) -> list[str]:
         for who in ("teacher", "clip", "fused")
         if who in result
     ]
-    for part, who in (("test", "student"), ("val", "")):
+    paper = result["selection"] == "paper"
+    for part, who in (("test", "student"), *((("val", ""),) * (not paper))):
         top1, top5 = (result[part][key] for key in ("top1", "top5"))
         lines.append(f"{who:<10} {part:<4} top1 {top1:6.2f} %  top5 {top5:6.2f} %")
+    if paper:
+        lines[-1] += "  of the epoch that is best on these rows"
+        if "last" in result:
+            lines.append(f"{'':<10} test top1 {result['last']['top1']:6.2f} %  of the last epoch")
     if "unreadable" in result:
         lines.append(
             f"left out   {len(result['unreadable'])} files, listed in {result['run']}/run.json"

@@ -355,6 +355,8 @@ def best(arguments: argparse.Namespace) -> Done:
     recorded, found = answer["recorded"], answer["found"]
     say(f"checkpoint {answer['checkpoint']}")
     say("checksums  as recorded")
+    if answer["selection"] == "paper":
+        say(f"val        is of test rows: {config.CHOSEN_ON_TEST}")
     for part in ("val", "test"):
         key = f"{part}_top1"
         say(f"{part:<5}top1  recorded {recorded[key]:.2f} %, found {found[key]:.2f} %")

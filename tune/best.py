@@ -77,7 +77,8 @@ def best(
         changes: Dotted keys that say where its data lie now.
 
     Returns:
-        `checkpoint`, `recorded` and `found` (each `val_top1`, `test_top1`), `verified`, `copy`.
+        `checkpoint`, `recorded` and `found` (each `val_top1`, of the rows that `selection` names, and `test_top1`),
+        `selection`, `verified`, `copy`.
 
     Raises:
         ConfigError: If the sweep has not finished, or `copy_to` exists.
@@ -119,12 +120,13 @@ def verified(
         changes: As in `best`.
 
     Returns:
-        `recorded`, `found`, `verified`, `copy`, as `best`.
+        `recorded`, `found`, `selection`, `verified`, `copy`, as `best`.
     """
-    found, _, _ = distill.retest(source, changes)
+    found, _, meta = distill.retest(source, changes)
     answer: dict[str, Any] = {
         "recorded": recorded,
         "found": {f"{part}_top1": values["top1"] for part, values in found.items()},
+        "selection": meta["config"].get("selection", "validation"),  # of before there was a choice
     }
     answer["verified"] = all(
         isinstance(value, int | float) and abs(answer["found"][key] - value) < 1e-6

@@ -27,8 +27,13 @@ NAMED = (
     "train.epochs",
     "refit.seeds",
     "clip.scale",
+    "selection",
 )  # in a column of their own
-DECISIVE = ("data.", "train.epochs")  # with other values of these, accuracies cannot be compared
+DECISIVE = (
+    "data.",
+    "train.epochs",
+    "selection",
+)  # with other values of these, accuracies cannot be compared
 
 
 def compare(folders: list[Path], csv: Path | None = None) -> dict[str, Any]:
@@ -89,6 +94,7 @@ def row_of(found: Findings, title: str) -> dict[str, Any]:
         "epochs": found.base.train.epochs,
         "trials": ended,
         "refit seeds": found.settings.refit.seeds,
+        "selection": found.base.selection,
         "best val top-1": found.best.top1 if found.best else None,
         "clip.scale": found.base.clip.scale,
     }
@@ -215,6 +221,8 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
     shown = {key: str(row[key]) for key in kept}
     if row["best val top-1"] is not None:
         shown["best val"] = f"{row['best val top-1']:.2f}"
+        if row["selection"] == "paper":
+            shown["best val"] += " (test rows)"
     for key, value in row.items():
         if key.startswith("found "):
             shown[key] = escape.line(say(value))
@@ -228,7 +236,16 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
     shown["took"] = duration(3600 * row["hours"])
     if row["gpu hours"]:
         shown["GPU hours"] = f"{row['gpu hours']:.3g}"
-    known = ("sweep", "folder", "data digest", "best val top-1", "hours", "gpu hours", *kept)
+    known = (
+        "sweep",
+        "folder",
+        "selection",
+        "data digest",
+        "best val top-1",
+        "hours",
+        "gpu hours",
+        *kept,
+    )
     for key, value in row.items():
         if key not in known and not key.startswith(("found ", "test ", *GAPS)):
             shown[key] = escape.line(say(value, EXACT))

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from richkd.command import Stop, silence
-from richkd.config import scalar
+from richkd.config import Config, scalar
 from richkd.progress import lines
 from tune.agenda import Agenda, Job
 from tune.best import called
@@ -161,7 +161,9 @@ class Display:
         if self.live is None:
             top1 = "-" if row["top1"] is None else f"{row['top1']:.2f}"
             took = f"{time.monotonic() - row['at']:.1f} s" if known is None else f"as trial {known}"
-            self.line(f"{job.id:<28} {state:<9} val {top1:>6}  {describe_job(job)}  ({took})")
+            self.line(
+                f"{job.id:<28} {state:<9} {job.config.part} {top1:>6}  {describe_job(job)}  ({took})"
+            )
 
     def header(self) -> str:
         """Return the line of counts."""
@@ -186,11 +188,12 @@ class Display:
         width = min(80, self.console.width)
         title = Text(f"{self.title[:width]}\n{self.header()}")  # a name in brackets is no markup
         table = Table(title=title, width=width, box=None, pad_edge=False)
+        part = next(iter(self.rows.values()))["job"].config.part
         for name, justify in (
             ("run", "left"),
             ("state", "left"),
             ("epoch", "right"),
-            ("val top1", "right"),
+            (f"{part} top1", "right"),
         ):
             table.add_column(name, justify=justify, no_wrap=True)
         table.add_column("settings", ratio=1, no_wrap=True)  # what the others leave over
@@ -217,7 +220,8 @@ def show(result: dict[str, Any]) -> None:
         console.print(f"{what:<14}{text}" if text else what, style=style, markup=False)
 
     table = Table(box=None, pad_edge=False)
-    found = columns(result["summary"])
+    config = Config(selection=result.get("selection", "validation"))
+    found = columns(result["summary"], config.selection)
     for name in found:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for row in zip(*found.values(), strict=True):
@@ -230,6 +234,8 @@ def show(result: dict[str, Any]) -> None:
         line(f"mean ± standard deviation over {n} seeds; differences paired by seed")
     else:
         line("a single seed: it can mislead by points; see refit.seeds")
+    if config.caution:
+        line(config.caution)
     gap = summary.get("difference_tuned")
     if gap and gap["low"] == gap["high"] == 0:
         line("as found and kd tuned are equal, seed by seed")
@@ -240,7 +246,9 @@ def show(result: dict[str, Any]) -> None:
         )
     if result.get("front"):  # a sweep of before has none
         line("")
-        line("Pareto front on validation: no other trial is as good in each and better in one")
+        line(
+            f"Pareto front on {config.judged}: no other trial is as good in each and better in one"
+        )
         console.print(front_table(result["front"]))
         if (place := result["front"][0].get("checkpoint")) is not None:
             line(
@@ -249,7 +257,7 @@ def show(result: dict[str, Any]) -> None:
     line("")
     settings = {key: value for key, value in best["settings"].items() if key != "clip.scale"}
     line("best setting", f"{describe(settings)} at clip.scale {best['scale']}")
-    line("", f"trial {best['trial']}, {best['val_top1']:.2f} % on validation")
+    line("", f"trial {best['trial']}, {best['val_top1']:.2f} % on {config.judged}")
     if best["origin"]:
         line("", best["origin"])
     line("checkpoint", short(best["checkpoint"]))

@@ -431,12 +431,14 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, budget: Budget) -> 
         "front": front(sweep, found),
         "leading": [f"trial-{search.label(number)}" for number in search.leading(LEADING)],
         "summary": found.summary,
+        "selection": found.base.selection,
         "seconds": found.seconds,
         "gpu_seconds": found.gpu_seconds,
         "machine": {"cores": os.cpu_count(), "platform": platform.platform()},
         "report": report_of(found),
     }
-    result["mlflow"] = logbook.conclude(result, columns(found.summary))
+    cells = columns(found.summary, found.base.selection)
+    result["mlflow"] = logbook.conclude(result, cells)
     write_json(sweep.folder / "summary.json", result)
     return located(sweep.folder, result)
 

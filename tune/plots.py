@@ -1,4 +1,4 @@
-"""Pictures of a sweep, each with the table behind it: validation rows unless the title says test."""
+"""Pictures of a sweep, each with the table behind it: of the rows that the sweep chooses on, unless the title says test."""
 
 import math
 import statistics
@@ -38,7 +38,6 @@ ALPHA, TEMPERATURE, PROMPTS = "fusion.alpha", "loss.temperature", "clip.prompts"
 STUDENT = "student.name"
 LABELS = 12  # of points on a front; half as many have room for the name of a student
 TOGETHER = 4  # trials that a point names
-VAL = "validation top-1, %"
 LOGITS = {"task": "the task teacher's logits", "fused": "the fused logits"}
 COSTS = {"parameters": "parameters of the student", "latency": "latency, ms an image"}
 
@@ -53,9 +52,10 @@ def pictures(found: Findings) -> list[Picture]:
         return [one(found) for one in draw]
 
 
-def judged(epoch: int | None) -> str:
-    """Return what `comparable` judges trials by."""
-    return VAL if epoch is None else f"{VAL}, after epoch {epoch}"
+def judged(found: Findings, epoch: int | None = None) -> str:
+    """Return what trials are judged by; `comparable` says at which epoch."""
+    after = "" if epoch is None else f", after epoch {epoch}"
+    return f"{found.base.judged} top-1, %{after}"
 
 
 def why(epoch: int | None) -> str:
@@ -127,7 +127,7 @@ def alpha(found: Findings) -> Picture:
         if student != "ce"  # without a target
     }
     if not tried and not repeated:
-        return nothing(name, title, "No trial has reported a validation accuracy yet.")
+        return nothing(name, title, "No trial has reported an accuracy yet.")
     rows: list[tuple] = []
     strong = [t.top1 for t in tried if t.state == "finished"]
     strong += [
@@ -172,7 +172,7 @@ def alpha(found: Findings) -> Picture:
             rows.append((student, "refit", at, both["mean"], sd, n, found.base.train.epochs))
         axes.set_xlim(-0.03, max(1.03, *places, 0) + 0.02)
         axes.set_xlabel(f"alpha, the task teacher's weight, at {scale_of(found)}")
-        axes.set_ylabel(VAL)
+        axes.set_ylabel(judged(found))
         axes.set_title(title)
         figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2, handlelength=1.4)
         return Picture(
@@ -255,7 +255,7 @@ def heat(found: Findings) -> Picture:
         axes.set_xlabel(f"alpha at {scale_of(found)}")
         axes.set_ylabel(f"T, of {LOGITS[found.temperature_of]}")
         axes.set_title(title)
-        bar = figure.colorbar(ScalarMappable(norm, SCALE), ax=axes, label=judged(epoch))
+        bar = figure.colorbar(ScalarMappable(norm, SCALE), ax=axes, label=judged(found, epoch))
         bar.outline.set_visible(False)
         return Picture(
             name=name,
@@ -338,7 +338,7 @@ def prompts(found: Findings) -> Picture:
         names = [f"{drawable(one)} ({len(sets[one])})" for one in order]
         axes.set_yticks(range(len(order)), names)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(judged(epoch))
+        axes.set_xlabel(judged(found, epoch))
         axes.set_title(title)
         return Picture(
             name=name,
@@ -358,7 +358,7 @@ def parallel(found: Findings) -> Picture:
     epoch, values = comparable(found.main)
     space = found.space
     if not values or not space:
-        return nothing(name, title, "No trial has reported a validation accuracy yet.")
+        return nothing(name, title, "No trial has reported an accuracy yet.")
     values = sorted(values, key=lambda one: one[1])  # the best are drawn last
     norm = shades([value for _, value in values])
     with canvas(WIDE, 4.6) as (figure, axes):
@@ -465,7 +465,7 @@ def history(found: Findings) -> Picture:
     }
     every = [trial for those in drawn.values() for trial in those]
     if not every:
-        return nothing(name, title, "No trial has reported a validation accuracy yet.")
+        return nothing(name, title, "No trial has reported an accuracy yet.")
     rows: list[tuple] = []
     with canvas(WIDE, 3.8) as (figure, axes):
         low = cut(axes, [t.top1 for t in every], [t.top1 for t in every if t.state == "finished"])
@@ -486,7 +486,7 @@ def history(found: Findings) -> Picture:
             )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("trial")
-        axes.set_ylabel(VAL)
+        axes.set_ylabel(judged(found))
         axes.set_title(title)
         figure.legend(loc="outside lower center", title="best so far", ncols=2)
         return Picture(
@@ -559,7 +559,7 @@ def curves(found: Findings) -> Picture:
         left.set_ylim(
             max(0, min(np.percentile(last, 10) - 25, max(last) - 10)), min(100.5, max(last) + 3)
         )
-        left.set_ylabel(VAL)
+        left.set_ylabel(judged(found))
         return Picture(
             name=name,
             title=title,
@@ -613,7 +613,7 @@ def pareto(found: Findings) -> Picture:
                 t.values[place] for t in those
             ):
                 axes.set_xscale("log")
-        panels[0][0].set_ylabel(VAL)
+        panels[0][0].set_ylabel(judged(found))
         panels[0][0].set_title(title)
         panels[0][0].margins(y=0.12)  # for a label below the lowest point
         figure.legend(

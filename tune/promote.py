@@ -179,7 +179,7 @@ def promote(folder: Path, *, dry_run: bool = False) -> dict[str, Any]:
         and `test` as text, `test_before`, `dry_run`, `link`.
 
     Raises:
-        ConfigError: If the sweep has not finished, or MLflow has no run of it.
+        ConfigError: If the sweep has not finished, was judged on test rows, or MLflow has no run of it.
         CorruptError: If a checksum is not the recorded one.
         RichkdError: If the checkpoint does not reproduce its accuracy.
         Stopped: If MLflow does not answer.
@@ -194,6 +194,11 @@ def promote(folder: Path, *, dry_run: bool = False) -> dict[str, Any]:
     manifest = checkpoint.verify(source)
     meta, digest = manifest["meta"], manifest["files"][checkpoint.WEIGHTS]["sha256"]
     config = build(Layers().over("", flatten(meta["config"])))
+    if config.caution:
+        raise ConfigError(
+            f"a champion is judged on validation rows but {folder.name} has selection=paper; sweep again with "
+            "selection=validation."
+        )
     model = names.model(config.student.name, label(config.data))
     entry = Entry(**accuracies(source), data=meta["data"], rows=rows_of(config))
     about = {

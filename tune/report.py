@@ -110,7 +110,11 @@ def about(found: Findings) -> str:
     return (
         f"A sweep of {base.method.name} on {base.data.source}: {students}, {base.train.epochs} epochs, "
         f"{trials} trials and as many of kd{each}, refits over {found.settings.refit.seeds} seeds. "
-        "Settings are chosen on validation rows; test rows are read once, by the refits."
+        + (
+            f"{found.base.caution}."
+            if found.base.caution
+            else "Settings are chosen on validation rows; test rows are read once, by the refits."
+        )
     )
 
 
@@ -145,7 +149,11 @@ def tiles(found: Findings) -> list[tuple[str, str, str]]:
         shown.append(("Against kd, tuned", f"{gap['mean']:+.2f} points", sure))
     if found.best is not None:
         shown.append(
-            ("Best trial", f"{found.best.top1:.2f} %", f"validation, trial {found.best.label}")
+            (
+                "Best trial",
+                f"{found.best.top1:.2f} %",
+                f"{found.base.judged}, trial {found.best.label}",
+            )
         )
     ended = [trial for trials in found.trials.values() for trial in trials]
     counts = Counter(trial.state for trial in ended)
@@ -177,7 +185,7 @@ def verdict(found: Findings) -> str:
 
 def summary(found: Findings) -> list[Block]:
     """Return the table that the terminal shows at the end."""
-    cells = columns(found.summary)
+    cells = columns(found.summary, found.base.selection)
     rows = list(zip(*cells.values(), strict=True))
     if not rows:
         return [Text("No refit has read its test rows yet, so that there is no summary.", "soft")]
@@ -231,7 +239,7 @@ def best(found: Findings) -> list[Block]:
         blocks.append(Text(f"This is {found.origin}.", "soft"))
     blocks.append(
         Text(
-            f"Trial {found.best.label} reached {found.best.top1:.2f} % on validation rows with it."
+            f"Trial {found.best.label} reached {found.best.top1:.2f} % on {found.base.judged} rows with it."
         )
     )
     run: dict[str, Any] = {}
@@ -240,7 +248,7 @@ def best(found: Findings) -> list[Block]:
         tested = run["metrics"]["test/top1"], run["metrics"]["best_val_top1"]
         blocks.append(
             Text(
-                f"Of its refits that of seed {found.seed} is the best on validation rows: {tested[1]:.2f} %, and "
+                f"Of its refits that of seed {found.seed} is the best on {found.base.judged} rows: {tested[1]:.2f} %, and "
                 f"{tested[0]:.2f} % on test rows. This distils it again, to the same bits on a processor of the same kind:"
             )
         )
@@ -267,7 +275,7 @@ def leaderboard(found: Findings) -> list[Block]:
         header = [
             "trial",
             "state",
-            "val top-1, %",
+            f"{found.base.part} top-1, %",
             *costs,
             *map(parameter, keys),
             "epochs",
@@ -418,10 +426,12 @@ def lines(found: Findings, page: Path) -> list[str]:
         f"report     {short(page)}",
         *(block.text for block in unfinished(found)),
         verdict(found),
+        *([found.base.caution] if found.base.caution else []),
     ]
     for trial in ranked(found.main)[:5]:
         shown = escape.line(describe(trial.told()))
-        said.append(f"trial {trial.label}  {trial.state:<9} val {trial.top1:6.2f}  {shown}")
+        part = found.base.part
+        said.append(f"trial {trial.label}  {trial.state:<9} {part} {trial.top1:6.2f}  {shown}")
     study = found.settings.sweep.study or f"sqlite:///{short(found.folder / 'study.db')}"
     return [*said, f"live       optuna-dashboard {study}"]
 
@@ -431,6 +441,7 @@ def answer(found: Findings, page: Path) -> dict[str, Any]:
     return {
         "sweep": found.name,
         "state": found.state,
+        "selection": found.base.selection,
         "html": str(page),
         "markdown": str(page.with_suffix(".md")),
         "csv": sorted(map(str, page.parent.glob("*.csv"))),

@@ -64,6 +64,7 @@ def status(folder: Path) -> dict[str, Any]:
                 found["best"] = {
                     "trial": f"trial-{search.label(best.number)}",
                     "val_top1": best.values[0],
+                    "judged": sweep.base.judged,
                     "settings": settings_of(best),
                 }
     words = WORDS | ({} if running else {"running": "begun"})
@@ -113,7 +114,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         said.append(
             line(
                 "best",
-                f"{best['trial']}, {best['val_top1']:.2f} % on validation: {describe(best['settings'])}",
+                f"{best['trial']}, {best['val_top1']:.2f} % on {best['judged']}: {describe(best['settings'])}",
             )
         )
     for run, (kind, text) in found["failures"].items():

@@ -145,8 +145,8 @@ def winner(refits: dict[str, dict[int, dict[str, Any]]]) -> int | None:
     )
 
 
-def columns(summary: dict[str, Any]) -> dict[str, list]:
-    """Return the summary as columns of text, for the terminal and for MLflow."""
+def columns(summary: dict[str, Any], selection: str = "validation") -> dict[str, list]:
+    """Return the summary as columns of text, for the terminal and for MLflow; `selection` is the sweep's."""
     rows: list[tuple[str, str, str, str]] = []
     titles = TEACHERS | {name: student.title for name, student in STUDENTS.items()}
     for name, label in titles.items():
@@ -165,5 +165,6 @@ def columns(summary: dict[str, Any]) -> dict[str, list]:
             )
             wins = f"{gap['wins']} of {gap['n']}"
         rows.append((label, accuracy, against, wins))
-    names = ("", "test top-1, %", "against kd", "wins")
+    test = "test top-1, %" if selection == "validation" else "best epoch's test top-1, %"
+    names = ("", test, "against kd", "wins")
     return {name: [row[k] for row in rows] for k, name in enumerate(names)}

@@ -64,7 +64,7 @@ class RunLog:
 
     def epoch(self, job: Job, metrics: dict[str, Any]) -> None:
         """Print an epoch and keep its metrics."""
-        self.display.line(epoch_line(metrics, job.config.train.epochs))
+        self.display.line(epoch_line(metrics, job.config.train.epochs, job.config.part))
         self._log(metrics)
 
     def ended(self, job: Job, state: str, metrics: dict[str, Any]) -> None:
@@ -127,6 +127,8 @@ def train(
         display.line(
             f"{config.method.name} on {config.data.source} over {workers} worker{'s' * (workers > 1)}, into {folder}"
         )
+        if config.caution:
+            display.line(config.caution)
         progress = stoppable(display.progress, stop)
         # what all workers share is made once, and what cannot be used is refused here
         task = distill.open_task(config, progress)

@@ -18,7 +18,8 @@ class Split:
         transfer: Rows that the student learns from, sorted.
         labels: Label of *every* training row as the student may see it: -1 unless the row belongs to
             the labelled part of the transfer set.
-        validation: Held-out rows, sorted; all labelled. Settings and epochs are chosen on them.
+        validation: Held-out rows, sorted; all labelled. Settings and epochs are chosen on them. None under
+            `selection: paper`.
         digest: SHA-256 of the above, which a trained network carries as what it has seen.
     """
 
@@ -96,16 +97,16 @@ def fold_of(labels: np.ndarray, config: Data) -> np.ndarray:
     return known[list(folds.split(known, labels[known]))[config.fold][1]]
 
 
-def split(dataset: Dataset, config: Data, seed: int) -> Split:
+def split(dataset: Dataset, config: Data, seed: int, selection: str = "validation") -> Split:
     """Cut validation rows from the training set and choose the labelled part of the rest.
 
     The validation rows depend on `data.seed` alone, so that runs with other seeds are compared on the
     same ones, unless the source itself sets rows aside for that; the labelled subset depends on `data.seed` and
     on `seed`, since few labels are a large part of the chance in a few-label result. Rows without a label are
-    never held out.
+    never held out. With `selection` as `paper` no row is, not even of those that the source sets aside.
     """
     labels = dataset.train.labels
-    validation = dataset.held_out
+    validation = dataset.held_out if selection == "validation" else np.arange(0)
     if validation is None:
         count = config.validation
         if count < 1:
