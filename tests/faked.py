@@ -120,7 +120,7 @@ def fake(
         study.add_trials([trial(rng, state, prompts) for state in states])
     best = study_best(storage) or printed("richkd-l")
     ran = {"richkd": best, "richkd_paper": printed("richkd-l")}
-    for method in sweep.labels if seeds else ():
+    for method in sweep.students if seeds else ():
         settings = sweep.settings.sweep.settings | ran.get(method, {})
         for seed in range(seeds):
             job = sweep.refit(Refits(method=method, settings=settings), seed, settings)

@@ -28,6 +28,7 @@ from tune.places import unsafe
 from tune.settings import Sweep
 from tune.sharing import Tried
 from tune.store import Store
+from tune.students import around_a_search
 from tune.tracking import Tracker
 
 SMALL = ["sweep.trials=4", "sweep.min_epochs=1", "refit.seeds=2", "train.epochs=3"]
@@ -90,7 +91,12 @@ def pace(**changes) -> estimate.Pace:
 
 
 RUNS = Runs(
-    trials={"richkd-l": 4, "kd": 2}, epochs=10, expected={"richkd-l": 5, "kd": 6}, seeds=1, refits=3
+    trials={"richkd-l": 4, "kd": 2},
+    epochs=10,
+    expected={"richkd-l": 5, "kd": 6},
+    seeds=1,
+    students={name: one.method for name, one in around_a_search("richkd-l", {}).items()},
+    refits=3,
 )
 NOTHING = Lacks(outputs=[], first=[], later=[], teacher=0.0, crops=None, bytes=0)
 PACES = {"cnn8": {"taught": pace(), "labels": pace(step=0.0)}}

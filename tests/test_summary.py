@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from tune.students import around_a_search
 from tune.summary import (
-    STUDENTS,
     TEACHERS,
     columns,
     difference,
@@ -23,6 +23,7 @@ from tune.summary import (
 )
 
 percent = st.floats(0, 100)
+STUDENTS = around_a_search("richkd-l", {})
 
 
 def run(test: float, val: float = 90.0, loss: float = 0.3, **teachers: float) -> dict[str, float]:
@@ -90,7 +91,7 @@ def test_a_tie_is_no_win():
 
 def test_every_student_is_compared_to_kd_and_the_setting_found_to_tuned_kd_too():
     refits = full(8)
-    summary = summarise(refits)
+    summary = summarise(refits, STUDENTS)
     assert "difference" not in summary["kd"]
     top1 = {m: np.array([runs[s]["test/top1"] for s in range(8)]) for m, runs in refits.items()}
     for name in set(STUDENTS) - {"kd"}:
@@ -108,7 +109,7 @@ def test_every_student_is_compared_to_kd_and_the_setting_found_to_tuned_kd_too()
 def test_a_teacher_without_weight_is_told_by_the_papers_setting(alone, left_out):
     refits = full(3)
     refits["richkd"] = {seed: run(91.0, **{alone: 85.0 + seed}) for seed in range(3)}
-    summary = summarise(refits)
+    summary = summarise(refits, STUDENTS)
     assert summary[alone]["top1"] == summary["fused"]["top1"] == pytest.approx(86.0)
     assert summary[left_out]["top1"] == refits["richkd_paper"][0][f"{left_out}/top1"]
 
@@ -117,7 +118,7 @@ def test_a_teacher_without_weight_is_told_by_the_papers_setting(alone, left_out)
 def test_a_summary_does_without_a_method_that_failed(missing):
     refits = full(3)
     del refits[missing]
-    summary = summarise(refits)
+    summary = summarise(refits, STUDENTS)
     assert missing not in summary
     assert (summary["difference"] is None) == (missing in ("kd", "richkd"))
     assert (summary["difference_tuned"] is None) == (missing in ("kd_tuned", "richkd"))
@@ -131,7 +132,9 @@ def test_the_winner_is_chosen_on_validation_and_ties_go_to_the_lower_loss():
 
 
 def test_refits_are_read_by_label_and_only_finished_ones(tmp_path):
-    labels = {"kd": "kd", "kd_tuned": "kd-tuned", "richkd": "richkd-l", "paper": "richkd-l-paper"}
+    labels = {name: student.label for name, student in STUDENTS.items()}
+    assert labels["kd_tuned"] == "kd-tuned"  # each begins as another one does
+    assert (labels["richkd"], labels["richkd_paper"]) == ("richkd-l", "richkd-l-paper")
 
     def write(name: str, state: str, metrics: dict) -> None:
         (tmp_path / name).mkdir()
@@ -142,11 +145,11 @@ def test_refits_are_read_by_label_and_only_finished_ones(tmp_path):
             write(f"{label}-seed{seed}", "finished", run(seed, label_length=len(label)))
     write("kd-seed0", "running", run(1.0))
     write("kd-seed1", "finished", {"best_val_top1": 1.0})  # its test rows were not read yet
-    found = read_refits(tmp_path, labels)
+    found = read_refits(tmp_path, STUDENTS)
     assert {method: list(runs) for method, runs in found.items()} == {m: [9, 10] for m in labels}
     for method, label in labels.items():
         assert found[method][9]["label_length/top1"] == len(label)
-    assert read_refits(tmp_path / "none", labels) == {}
+    assert read_refits(tmp_path / "none", STUDENTS) == {}
 
 
 def rendered(summary: dict, width: int) -> list[str]:
@@ -164,7 +167,7 @@ def rendered(summary: dict, width: int) -> list[str]:
 
 @pytest.mark.parametrize("scale", [0.3, 30.0])
 def test_the_table_fits_80_characters_and_nothing_is_cut(scale):
-    lines = rendered(summarise(full(1000, scale)), 80)
+    lines = rendered(summarise(full(1000, scale), STUDENTS), 80)
     assert len(lines) == 1 + len(TEACHERS) + len(STUDENTS)
     assert max(len(line) for line in lines) <= 80
     assert not any("…" in line for line in lines)
@@ -175,7 +178,7 @@ def test_the_table_says_what_the_summary_holds():
         "kd": {0: run(88.0), 1: run(89.0)},
         "richkd": {0: run(90.0, clip=80.0), 1: run(92.0, clip=80.0)},  # alpha 0
     }
-    found = columns(summarise(refits))
+    found = columns(summarise(refits, STUDENTS))
     assert list(found) == ["", "test top-1, %", "against kd", "wins"]
     rows = list(zip(*found.values(), strict=True))
     assert rows == [
@@ -187,6 +190,12 @@ def test_the_table_says_what_the_summary_holds():
 
 
 def test_one_seed_is_shown_without_spread_and_none_without_rows():
-    rows = list(zip(*columns(summarise(full(1))).values(), strict=True))
+    rows = list(zip(*columns(summarise(full(1), STUDENTS)).values(), strict=True))
     assert not any("±" in cell or "s.e." in cell for row in rows for cell in row)
-    assert [len(cells) for cells in columns(summarise({})).values()] == [0, 0, 0, 0]
+    assert [len(cells) for cells in columns(summarise({}, STUDENTS)).values()] == [0, 0, 0, 0]
+
+
+def test_a_summary_speaks_of_the_method_that_was_searched():
+    clip = around_a_search("clip", {})
+    found = columns(summarise({name: {0: run(90.0)} for name in clip}, clip))
+    assert found[""][-2:] == ["clip, as printed", "clip, as found"]

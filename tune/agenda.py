@@ -57,7 +57,7 @@ class Refits:
     """The refits of one setting: of `search`'s best if there is one, else of fixed `settings`.
 
     Attributes:
-        method: One of STUDENTS.
+        method: Name of a student of the sweep.
         settings: Dotted keys; laid under what a search found.
         search: Whose best setting is refitted.
         shared: Of another search's best what is no matter of a method, such as the student, where that is searched: methods

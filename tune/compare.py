@@ -16,7 +16,7 @@ from richkd.files import make_folder, write_atomic
 from tune.display import duration, say, short
 from tune.findings import Findings, found_in
 from tune.study import MAIN
-from tune.summary import STUDENTS, difference
+from tune.summary import difference
 
 GAPS = ("richkd - kd_tuned", "to the first")  # what the columns of a paired difference begin with
 EXACT = 12  # digits of a setting, where sweeps may differ in the last of them
@@ -44,7 +44,8 @@ def compare(folders: list[Path], csv: Path | None = None) -> dict[str, Any]:
         csv: Where the table goes; None: `comparison.csv` beside the first sweep.
 
     Returns:
-        `sweeps` (what is known of each, by column), `warnings` (what does not compare, a line each) and `csv`.
+        `sweeps` (what is known of each, by column), `titles` (of the students, by name), `warnings` (what does not compare, a
+        line each) and `csv`.
 
     Raises:
         ConfigError: If there are not two sweeps.
@@ -71,7 +72,17 @@ def compare(folders: list[Path], csv: Path | None = None) -> dict[str, Any]:
     path = csv or folders[0].parent / "comparison.csv"
     make_folder(path.parent, "--csv")
     write_atomic(path, to_csv(rows))
-    return {"sweeps": rows, "warnings": warnings, "csv": str(path)}
+    told = {"titles": students_of(found), "warnings": warnings, "csv": str(path)}
+    return {"sweeps": rows} | told
+
+
+def students_of(found: list[Findings]) -> dict[str, str]:
+    """Return the titles of the students that sweeps compare, without the method that each has searched."""
+    return {
+        name: student.title.removeprefix(f"{one.base.method.name}, ")
+        for one in found
+        for name, student in one.students.items()
+    }
 
 
 def titles_of(folders: list[Path]) -> list[str]:
@@ -101,7 +112,7 @@ def row_of(found: Findings, title: str) -> dict[str, Any]:
     row |= {
         f"found {key}": value for key, value in (found.best.shown() if found.best else {}).items()
     }
-    for student in reversed(STUDENTS):
+    for student in reversed(found.students):
         entry = found.summary.get(student, {})
         row |= {f"test {student}": entry.get("mean"), f"test {student} sd": entry.get("sd")}
         row |= {f"test {student} n": entry.get("n")}
@@ -178,7 +189,7 @@ def lines(found: dict[str, Any], width: int | None = None) -> list[str]:
     """Return a comparison as lines for a terminal: up to `ASIDE` sweeps are columns, more are rows."""
     width = max(80, width or shutil.get_terminal_size((100, 24)).columns)
     rows = found["sweeps"]
-    shown = [_shown(row) for row in rows]
+    shown = [_shown(row, found["titles"]) for row in rows]
     keys = list(dict.fromkeys(key for one in shown for key in one))
     wide = len(rows) > ASIDE
     if wide:
@@ -215,7 +226,7 @@ def lines(found: dict[str, Any], width: int | None = None) -> list[str]:
     return [*said, f"table      {found['csv']}"]
 
 
-def _shown(row: dict[str, Any]) -> dict[str, str]:
+def _shown(row: dict[str, Any], titles: dict[str, str]) -> dict[str, str]:
     """Return a row as a person reads it."""
     kept = ("state", "data", "student", "epochs", "trials", "refit seeds", "clip.scale")
     shown = {key: str(row[key]) for key in kept}
@@ -226,11 +237,12 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
     for key, value in row.items():
         if key.startswith("found "):
             shown[key] = escape.line(say(value))
-    for student in reversed(STUDENTS):
-        if (mean := row[f"test {student}"]) is not None:
+    for student in reversed(titles):
+        if (mean := row.get(f"test {student}")) is not None:
             sd, n = row[f"test {student} sd"], row[f"test {student} n"]
-            title = STUDENTS[student].title.removeprefix("richkd-l, ")
-            shown[title] = f"{mean:.2f}" + ("" if sd is None else f" ± {sd:.2f}") + f" ({n})"
+            shown[titles[student]] = (
+                f"{mean:.2f}" + ("" if sd is None else f" ± {sd:.2f}") + f" ({n})"
+            )
     shown["to kd, tuned"] = _gap(row, GAPS[0])
     shown["to the first"] = _gap(row, GAPS[1])
     shown["took"] = duration(3600 * row["hours"])

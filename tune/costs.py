@@ -18,7 +18,6 @@ from richkd.progress import Progress
 from tune.scheduler import pruner
 from tune.settings import Sweep as Wanted
 from tune.settings import fit
-from tune.summary import STUDENTS
 from tune.sweep import Sweep, state_of
 from tune.warmstart import printed
 
@@ -132,19 +131,21 @@ class Runs:
         epochs: Of a run that nothing stops.
         expected: Epochs that a trial of each search gets on average.
         seeds: That a trial runs.
-        refits: Seeds of each of STUDENTS.
+        students: Method of each that is refitted, by name.
+        refits: Seeds of each of them.
     """
 
     trials: dict[str, int]
     epochs: int
     expected: dict[str, float]
     seeds: int
+    students: dict[str, str]
     refits: int
 
     @property
     def total(self) -> int:
         """Number of run folders."""
-        return sum(self.trials.values()) * self.seeds + len(STUDENTS) * self.refits
+        return sum(self.trials.values()) * self.seeds + len(self.students) * self.refits
 
 
 def runs_of(sweep: Sweep, slots: int) -> Runs:
@@ -160,6 +161,7 @@ def runs_of(sweep: Sweep, slots: int) -> Runs:
             name: expected_epochs(wanted, count, epochs, slots) for name, count in trials.items()
         },
         seeds=wanted.seeds_per_trial,
+        students={name: student.method for name, student in sweep.students.items()},
         refits=sweep.settings.refit.seeds,
     )
 
@@ -250,8 +252,8 @@ def seconds_of(
         name: around + runs.seeds * run("taught", epochs) for name, epochs in runs.expected.items()
     }
     refit = {
-        name: around + run("labels" if one.method == "ce" else "taught", runs.epochs, tested=True)
-        for name, one in STUDENTS.items()
+        name: around + run("labels" if method == "ce" else "taught", runs.epochs, tested=True)
+        for name, method in runs.students.items()
     }
     work = sum(runs.trials[name] * trial[name] for name in trial)
     work += runs.refits * sum(refit.values()) + len(lacks.later) * lacks.teacher
@@ -310,7 +312,7 @@ def disk_of(
         "cache": HEADROOM * lacks.bytes,
     }
     if sweep.store is not None:  # from which refits are brought
-        needed["sweep.state"] += HEADROOM * len(STUDENTS) * runs.refits * kept
+        needed["sweep.state"] += HEADROOM * len(runs.students) * runs.refits * kept
     return [
         {
             "field": field,

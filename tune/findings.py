@@ -24,6 +24,7 @@ from tune.agenda import STATES
 from tune.budget import spent
 from tune.driver import busy
 from tune.settings import Settings
+from tune.students import Student
 from tune.study import MAIN, Failure, Search, settings_of
 from tune.summary import read_refits, summarise, winner
 from tune.sweep import Sweep, asked_of, open_searches, trials_of
@@ -103,7 +104,7 @@ class Findings:
         base: Config beneath all runs.
         settings: Of the sweep.
         objectives: What trials are judged by, top-1 first.
-        labels: Student of the comparison to what its runs are called.
+        students: That are compared, by name.
         asked: Trials of each search.
         trials: Of the main search, and of plain distillation's.
         refits: Metrics of the finished ones, by student and seed.
@@ -126,7 +127,7 @@ class Findings:
     base: Config
     settings: Settings
     objectives: tuple[str, ...]
-    labels: dict[str, str]
+    students: dict[str, Student]
     asked: dict[str, int]
     trials: dict[str, list[Trial]]
     refits: dict[str, dict[int, dict[str, Any]]]
@@ -190,15 +191,15 @@ def gather(
         CorruptError: If a record cannot be read.
     """
     wanted = sweep.settings.sweep
-    refits, runs, curves = read_refits(sweep.runs / "refits", sweep.labels), {}, {}
+    refits, runs, curves = read_refits(sweep.runs / "refits", sweep.students), {}, {}
     configs = {}
-    for student, label in sweep.labels.items():
-        for path in sorted((sweep.runs / "refits").glob(f"{label}-seed*/run.json")):
-            seed = int(path.parent.name.removeprefix(f"{label}-seed"))
-            runs.setdefault(student, {})[seed] = read_record(path)
-            curves.setdefault(student, {})[seed] = curve_of(path.parent)
-            if student not in configs:
-                configs[student] = build(read_layer(path.with_name("config.yaml")))
+    for name, student in sweep.students.items():
+        for path in sorted((sweep.runs / "refits").glob(f"{student.label}-seed*/run.json")):
+            seed = int(path.parent.name.removeprefix(f"{student.label}-seed"))
+            runs.setdefault(name, {})[seed] = read_record(path)
+            curves.setdefault(name, {})[seed] = curve_of(path.parent)
+            if name not in configs:
+                configs[name] = build(read_layer(path.with_name("config.yaml")))
     best, seed = searches[0].best() if searches else None, winner(refits)
     config, stale = None, False
     if best is not None:
@@ -230,14 +231,14 @@ def gather(
         base=sweep.base,
         settings=sweep.settings,
         objectives=wanted.objectives,
-        labels=sweep.labels,
+        students=sweep.students,
         asked={search.name: search.trials for search in searches},
         trials=found,
         refits=refits,
         curves=curves,
         runs=runs,
         configs=configs,
-        summary=_with_students(summarise(refits), configs),
+        summary=_with_students(summarise(refits, sweep.students), configs),
         best=next((t for t in found.get(MAIN, []) if best and t.number == best.number), None),
         stale=stale,
         seed=seed,

@@ -41,7 +41,7 @@ from tune.settings import digest as sweep_digest
 from tune.sharing import SHARING_FILE, settled
 from tune.store import bring
 from tune.study import MAIN, Kind, Search
-from tune.summary import STUDENTS, columns
+from tune.summary import columns
 from tune.sweep import Sweep, asked_of, budget_of, going_on, open_searches, state_of, trials_of
 from tune.tracking import Tracker, public
 from tune.warmstart import printed
@@ -337,19 +337,17 @@ def check_place(sweep: Sweep, tracking: str, address: str | None) -> None:
 
 
 def agenda_of(sweep: Sweep, searches: list[Search], display: Display, logbook: Logbook) -> Agenda:
-    """Return the agenda: both searches, then the refits of the five students that are compared."""
+    """Return the agenda: the searches, then the refits of the students that are compared."""
     by_name = {search.name: search for search in searches}
     shared = any(not key.startswith(OF_A_METHOD) for key in sweep.space)
     refits = [
         Refits(
             method=name,
-            settings=printed(student.method or sweep.base.method.name)
-            if student.search is None
-            else sweep.settings.sweep.settings,
+            settings=student.settings,
             search=by_name.get(student.search),
             shared=by_name[MAIN] if shared and student.search is None else None,
         )
-        for name, student in STUDENTS.items()
+        for name, student in sweep.students.items()
     ]
 
     def refit(of: Refits, seed: int, settings: dict[str, Any]) -> Job:
@@ -406,7 +404,7 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, budget: Budget) -> 
     ran = flatten(to_dict(found.config))
     params = {key: ran[key] for key in found.best.params}
     metrics = found.refits[MAIN][found.seed]
-    refit = sweep.runs / "refits" / f"{found.labels[MAIN]}-seed{found.seed}"
+    refit = sweep.runs / "refits" / f"{found.students[MAIN].label}-seed{found.seed}"
     search = agenda.searches[0]
     result = {
         "sweep": str(found.folder),

@@ -28,7 +28,6 @@ from tune.first import NAMED, earlier_points
 from tune.places import check, machines_of, shared
 from tune.settings import Settings
 from tune.sharing import Tried, at_most, chosen, line, slower
-from tune.summary import STUDENTS
 from tune.sweep import Sweep, state_of
 from tune.tracking import Tracker, public
 from tune.warmstart import PAPER, printed
@@ -95,7 +94,8 @@ def settled(
 ) -> tuple[Sweep, list[Tried]]:
     """Return a sweep with a settled number of trials a GPU, and what was measured for that."""
     wanted, base = sweep.settings, sweep.base
-    resources, runs = wanted.resources, 2 * wanted.sweep.trials + len(STUDENTS) * wanted.refit.seeds
+    resources = wanted.resources
+    runs = 2 * wanted.sweep.trials + len(sweep.students) * wanted.refit.seeds
     most = at_most(resources, machines, runs, gpu=base.device != "cpu")
     if most == 1:
         return sweep, []
@@ -220,7 +220,7 @@ def table(found: dict[str, Any]) -> list[str]:
         text = f"{count}, {runs['expected'][name]:.1f} of {runs['epochs']} epochs expected"
         seeds = f", {runs['seeds']} seeds side by side" * (runs["seeds"] > 1)
         rows.append((f"trials of {name}", f"{text}{seeds}, {in_time(seconds['trial'][name])}"))
-    text = f"{len(STUDENTS)} students x {runs['refits']} seeds, {runs['epochs']} epochs"
+    text = f"{len(runs['students'])} students x {runs['refits']} seeds, {runs['epochs']} epochs"
     rows.append(("refits", f"{text}, up to {in_time(max(seconds['refit'].values()))}"))
     rows.append(("cluster", cluster))
     if found["sharing"]:

@@ -32,7 +32,7 @@ from tune.draw import (
 )
 from tune.findings import FEW, Findings, Trial, comparable, importance
 from tune.study import MAIN
-from tune.summary import STUDENTS, TEACHERS, spread
+from tune.summary import TEACHERS, spread
 
 ALPHA, TEMPERATURE, PROMPTS = "fusion.alpha", "loss.temperature", "clip.prompts"
 STUDENT = "student.name"
@@ -75,7 +75,7 @@ def students(found: Findings) -> Picture:
     ]
     if not rows:
         return nothing(name, title, "No refit has read its test rows yet.")
-    drawn = [student for student in STUDENTS if student in found.refits][::-1]
+    drawn = [student for student in found.students if student in found.refits][::-1]
     with canvas(NARROW, 1.5 + 0.48 * len(drawn)) as (figure, axes):
         for place, student in enumerate(drawn):
             values = [value for one, _, value in rows if one == student]
@@ -96,7 +96,7 @@ def students(found: Findings) -> Picture:
                     ls=(0, (4, 2)),
                     label=f"{label} {top1:.1f}",
                 )
-        axes.set_yticks(range(len(drawn)), [STUDENTS[student].title for student in drawn])
+        axes.set_yticks(range(len(drawn)), [found.students[student].title for student in drawn])
         axes.set_ylim(-0.5, len(drawn) - 0.3)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("test top-1, %")
@@ -166,7 +166,7 @@ def alpha(found: Findings) -> Picture:
                 lw=2,
                 capsize=4,
                 zorder=4,
-                label=f"{STUDENTS[student].title}, {seeds(both['n'])}",
+                label=f"{found.students[student].title}, {seeds(both['n'])}",
             )
             n, sd = both["n"], both["sd"]
             rows.append((student, "refit", at, both["mean"], sd, n, found.base.train.epochs))
@@ -471,7 +471,10 @@ def history(found: Findings) -> Picture:
         low = cut(axes, [t.top1 for t in every], [t.top1 for t in every if t.state == "finished"])
         step = 0.03 * (axes.get_ylim()[1] - low)
         for rank, (search, those) in enumerate(drawn.items()):
-            label, colour = found.labels[search], COLOURS[MAIN if search == MAIN else "kd_tuned"]
+            label, colour = (
+                found.students[search].label,
+                COLOURS[MAIN if search == MAIN else "kd_tuned"],
+            )
             for strong in (False, True):
                 points = [(t.number, t.top1) for t in those if (t.state == "finished") == strong]
                 dots(axes, points, low, strong=strong, colour=colour, floor=low - rank * step)
@@ -536,7 +539,7 @@ def curves(found: Findings) -> Picture:
             if not epochs:
                 continue
             values = np.array([[curve[epoch] for epoch in epochs] for curve in each])
-            colour, label = COLOURS[student], STUDENTS[student].title
+            colour, label = COLOURS[student], found.students[student].title
             right.plot(epochs, values.mean(0), color=colour, lw=2, label=label)
             if len(each) > 1:
                 sd = values.std(0, ddof=1)
@@ -544,7 +547,7 @@ def curves(found: Findings) -> Picture:
                     epochs, values.mean(0) - sd, values.mean(0) + sd, color=colour, alpha=0.13, lw=0
                 )
         for axes, what in (
-            (left, f"Trials of {found.labels[MAIN]}"),
+            (left, f"Trials of {found.students[MAIN].label}"),
             (right, "Refits, mean ± sd over seeds"),
         ):
             axes.set_title(what)

@@ -32,7 +32,7 @@ from tune.page import (
     to_markdown,
 )
 from tune.study import MAIN
-from tune.summary import STUDENTS, TEACHERS, columns, top1_of
+from tune.summary import TEACHERS, columns, top1_of
 from tune.warmstart import PAPER
 
 LEADING = 20  # trials of the leaderboard; the table behind it has all
@@ -125,7 +125,7 @@ def unfinished(found: Findings) -> list[Block]:
     ended = sum(t.state != "running" for trials in found.trials.values() for t in trials)
     refits = sum(map(len, found.refits.values()))
     missing = f"{ended} of {sum(found.asked.values()) or '?'} trials have ended and {refits} of "
-    missing += f"{len(found.labels) * found.settings.refit.seeds} refits have finished"
+    missing += f"{len(found.students) * found.settings.refit.seeds} refits have finished"
     said = f"This sweep is {found.state}: {missing}; what is said here may change."
     if found.state == "stopped":
         said += f" Go on with it: python -m tune resume {called(found.folder)}"
@@ -166,7 +166,7 @@ def tiles(found: Findings) -> list[tuple[str, str, str]]:
 
 def verdict(found: Findings) -> str:
     """Return in one sentence whether the search was worth it: the paired difference to plain distillation, tuned as well."""
-    gap, own = found.summary.get("difference_tuned"), f"{found.labels[MAIN]} as found"
+    gap, own = found.summary.get("difference_tuned"), f"{found.students[MAIN].label} as found"
     other = "kd tuned by as many trials"
     if gap is None:
         return (
@@ -191,7 +191,7 @@ def summary(found: Findings) -> list[Block]:
         return [Text("No refit has read its test rows yet, so that there is no summary.", "soft")]
     seeds = found.summary.get(MAIN, {}).get("n")
     numbers = []
-    for name in (name for name in (*TEACHERS, *STUDENTS) if name in found.summary):
+    for name in (name for name in (*TEACHERS, *found.students) if name in found.summary):
         entry, gap = found.summary[name], found.summary[name].get("difference") or {}
         numbers.append(
             (
@@ -202,7 +202,7 @@ def summary(found: Findings) -> list[Block]:
                 *(gap.get(k) for k in ("mean", "low", "high", "wins")),
             )
         )
-    own = STUDENTS[MAIN].title
+    own = found.students[MAIN].title
     return [
         Table(
             header=["", *list(cells)[1:]],
@@ -268,7 +268,9 @@ def leaderboard(found: Findings) -> list[Block]:
     for search, trials in found.trials.items():
         leading = ranked(trials)
         if not leading:
-            blocks.append(Text(f"No trial of {found.labels[search]} has reported yet.", "soft"))
+            blocks.append(
+                Text(f"No trial of {found.students[search].label} has reported yet.", "soft")
+            )
             continue
         keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
         costs = found.objectives[1:] if search == MAIN else ()
@@ -332,7 +334,7 @@ def leaderboard(found: Findings) -> list[Block]:
                 )
             )
         else:
-            blocks.append(Details(f"Trials of {found.labels[search]}", [table]))
+            blocks.append(Details(f"Trials of {found.students[search].label}", [table]))
     return blocks
 
 

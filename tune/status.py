@@ -75,7 +75,7 @@ def status(folder: Path) -> dict[str, Any]:
     found["refits"] = {
         "finished": done,
         "begun": len(refits) - done,
-        "of": len(sweep.labels) * sweep.settings.refit.seeds,
+        "of": len(sweep.students) * sweep.settings.refit.seeds,
     }
     return found
 

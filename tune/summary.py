@@ -5,43 +5,13 @@ for all. Differences are paired by seed, their standard error is that of the mea
 """
 
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from richkd.files import read_record
+from tune.students import Student
 
 TEACHERS = {"teacher": "task teacher", "clip": "zero-shot CLIP", "fused": "fused teacher, as found"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Student:
-    """One of the students that a sweep compares.
-
-    Attributes:
-        title: Its row in the table.
-        method: None is the sweep's own.
-        suffix: After the method in the names of its runs.
-        search: Whose best setting it runs; None: the setting as printed.
-    """
-
-    title: str
-    method: str | None
-    suffix: str = ""
-    search: str | None = None
-
-    def label(self, own: str) -> str:
-        """Return how its runs are called, where `own` is the sweep's method."""
-        return f"{self.method or own}{self.suffix}"
-
-
-STUDENTS = {
-    "ce": Student(title="labels only", method="ce"),
-    "kd": Student(title="kd, T 3, weight 3", method="kd"),
-    "kd_tuned": Student(title="kd, tuned", method="kd", suffix="-tuned", search="kd"),
-    "richkd_paper": Student(title="richkd-l, as printed", method=None, suffix="-paper"),
-    "richkd": Student(title="richkd-l, as found", method=None, search="richkd"),
-}
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -78,21 +48,21 @@ def difference(values: dict[int, float], others: dict[int, float]) -> dict[str, 
     }
 
 
-def read_refits(folder: Path, labels: dict[str, str]) -> dict[str, dict[int, dict[str, Any]]]:
-    """Return the metrics of each finished refit under `folder`, by method and seed.
+def read_refits(folder: Path, students: dict[str, Student]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Return the metrics of each finished refit under `folder`, by student and seed.
 
     Args:
         folder: `refits/` of a sweep.
-        labels: Method to the name that its folders begin with.
+        students: That it compares.
     """
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    for method, label in labels.items():
-        for path in folder.glob(f"{label}-seed*/run.json"):
+    for name, student in students.items():
+        for path in folder.glob(f"{student.label}-seed*/run.json"):
             state = read_record(path, "state")
             if state["state"] == "finished" and "test/top1" in state["metrics"]:
-                seed = int(path.parent.name.removeprefix(f"{label}-seed"))
-                found.setdefault(method, {})[seed] = state["metrics"]
-    return {method: dict(sorted(runs.items())) for method, runs in found.items()}
+                seed = int(path.parent.name.removeprefix(f"{student.label}-seed"))
+                found.setdefault(name, {})[seed] = state["metrics"]
+    return {name: dict(sorted(runs.items())) for name, runs in found.items()}
 
 
 def teachers(refits: dict[str, dict[int, dict[str, Any]]]) -> dict[str, list[float]]:
@@ -113,18 +83,23 @@ def teachers(refits: dict[str, dict[int, dict[str, Any]]]) -> dict[str, list[flo
     return found
 
 
-def summarise(refits: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
+def summarise(
+    refits: dict[str, dict[int, dict[str, Any]]], students: dict[str, Student]
+) -> dict[str, Any]:
     """Return the summary: `teacher`, `clip`, `fused` and each student in percent of the test rows."""
     summary: dict[str, Any] = {}
-    for name, values in teachers(refits).items():
-        found = spread(values)
-        summary[name] = {"top1": found["mean"], "sd": found["sd"], "n": found["n"]}
+    found = teachers(refits)
+    for name, title in TEACHERS.items():
+        if name in found:
+            each = spread(found[name])
+            summary[name] = {"title": title, "top1": each["mean"], "sd": each["sd"], "n": each["n"]}
     top1 = {m: {seed: v["test/top1"] for seed, v in runs.items()} for m, runs in refits.items()}
-    for name in STUDENTS:
+    for name, student in students.items():
         if name in top1:
-            summary[name] = spread(list(top1[name].values()))
-            if name != "kd":
-                summary[name]["difference"] = difference(top1[name], top1.get("kd", {}))
+            summary[name] = {"title": student.title} | spread(list(top1[name].values()))
+            if student.against is not None:
+                other = top1.get(student.against, {})
+                summary[name]["difference"] = difference(top1[name], other)
     summary["difference"] = difference(top1.get("richkd", {}), top1.get("kd", {}))
     summary["difference_tuned"] = difference(top1.get("richkd", {}), top1.get("kd_tuned", {}))
     return summary
@@ -148,12 +123,8 @@ def winner(refits: dict[str, dict[int, dict[str, Any]]]) -> int | None:
 def columns(summary: dict[str, Any], selection: str = "validation") -> dict[str, list]:
     """Return the summary as columns of text, for the terminal and for MLflow; `selection` is the sweep's."""
     rows: list[tuple[str, str, str, str]] = []
-    titles = TEACHERS | {name: student.title for name, student in STUDENTS.items()}
-    for name, label in titles.items():
-        if name not in summary:
-            continue
-        entry = summary[name]
-        label += f", {entry['student']}" if "student" in entry else ""
+    for entry in (one for one in summary.values() if one and "title" in one):
+        label = entry["title"] + (f", {entry['student']}" if "student" in entry else "")
         gap = entry.get("difference")
         accuracy = f"{top1_of(entry):.2f}" + (
             "" if entry["sd"] is None else f" ± {entry['sd']:.2f}"

@@ -23,8 +23,8 @@ from tune.scheduler import pruner
 from tune.settings import Settings
 from tune.space import read_space
 from tune.store import Store
+from tune.students import around_a_search
 from tune.study import MAIN, Search
-from tune.summary import STUDENTS
 from tune.warmstart import Point
 
 
@@ -79,8 +79,7 @@ class Sweep:
                 f"storage and sweep.name must not hold a question mark, which SQLite cannot take, but got "
                 f"{self.folder}; choose another."
             )
-        own = self.base.method.name
-        self.labels = {name: student.label(own) for name, student in STUDENTS.items()}
+        self.students = around_a_search(self.base.method.name, self.settings.sweep.settings)
 
     def resolve(self, settings: dict[str, Any], method: str | None = None) -> Config:
         """Return the config of a run: the base, a method, and dotted keys on top."""
@@ -126,21 +125,22 @@ class Sweep:
 
     def refit(self, refits: Refits, seed: int, settings: dict[str, Any]) -> Job:
         """Return the job of a refit."""
-        student, label = STUDENTS[refits.method], self.labels[refits.method]
-        config = self.resolve(settings | {"seed": seed}, student.method or self.base.method.name)
+        student = self.students[refits.method]
+        config = self.resolve(settings | {"seed": seed}, student.method)
         shown = flatten(to_dict(config))
-        space = self.space if student.method is None else self.space.of_baseline()
-        keys = [key for key in space.active(shown) if key in settings or student.method is None]
+        own, name = student.method == self.base.method.name, f"{student.label}-seed{seed}"
+        space = self.space if own else self.space.of_baseline()
+        keys = [key for key in space.active(shown) if key in settings or own]
         return Job(
-            id=f"refit-{label}-seed{seed}",
+            id=f"refit-{name}",
             kind="refit",
             method=refits.method,
             number=seed,
-            folder=self.runs / "refits" / f"{label}-seed{seed}",
+            folder=self.runs / "refits" / name,
             config=config,
-            params={key: shown[key] for key in keys} | {"seed": seed},
+            params=student.params | {key: shown[key] for key in keys} | {"seed": seed},
             # with the settings, since nobody sets aside what lies on a store
-            store=self._address("refits", f"{label}-seed{seed}-{digest(config)}"),
+            store=self._address("refits", f"{name}-{digest(config)}"),
         )
 
 
