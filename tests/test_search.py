@@ -222,7 +222,8 @@ def commands() -> list[list[str]]:
 def test_the_first_trials_run_what_the_study_says_of_them(words, tmp_path):
     sweep = Sweep(tmp_path, read(words))
     base = flatten(to_dict(sweep.base))
-    for space, method in ((sweep.space, "richkd-l"), (sweep.space.of_baseline(), "kd")):
+    own = sweep.base.method.name
+    for space, method in ((sweep.space, own), (sweep.space.of_baseline(), "kd")):
         point = first.as_printed(printed(method), space, base, 1.0)
         ran = flatten(to_dict(sweep.resolve(point.settings, method)))
         for key, value in (point.params | printed(method)).items():
@@ -235,7 +236,7 @@ def test_each_student_that_can_be_drawn_has_its_costs(words, monkeypatch, tmp_pa
     monkeypatch.setattr(first.estimate, "size", lambda config, _: len(config.student.name))
     sweep.costs = first.costs_of(sweep, None, lambda *_: None)
     base, study = flatten(to_dict(sweep.base)), optuna.create_study()
-    point = first.as_printed(printed("richkd-l"), sweep.space, base, 1.0)
+    point = first.as_printed(printed(sweep.base.method.name), sweep.space, base, 1.0)
     study.enqueue_trial(point.params)
     for number in range(20):
         trial = study.ask()

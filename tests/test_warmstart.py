@@ -13,9 +13,11 @@ from optuna.distributions import (
 )
 
 from richkd.config import build, flatten, read, to_dict
+from richkd.errors import ConfigError
 from richkd.methods import METHODS
 from tune.space import Space
-from tune.warmstart import Outside, place, printed, within
+from tune.sweep import Sweep
+from tune.warmstart import Outside, holds_plain, place, plain, printed, within
 
 BASE = flatten(to_dict(build(read([]))))
 TEMPERATURE = Space({"loss.temperature": FloatDistribution(0.5, 8.0, log=True)})
@@ -50,6 +52,34 @@ def test_the_papers_setting_is_that_of_sec_3():
         "fusion.alpha": 0.7,
         "loss.temperature_of": "fused",
     }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_plain_distillation_is_a_setting_of_a_method_that_takes_it(method):
+    layers = read([f"method.name={method}"]).over("trial", plain())
+    if holds_plain(method):
+        assert build(layers).fusion.alpha == 1
+    else:
+        with pytest.raises(ConfigError, match=f"method.name={method} means"):
+            build(layers)
+
+
+@pytest.mark.parametrize("method", ["kd", "ce"])
+def test_a_baseline_is_plain_whatever_a_sweep_has_in_all_its_runs(method, tmp_path):
+    words = ["method.name=richkd-lf", "loss.logit_kind=dkd", "loss.standardise=true"]
+    loss = Sweep(tmp_path, read(words)).resolve(printed(method), method).loss
+    assert (loss.feature, loss.logit_kind, loss.standardise) == (0, "kd", False)
+
+
+def test_a_search_over_distillers_is_a_sweep_like_any_other(tmp_path):
+    sweep = Sweep(tmp_path, read(["sweep/autokd"]))
+    assert [student.title for student in sweep.students.values()][-1] == "autokd, as found"
+    assert set(sweep.space.of_baseline()) == {"loss.logit", "loss.temperature"}
+    assert not any(key.startswith(("fusion.", "clip.")) for key in sweep.space)
+    waits = {key: when for key, when in sweep.space.when.items() if key != "loss.dkd_beta"}
+    assert waits == dict.fromkeys(
+        ("loss.transform", "loss.distance"), {"loss.feature_kind": ("maps",)}
+    )
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.8, 1.0, 1.7])

@@ -15,7 +15,7 @@ from richkd.config import Config, digest
 from richkd.errors import ConfigError
 from tune.study import Failure, Search, settings_of
 
-OF_A_METHOD = ("loss.", "fusion.", "clip.")  # keys in which methods differ
+OF_A_METHOD = ("loss.", "fusion.", "clip.", "contrast.")  # keys in which methods differ
 STATES = {  # what Optuna's states are called here
     TrialState.COMPLETE: "finished",
     TrialState.PRUNED: "pruned",

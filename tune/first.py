@@ -18,7 +18,17 @@ from tune.settings import for_workers
 from tune.space import Space
 from tune.study import MAIN, settings_of
 from tune.sweep import Sweep, asked_of, open_searches, student_of, trials_of
-from tune.warmstart import PAPER, Outside, Point, is_printed, place, plain, printed, within
+from tune.warmstart import (
+    PAPER,
+    Outside,
+    Point,
+    holds_plain,
+    is_printed,
+    place,
+    plain,
+    printed,
+    within,
+)
 
 # names that are looked up when a run starts: each choice is tried before any trial
 NAMED = ("student.name", "teacher.name", "clip.prompts", "clip.logits", "clip.views")
@@ -118,22 +128,23 @@ def compute(layers: Layers, *, command: str, stop: Stop, **launch: Any) -> dict[
 
 
 def paper_points(sweep: Sweep, task: distill.Task, teacher: FusedTeacher) -> dict[str, list[Point]]:
-    """Return the paper's setting and plain distillation, run as printed, with T of the fused logits.
+    """Return the setting as printed and, where the method holds it, plain distillation, with T of the fused logits.
 
     Where the search's T is relative to the task teacher's, its place in the space depends on how wide both spread here.
     """
-    paper = printed(sweep.base.method.name)
+    own = sweep.base.method.name
+    paper = printed(own)
     ratio = 1.0
     if sweep.resolve(sweep.settings.sweep.settings).loss.temperature_of == "task":
         rows = task.split.transfer
         fused, alone = teacher.fused("train")[rows], teacher.task.train[rows]
         ratio = fusion.spread(fused) / fusion.spread(alone)
     base = flatten(to_dict(sweep.base))
+    main = [as_printed(paper, sweep.space, base, ratio)]
+    if holds_plain(own):
+        main.append(as_printed(plain(), sweep.space, base, 1.0))
     return {
-        MAIN: [
-            as_printed(paper, sweep.space, base, ratio),
-            as_printed(plain(), sweep.space, base, 1.0),
-        ],
+        MAIN: main,
         "kd": [as_printed(printed("kd"), sweep.space.of_baseline(), base | plain(), 1.0)],
     }
 

@@ -43,7 +43,11 @@ STEPPED = ("uniform", "int")
 
 FIXED = ("seed", "method.name", "device", "storage", "cache", "teacher.logits")
 FIXED_SECTIONS = ("data.",)
-OF_FUSION = ("fusion.", "clip.")
+BEYOND_KD = (  # what plain distillation has not
+    *("fusion.", "clip.", "contrast."),
+    *("loss.feature", "loss.transform", "loss.distance"),
+    *("loss.logit_kind", "loss.dkd_", "loss.standardise", "loss.warmup"),
+)
 
 When = dict[str, tuple[Any, ...]]
 
@@ -95,8 +99,8 @@ class Space:
         return all(k in drawn and drawn[k] in allowed for k, allowed in rules.items())
 
     def of_baseline(self) -> "Space":
-        """Return the part that plain distillation has too: it knows neither fusion nor CLIP, nor what depends on them."""
-        kept = {k: d for k, d in self.distributions.items() if not k.startswith(OF_FUSION)}
+        """Return the part that plain distillation has too: it knows no fusion, no features and one loss of logits."""
+        kept = {k: d for k, d in self.distributions.items() if not k.startswith(BEYOND_KD)}
         rules = {
             key: {k: values for k, values in when.items() if k in kept}
             for key, when in self.when.items()

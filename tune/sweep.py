@@ -25,7 +25,9 @@ from tune.space import read_space
 from tune.store import Store
 from tune.students import around_a_search
 from tune.study import MAIN, Search
-from tune.warmstart import Point
+from tune.warmstart import BARE, Point
+
+BASELINES = ("ce", "kd", "kd-crd", "kd-lskd")  # the labels alone, and plain distillation
 
 
 class Sweep:
@@ -48,9 +50,9 @@ class Sweep:
         elif self.settings.sweep.state is not None:
             self.runs = Path(self.base.storage).resolve() / folder.name
         self.cache = str(cache.root(self.base.cache))
-        if "fusion.alpha" in METHODS[self.base.method.name].fixed:
+        if self.base.method.name in BASELINES:
             raise ConfigError(
-                f"method.name={self.base.method.name} has no fusion to search; use method.name=richkd-l "
+                f"method.name={self.base.method.name} is what a sweep compares its own method with; use method.name=richkd-l "
                 "(kd is tuned beside it), or `python -m richkd distill` for a single run."
             )
         self.space = read_space(self.settings.sweep.space, self.resolve)
@@ -88,7 +90,9 @@ class Sweep:
             preset = METHODS[method]
             layers = layers.over(
                 method,
-                {"method.name": method} | {key: preset.settings[key] for key in preset.fixed},
+                {"method.name": method}
+                | (BARE if method in BASELINES else {})
+                | {key: preset.settings[key] for key in preset.fixed},
             )
         # absolute, for workers that have another environment
         return build(layers.over("trial", settings).over("", {"cache": self.cache}))

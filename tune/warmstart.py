@@ -10,8 +10,14 @@ from richkd import escape
 from richkd.methods import METHODS
 from tune.space import Space
 
-WEIGHTS = ("loss.ce", "loss.logit", "loss.temperature")
 PAPER = "paper"
+# what plain distillation is without, whatever a sweep has in all its runs
+BARE = {
+    "loss.feature": 0.0,
+    "loss.logit_kind": "kd",
+    "loss.standardise": False,
+    "loss.warmup": 0,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,15 +34,25 @@ class Outside(ValueError):
 
 
 def printed(method: str) -> dict[str, Any]:
-    """Return a method's weights, alpha and temperature as printed: T of the fused logits."""
-    preset = METHODS[method].settings
-    keys = [*WEIGHTS, *(["fusion.alpha"] if "fusion.alpha" not in METHODS[method].fixed else [])]
-    return {key: preset[key] for key in keys} | {"loss.temperature_of": "fused"}
+    """Return a method's preset, but an alpha that makes the method, as printed: T of the fused logits."""
+    preset = METHODS[method]
+    given = {
+        key: value
+        for key, value in preset.settings.items()
+        if key != "fusion.alpha" or key not in preset.fixed
+    }
+    return given | {"loss.temperature_of": "fused"}
 
 
 def plain() -> dict[str, Any]:
-    """Return plain distillation as printed, as a setting of a fused method: the task teacher alone."""
-    return printed("kd") | {"fusion.alpha": 1.0}
+    """Return plain distillation as printed, as a setting of another method: the logits of the task teacher alone."""
+    return printed("kd") | BARE | {"fusion.alpha": 1.0}
+
+
+def holds_plain(method: str) -> bool:
+    """Whether plain distillation is a setting of a method: nothing that makes the method is against it."""
+    preset, other = METHODS[method], plain()
+    return all(other.get(key, preset.settings[key]) == preset.settings[key] for key in preset.fixed)
 
 
 def is_printed(method: str, settings: Mapping[str, Any]) -> bool:
