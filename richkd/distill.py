@@ -226,6 +226,7 @@ def initial_student(config: Config, dataset: Dataset) -> nn.Module:
             config.student.name,
             len(dataset.names),
             channels=dataset.channels,
+            size=dataset.size,
             shortcut=config.student.shortcut,
         )
     field = f"student.name={config.student.name}"

@@ -172,7 +172,11 @@ def untrained_teacher(config: Config, task: Task) -> nn.Module:
     dataset, given = task.dataset, config.teacher
     with torch.random.fork_rng(devices=[]):
         network = models.build(
-            given.name, len(dataset.names), channels=dataset.channels, shortcut=given.shortcut
+            given.name,
+            len(dataset.names),
+            channels=dataset.channels,
+            size=dataset.size,
+            shortcut=given.shortcut,
         )
     models.check_size(network, dataset.channels, dataset.size, field=f"teacher.name={given.name}")
     return network

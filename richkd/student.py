@@ -99,6 +99,7 @@ def network_of(saved: checkpoint.Checkpoint) -> nn.Module:
             wanted["name"],
             len(meta["names"]),
             channels=meta["channels"],
+            size=meta["size"],
             shortcut=wanted["shortcut"],
         )
         network.load_state_dict(saved.weights)

@@ -415,7 +415,11 @@ def _network(
     given = Path(config.checkpoint or "")
     if trained is None and given.is_file():
         network = models.build(
-            config.name, len(dataset.names), channels=dataset.channels, shortcut=config.shortcut
+            config.name,
+            len(dataset.names),
+            channels=dataset.channels,
+            size=(config.size, config.size) if config.size else dataset.size,
+            shortcut=config.shortcut,
         )
         foreign.load(network, given, field="teacher.checkpoint", name=config.name)
         return network, f"{config.name} {config.shortcut} {sha256_of(given)}", Preprocessing()

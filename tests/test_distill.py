@@ -446,6 +446,12 @@ def test_a_student_teaches_another(make, tmp_path):
         assert torch.allclose(outcome.teacher.task.train[rows], student(pixels), atol=1e-5)
 
 
+def test_an_untrained_transformer_knows_the_places_of_the_images(make):
+    config = make("student.name=t2t_vit_7")
+    # 8 x 8 pixels become one token, beside the class token
+    assert distill.initial_student(config, load(config.data)).pos_embed.shape[1] == 1 + 1
+
+
 def test_a_teacher_of_other_classes_is_refused_with_both_counts(make, tmp_path):
     distill.run(make("method.name=ce"), tmp_path / "teacher")
     saved = checkpoint.load(tmp_path / "teacher" / "best")

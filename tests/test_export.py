@@ -28,6 +28,7 @@ from richkd.evaluate import accuracy
 from richkd.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
+TRANSFORMERS = ("deit_ti", "pit_ti", "t2t_vit_7", "pvt_ti")
 FILES = {"student.pt2", "student.onnx", "model.safetensors", "config.json", "README.md"}
 HOSTILE = ("a|b", "<script>alert(1)</script>", "=1+1", "`x`", "*é*")
 
@@ -35,7 +36,7 @@ HOSTILE = ("a|b", "<script>alert(1)</script>", "=1+1", "`x`", "*é*")
 def made(folder: Path, name: str, *, size=(32, 32), channels=3, names=HOSTILE, **more) -> Path:
     """Write the checkpoint of a network whose batch norms have seen images."""
     torch.manual_seed(0)
-    network = models.build(name, len(names), channels=channels)
+    network = models.build(name, len(names), channels=channels, size=size)
     with torch.no_grad():
         network.head.weight.mul_(10)
         network.train()
@@ -78,7 +79,7 @@ def shipped(tmp_path_factory) -> tuple[Path, Path]:
         *("resnet8x4", "wrn_16_1", "vgg8", "mobilenetv2", "timm/resnet10t"),
         *(
             pytest.param(name, marks=pytest.mark.soak)  # 10 s each
-            for name in ("resnet18", "shufflenetv1", "shufflenetv2")
+            for name in ("resnet18", "shufflenetv1", "shufflenetv2", *TRANSFORMERS)
         ),
     ],
 )
@@ -100,6 +101,11 @@ def test_families_compute_the_same_in_both_programs_at_any_batch(tmp_path, name,
         torch.testing.assert_close(program(images), wanted, rtol=1e-4, atol=1e-4)
         found = onnx_logits(tmp_path / "out" / "student.onnx", images.numpy())
         torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_checkpoint_of_a_transformer_says_how_large_its_images_are(tmp_path):
+    student = load_student(made(tmp_path / "student", "t2t_vit_7", size=(16, 24)))
+    assert student(torch.zeros(2, 3, 16, 24, dtype=torch.uint8)).shape == (2, 5)
 
 
 def test_each_file_says_by_itself_what_goes_in_and_comes_out(shipped):

@@ -102,6 +102,12 @@ REPDISTILLER = {  # number of keys, their last layer, some other keys and the sh
         },
     ),
 }
+TRANSFORMERS = {  # with 100 classes at 224 px: parameters, those and what is fixed, width, told blocks, channels and pixels
+    "deit_ti": (5_543_716, 5_543_716, 192, (0, 6, 11), ((192, 14),) * 3),
+    "pit_ti": (4_615_972, 4_615_972, 256, (0, 6, 11), ((64, 27), (128, 14), (256, 7))),
+    "t2t_vit_7": (4_024_394, 4_078_922, 256, (0, 3, 6), ((256, 14),) * 3),
+    "pvt_ti": (12_767_588, 12_767_588, 512, (0, 3, 7), ((64, 56), (128, 28), (512, 7))),
+}
 MAPS = {  # channels and pixels of the stages' outputs at 32 px
     "resnet20": ((16, 32), (32, 16), (64, 8)),
     "resnet8x4": ((64, 32), (128, 16), (256, 8)),
@@ -139,7 +145,56 @@ def test_networks_have_the_published_sizes_and_cost(name):
 
 
 def test_every_network_is_tested_by_its_size():
-    assert set(models.NAMES) == {*PUBLISHED, "cnn8", "cnn16", "cnn24"}
+    assert set(models.NAMES) == {*PUBLISHED, *TRANSFORMERS, "cnn8", "cnn16", "cnn24"}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_have_the_published_sizes_and_tell_the_blocks_of_their_papers(name):
+    trained, kept, width, told, shapes = TRANSFORMERS[name]
+    network, outputs = models.build(name, 100).eval(), []
+    assert parameters(network) == trained
+    assert sum(value.numel() for value in network.state_dict().values()) == kept
+    assert network.width == width
+    for module in network.modules():
+        if type(module).__name__ == "Block":
+            module.register_forward_hook(lambda *found: outputs.append(found[2]))
+    with torch.no_grad():
+        features, maps = network.staged(torch.randn(2, 3, 224, 224))
+    assert features.shape == (2, width)
+    assert [tuple(each.shape) for each in maps] == [(2, c, side, side) for c, side in shapes]
+    for each, block in zip(maps, told, strict=True):
+        tokens = each.flatten(2).transpose(1, 2)
+        assert torch.equal(tokens, outputs[block][:, -tokens.shape[1] :])
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_follow_the_size_of_the_images_and_refuse_another(name):
+    network = models.build(name, 5, channels=1, size=(32, 64)).eval()
+    images = torch.randn(2, 1, 32, 64)
+    with torch.no_grad():
+        features, maps = network.staged(images)
+        assert torch.equal(features, network.features(images))
+        assert torch.equal(network(images), network.head(features))
+    assert [each.shape[2] < each.shape[3] for each in maps] == [True] * 3
+    with pytest.raises(ConfigError, match="must take images of 48 x 48 pixels but does not"):
+        models.check_size(network, 1, (48, 48), field="student.name")
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_every_parameter_of_a_transformer_gets_a_gradient_in_bf16(name):
+    torch.manual_seed(0)
+    network = models.build(name, 5, size=(64, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        features, maps = network.staged(torch.randn(4, 3, 64, 64))
+        loss = network.head(features).square().sum() + sum(each.mean() for each in maps)
+    loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", ["deit_ti", "pit_ti"])
+def test_a_transformer_that_sees_less_than_a_patch_is_refused(name):
+    with pytest.raises(ConfigError, match="at least 16 x 16 pixels, a patch, but they have 4 x 20"):
+        models.build(name, 5, size=(4, 20))
 
 
 @pytest.mark.parametrize("name", REPDISTILLER)

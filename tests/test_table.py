@@ -432,7 +432,9 @@ def test_a_run_from_a_table_is_gone_on_with_by_a_run_that_asks_alike(tmp_path, c
     assert all(torch.equal(value, found[name]) for name, value in straight.items())
 
 
-@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize(
+    "name", sorted({*models.NAMES} - {"deit_ti", "pit_ti", "t2t_vit_7", "pvt_ti"})
+)
 def test_batch_norms_are_folded_into_convolutions_without_an_error(name, tmp_path):
     torch.manual_seed(0)
     network = models.build(name, 10).eval()

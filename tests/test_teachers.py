@@ -414,10 +414,10 @@ def views_of(dataset):
     return [Views(getattr(dataset, part), dataset, CPU) for part in ("train", "test")]
 
 
-def foreign_teacher(folder, name="resnet8", seed=0):
+def foreign_teacher(folder, name="resnet8", seed=0, **options):
     """Write a network's weights as another project does; return it and its file."""
     torch.manual_seed(seed)
-    network = models.build(name, CLASSES).eval()
+    network = models.build(name, CLASSES, **options).eval()
     torch.save({"model": network.state_dict()}, folder / f"{seed}.pth")
     return network, Teacher(name=name, checkpoint=str(folder / f"{seed}.pth"))
 
@@ -444,6 +444,15 @@ def test_what_a_foreign_teacher_sees_follows_the_shared_augmentation(tmp_path, s
             images = F.interpolate(images, size=(size, size), mode="bilinear")
         with torch.no_grad():
             torch.testing.assert_close(found, network(images), atol=1e-4, rtol=1e-4)
+
+
+def test_a_foreign_transformer_knows_the_places_of_what_it_sees(tmp_path):
+    network, config = foreign_teacher(tmp_path, "t2t_vit_7", size=(16, 16))
+    found = open_foreign(replace(config, size=16)).train
+    pixels = torch.from_numpy(COLOURS.train.pixels).permute(0, 3, 1, 2) / 255
+    images = F.interpolate(normalize(pixels, COLOURS.mean, COLOURS.std), (16, 16), mode="bilinear")
+    with torch.no_grad():
+        torch.testing.assert_close(found, network(images), atol=1e-4, rtol=1e-4)
 
 
 def test_a_foreign_teacher_is_known_by_its_weights_and_by_what_it_sees(tmp_path):

@@ -13,10 +13,13 @@ from richkd.models import library
 from richkd.models.cnn import Cnn
 from richkd.models.mobilenet import MobileNetV2
 from richkd.models.network import Network, check_size, stage_shapes
+from richkd.models.pvt import Pvt
 from richkd.models.resnet import NARROW, X4, ResNet
 from richkd.models.resnet_imagenet import Basic, Bottleneck, ImageNetResNet
 from richkd.models.shufflenet import ShuffleNetV1, ShuffleNetV2
+from richkd.models.t2t import T2t
 from richkd.models.vgg import Vgg
+from richkd.models.vit import Deit, Pit
 from richkd.models.wrn import Wrn
 
 NETWORKS: dict[str, tuple[Any, ...]] = {  # class and its first arguments
@@ -43,6 +46,10 @@ NETWORKS: dict[str, tuple[Any, ...]] = {  # class and its first arguments
     "mobilenetv2": (MobileNetV2, 6, 0.5),
     "shufflenetv1": (ShuffleNetV1, ((240, 4), (480, 8), (960, 4)), 3),
     "shufflenetv2": (ShuffleNetV2, ((116, 4), (232, 8), (464, 4)), 1024),
+    "deit_ti": (Deit,),
+    "pit_ti": (Pit,),
+    "t2t_vit_7": (T2t,),
+    "pvt_ti": (Pvt,),
     "cnn8": (Cnn, 8),
     "cnn16": (Cnn, 16),
     "cnn24": (Cnn, 24),
@@ -52,13 +59,21 @@ NAMES = tuple(NETWORKS)
 __all__ = ["NAMES", "NETWORKS", "Network", "build", "check_size", "stage_shapes"]
 
 
-def build(name: str, classes: int, *, channels: int = 3, shortcut: str = "B") -> Network:
+def build(
+    name: str,
+    classes: int,
+    *,
+    channels: int = 3,
+    size: tuple[int, int] = (224, 224),
+    shortcut: str = "B",
+) -> Network:
     """Return a network with fresh weights, drawn from PyTorch's global generator.
 
     Args:
         name: One of NAMES, or `timm/NAME` or `torchvision/NAME`, a network of those libraries.
         classes: Number of logits.
         channels: Channels of the images.
+        size: Their height and width, of which transformers in NAMES know the places; all others take what comes.
         shortcut: Of ResNets in NAMES: "B" is a 1 x 1 convolution, as in the distillation papers; "A" pads
             with zeros and has no parameters. Other networks have no such choice.
 
@@ -72,7 +87,8 @@ def build(name: str, classes: int, *, channels: int = 3, shortcut: str = "B") ->
     if name in NETWORKS:
         kind, *arguments = NETWORKS[name]
         shortcuts = (shortcut,) if kind in (ResNet, ImageNetResNet) else ()
-        return kind(*arguments, classes, channels, *shortcuts)
+        sizes = (tuple(size),) if kind in (Deit, Pit, T2t, Pvt) else ()
+        return kind(*arguments, classes, channels, *shortcuts, *sizes)
     if str(name).startswith(library.PREFIXES):
         return library.build(name, classes, channels)
     near = get_close_matches(str(name), NAMES, 1)
