@@ -168,6 +168,8 @@ def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def _example(about: dict[str, Any]) -> str:
     channels, height, width = about["input"]["shape"][1:]
     grey = '.convert("L")' if channels == 1 else ""
+    resample = about["outside"]["resample"].partition(",")[0].upper()
+    border = f", {about['outside']['border']}" if about["outside"]["border"] else ""
     return f"""\
 import json
 import numpy
@@ -177,7 +179,7 @@ from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession("student.onnx")
 names = json.loads(session.get_modelmeta().custom_metadata_map["config.json"])["names"]
 image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
-image = ImageOps.fit(image, ({width}, {height}), Image.Resampling.BICUBIC){grey}
+image = ImageOps.fit(image, ({width}, {height}), Image.Resampling.{resample}{border}){grey}
 images = numpy.array(image).reshape(1, {height}, {width}, {channels}).transpose(0, 3, 1, 2)
 (logits,) = session.run(None, {{"images": images}})
 print(names[logits[0].argmax()])"""

@@ -498,14 +498,9 @@ class Config:
 
     def _check_views(self) -> None:
         """Raise ConfigError if a teacher is to meet crops in a way in which they do not come."""
-        streamed, own = self.data.augment != "crop", self.teacher
-        if own.size is not None and not streamed and own.checkpoint is own.pretrained is None:
-            raise ConfigError(
-                "teacher.size is a matter of teacher.checkpoint or teacher.pretrained but neither is given; leave it out."
-            )
-        if not streamed:
+        if self.data.augment == "crop":
             return
-        if own.views == "exact":
+        if self.teacher.views == "exact":
             raise ConfigError(
                 f"teacher.views=exact keeps what can be seen of an image but under data.augment={self.data.augment} that "
                 "has no end; use teacher.views=online."

@@ -117,8 +117,9 @@ def config_of(student: Student, meta: dict[str, Any]) -> dict[str, Any]:
         "outside": {  # as Student.read does it
             "upright": "as EXIF says",
             "transparent": "over white",
+            "border": student.border,  # share that is cut off at each side first
             "crop": "centre, of the shape of the input",
-            "resample": "bicubic, antialiased",
+            "resample": f"{student.resample}, antialiased",
             "grey": "after scaling, as Pillow's mode L" if student.channels == 1 else None,
         },
         "inside": {"mean": meta["mean"], "std": meta["std"]},  # of pixels in 0 to 1

@@ -122,6 +122,8 @@ class Record:
             "size": list(dataset.size),
             "mean": list(dataset.mean),
             "std": list(dataset.std),
+            "resample": dataset.resample,
+            "border": dataset.border,
             "data": dataset.digest,
             "trained_on": split.digest,
             "rows": {

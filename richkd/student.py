@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from richkd import checkpoint, models
-from richkd.data.pictures import decode, pixels
+from richkd.data.pictures import centre, decode
 from richkd.data.views import normalise
 from richkd.errors import ConfigError, CorruptError
 from richkd.files import read_record
@@ -36,6 +36,8 @@ class Student(nn.Module):
         self.network, meta = network_of(saved), saved.meta
         self.names = tuple(meta["names"])
         self.channels, self.size = meta["channels"], tuple(meta["size"])
+        # as its test images were shown
+        self.resample, self.border = meta.get("resample", "bicubic"), meta.get("border", 0.0)
         self.register_buffer("mean", torch.tensor([255 * m for m in meta["mean"]]))
         self.register_buffer("std", torch.tensor([255 * s for s in meta["std"]]))
 
@@ -49,7 +51,7 @@ class Student(nn.Module):
         fitted = [
             ImageOps.fit(decode(Path(path)), (width, height), Image.Resampling.BICUBIC)
             if height != width
-            else Image.fromarray(pixels(Path(path), height))
+            else Image.fromarray(centre(decode(Path(path)), height, self.resample, self.border))
             for path in paths
         ]
         grey = self.channels == 1

@@ -830,6 +830,11 @@ class FusedTeacher:
 
 def teacher_recipe(config: Config) -> Config:
     """Return the run that trains the task teacher of `config`: cross-entropy on its labelled rows, at the size that it sees."""
+    if config.teacher.size is not None and config.data.augment == "crop":
+        raise ConfigError(
+            "teacher.size is a matter of teacher.checkpoint or teacher.pretrained, or of data.augment=resized or strong, but "
+            "none of them is given; leave it out."
+        )
     # a share of labels is of no effect, so of none on the cache either
     data = replace(config.data, labelled_share=None, size=config.teacher.size or config.data.size)
     return replace(

@@ -233,7 +233,7 @@ def test_what_needs_all_crops_at_hand_is_refused(words, archive):
         with pytest.raises(ConfigError, match=f"{said}"):
             build(read([*words, more]))
     with pytest.raises(ConfigError, match="teacher.size is a matter of teacher.checkpoint"):
-        build(read(["teacher.size=16"]))
+        teacher_recipe(build(read(["teacher.size=16"])))
     with pytest.raises(ConfigError, match="data.size is a matter of data.source=folder, or of"):
         load(Data(source="arrays", path=archive, size=64))
     with pytest.raises(ConfigError, match="data.augment=strong is for images in colour but digits"):

@@ -40,10 +40,9 @@ OWN = {  # keys of some sources alone
     "fold": ("folder", "arrays"),
 }
 
-MEAN, STD = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # ImageNet's, for which the recipes of streams are made
+# of streams: the normalisation and filters of both recipes; photographs are tested on their 224 of 256 central pixels
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RESAMPLE, BORDER = {"resized": "bilinear", "strong": "bicubic"}, 16 / 256
 
 __all__ = [
     "Batches",
@@ -103,8 +102,15 @@ def load(config: Data, cache_root: Path | None = None, progress: Progress | None
                     f"data.augment={config.augment} is for images in colour but {dataset.name} has {dataset.channels} "
                     "channel; use data.augment=crop."
                 )
-            side = {"side": config.size, "mean": MEAN, "std": STD}
-            dataset = replace(dataset, augment=config.augment, **side)
+            dataset = replace(
+                dataset,
+                augment=config.augment,
+                side=config.size,
+                resample=RESAMPLE[config.augment],
+                border=BORDER if dataset.train.files is not None else 0.0,
+                mean=MEAN,
+                std=STD,
+            )
         parts = {
             part: shared(
                 getattr(dataset, part), dataset.pad, dataset.flip, config.memory, root, progress

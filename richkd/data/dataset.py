@@ -100,6 +100,8 @@ class Dataset:
     std: tuple[float, ...] | None = None
     augment: str = "crop"  # or how a stream of them is augmented, see `stream.py`
     side: int | None = None  # pixels of a side to which a stream brings them
+    resample: str = "bicubic"  # how whole images are scaled then
+    border: float = 0.0  # share of an image that is cut off at each side before
     digest: str = ""
 
     def __post_init__(self) -> None:

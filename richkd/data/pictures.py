@@ -71,23 +71,20 @@ def pixels(source: Path | bytes, size: int) -> np.ndarray:
 
 
 def centre(
-    image: Image.Image,
-    size: int,
-    filtered: Image.Resampling = Image.Resampling.BICUBIC,
-    margin: float = 1.0,
+    image: Image.Image, size: int, resample: str = "bicubic", border: float = 0.0
 ) -> np.ndarray:
     """Return the centre square of a picture, scaled to uint8 `(size, size, 3)`; antialiased.
 
     Args:
         image: RGB.
         size: Pixels of a side.
-        filtered: How it is scaled.
-        margin: The shorter side comes to so many times `size` before the square is cut.
+        resample: Pillow's name of the filter.
+        border: Share of the picture that is cut off at each of its sides first.
     """
-    side = min(image.size) / margin
+    side = min(image.size) * (1 - 2 * border)
     left, top = (image.width - side) / 2, (image.height - side) / 2
-    square = image.resize((size, size), filtered, box=(left, top, left + side, top + side))
-    return np.array(square)
+    box = (left, top, left + side, top + side)
+    return np.array(image.resize((size, size), Image.Resampling[resample.upper()], box=box))
 
 
 def picture(values: np.ndarray) -> Image.Image:

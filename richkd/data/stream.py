@@ -27,8 +27,6 @@ from richkd.data.dataset import Dataset, Images
 from richkd.data.pictures import centre
 from richkd.data.views import normalise, sent
 
-FILTERS = {"resized": Image.Resampling.BILINEAR, "strong": Image.Resampling.BICUBIC}
-MARGIN = 256 / 224  # of a file's shorter side to what a test sees of it
 RAND = "rand-m9-mstd0.5-inc1"  # timm's words for RandAugment's strength
 ERASED = 0.25  # share of images a part of which is erased
 CHUNK = 32  # images that a worker process makes at a time: a batch of them may not fit into shared memory
@@ -52,7 +50,8 @@ class Stream:
     def __init__(self, images: Images, dataset: Dataset, device: torch.device) -> None:
         self.source, self.device = images, device
         self.shape = (*dataset.size, 3)
-        self.filter, self.transform = FILTERS[dataset.augment], transform_of(dataset)
+        self.resample, self.border = dataset.resample, dataset.border
+        self.transform = transform_of(dataset)
         self._normalise_by(dataset.mean, dataset.std)
 
     def __len__(self) -> int:
@@ -118,9 +117,8 @@ class Stream:
         return torch.stack(made) if made else torch.empty(0, *self.shape, dtype=torch.uint8)
 
     def _whole(self, row: int) -> Tensor:
-        margin = 1.0 if self.source.files is None else MARGIN
         picture = self.source.picture(row)
-        return torch.from_numpy(centre(picture, self.shape[0], self.filter, margin))
+        return torch.from_numpy(centre(picture, self.shape[0], self.resample, self.border))
 
     def _augmented(self, row: int, seed: int) -> Tensor:
         picture = self.source.picture(row)
@@ -172,7 +170,7 @@ def transform_of(dataset: Dataset) -> Callable[[Image.Image], Tensor]:
         dataset.size,
         is_training=True,
         hflip=0.5 * dataset.flip,
-        interpolation=FILTERS[dataset.augment].name.lower(),
+        interpolation=dataset.resample,
         mean=dataset.mean,
         std=dataset.std,
         **options,
