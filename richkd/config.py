@@ -170,7 +170,9 @@ class Teacher:
     logits: str | None = None  # FILE.npy, FILE.npz:KEY or FILE.safetensors:KEY; a row an image
     mean: tuple[float, ...] | None = None  # of its input's channels, in 0 to 1; None: its own
     std: tuple[float, ...] | None = None
-    size: int | None = None  # pixels of a side that it sees; None: its own, or the data's
+    size: int | None = (
+        None  # pixels of a side that it sees, and is trained at; None: its own, or the data's
+    )
     views: str = "auto"  # how it meets the student's crops: auto | online | exact | single
     shared: bool = False  # whether other runs ask it, too, for which `auto` keeps what it says; a sweep sets it
     table: str = (
@@ -215,7 +217,8 @@ class Teacher:
                 "teacher.mean and teacher.std belong together but only one is given; give both or none."
             )
         if self.checkpoint is self.pretrained is None:
-            for key in ("mean", "std"):
+            # one that is trained on a stream is trained at its size
+            for key in ("mean", "std") if self.logits is None else ("mean", "std", "size"):
                 if getattr(self, key) is not None:
                     raise ConfigError(
                         f"teacher.{key} is a matter of teacher.checkpoint or teacher.pretrained but neither is given; "
