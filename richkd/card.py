@@ -196,7 +196,7 @@ def _teachers(config: Config, run: dict[str, Any]) -> dict[str, str]:
     texts = {
         "teacher": told[own.brought[0]]
         if own.brought
-        else f"{own.name}, trained on the labelled rows"
+        else f"{own.name}, trained on {'the labelled rows' if own.trained_on == 'same' else 'all rows but held-out ones'}"
     }
     for k, each in enumerate((clip, *clip.extra)):
         texts["clip" if k == 0 else f"clip {k + 1}"] = (

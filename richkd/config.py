@@ -116,6 +116,11 @@ class Data:
     memory: float = 4.0  # GiB that the crops of a part may take; a larger one is read by batches
     validation: int | float = 0.1  # rows held out for settings and epochs, or a share below 1
     seed: int = 0  # of the split and of the labelled subset
+    # a long tail among the training rows, before any is held out: the rarest class' share of the most frequent one's rows,
+    # or `table14`, the supplement's printed list for CIFAR-100, which is another curve than its formula's
+    imbalance: int | float | str | None = None
+    fraction: float = 1.0  # share of each class' rows, of those not held out, that are learnt from
+    whole: bool = False  # whether all rows but the held-out ones are learnt from, labelled, whatever the three keys around say
     labelled_per_class: int | None = None  # None: every transfer row keeps its label
     labelled_share: float | None = None  # share of labelled rows in each batch; None: as they fall
 
@@ -140,6 +145,15 @@ class Data:
                 )
             object.__setattr__(self, "validation", int(self.validation))
         in_range("data.seed", self.seed, 0, 2**31 - 1)
+        if isinstance(self.imbalance, str):
+            if self.imbalance != "table14":
+                raise ConfigError(
+                    f"data.imbalance must be a ratio in 0.0001 to 1, table14 or null but got {self.imbalance!r}."
+                )
+        elif self.imbalance is not None:
+            in_range("data.imbalance", self.imbalance, 1e-4, 1)
+            object.__setattr__(self, "imbalance", float(self.imbalance))
+        in_range("data.fraction", self.fraction, 1e-4, 1)
         in_range("data.labelled_per_class", self.labelled_per_class, 1, 10_000_000)
         in_range("data.labelled_share", self.labelled_share, 0.01, 1)
 
@@ -160,6 +174,8 @@ class Teacher:
     """The task teacher: a checkpoint, published weights, given logits, or trained on the labelled rows if none."""
 
     name: str = "resnet32x4"  # of the network, but for a checkpoint of richkd, which knows its own
+    # if it is trained here: `same` rows as the student, those with a label; or `full`: all but the held-out ones
+    trained_on: str = "same"
     shortcut: str = "B"
     epochs: int = 240
     batch_size: int = 64
@@ -183,6 +199,7 @@ class Teacher:
     def __post_init__(self) -> None:
         expand(self, "checkpoint", "logits")
         one_of("teacher.views", self.views, ("auto", "online", "exact", "single"))
+        one_of("teacher.trained_on", self.trained_on, ("same", "full"))
         one_of("teacher.table", self.table, ("fp16", "fp32"))
         one_of("teacher.precision", self.precision, ("fp32", "bf16"))
         if self.logits is not None and self.views in ("online", "exact"):
@@ -448,6 +465,23 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluate:
+    """How test rows are looked at beside their accuracy."""
+
+    # probability at T = 1 above which the task teacher is certain; `q0.2`: above that quantile of it
+    certain: int | float | str = 0.5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.certain, str):
+            in_range("evaluate.certain", self.certain, 0, 1)
+            object.__setattr__(self, "certain", float(self.certain))
+        elif not re.fullmatch(r"q0?\.\d+", self.certain):
+            raise ConfigError(
+                f"evaluate.certain must be a probability, or a quantile such as q0.2, but got {self.certain!r}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """One run, fully resolved."""
 
@@ -460,6 +494,7 @@ class Config:
     loss: Loss = field(default_factory=Loss)
     contrast: Contrast = field(default_factory=Contrast)
     train: Train = field(default_factory=Train)
+    evaluate: Evaluate = field(default_factory=Evaluate)
     seed: int = (
         0  # of initial weights, order, augmentation and (with data.seed) the labelled subset
     )

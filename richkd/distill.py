@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from richkd.config import Config, Layers, Teacher, build, digest, flatten
 from richkd.data import Batches, Dataset, Split, Stream, Views, load, split, views_of
 from richkd.data.batches import stream_seed
 from richkd.errors import ConfigError, NonFiniteError
-from richkd.evaluate import accuracy, evaluate
+from richkd.evaluate import accuracy, accuracy_of, by_frequency, by_teacher, evaluate
 from richkd.evaluate.accuracy import network_logits
 from richkd.files import read_record, write_json
 from richkd.learner import Contrast, Learner, Maps
@@ -79,11 +80,19 @@ class Task:
         labels = torch.from_numpy(self.dataset.test.labels)
         return self.test, torch.arange(len(labels)), labels
 
+    @property
+    def frequencies(self) -> Tensor:
+        """Training images of each class `(K,)`, held-out ones among them, which any way to choose epochs has alike."""
+        rows = torch.from_numpy(np.concatenate([self.split.transfer, self.split.validation]))
+        own = self.labels[rows]
+        return torch.bincount(own[own >= 0], minlength=len(self.dataset.names))
+
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Outcome:
     """A finished run: its folder, the metrics of its best epoch, and the objects that `test` needs."""
 
+    config: Config
     folder: Path
     metrics: dict[str, float]
     network: nn.Module
@@ -200,7 +209,8 @@ def trained_teacher(config: Config, task: Task, progress: Progress | None = None
     are judged on them.
     """
     recipe = teachers.teacher_recipe(config)
-    key = {"recipe": digest(recipe), "data": task.split.digest, "torch": torch.__version__}
+    rows = open_task(recipe, beside=task).split
+    key = {"recipe": digest(recipe), "data": rows.digest, "torch": torch.__version__}
 
     def build(folder: Path) -> None:
         def report(metrics: dict[str, float], _: Path) -> None:
@@ -381,7 +391,8 @@ class Run:
         seconds = time.monotonic() - began
         views, rows, labels = self.task.judged
         logits = network_logits(self.student, views, rows[group.slice(len(rows))])
-        found = accuracy(group.gather(logits, len(rows)).cpu(), labels)
+        logits = group.gather(logits, len(rows)).cpu()
+        found = accuracy(logits, labels, balanced=self.task.split.balanced)
         if not math.isfinite(found["loss"]):
             raise NonFiniteError(f"val/loss is {found['loss']} after epoch {epoch + 1}; {ADVICE}.")
         if self.best is None or better(found, self.best):
@@ -415,6 +426,7 @@ class Run:
         if self.record is not None:
             self.record.finish(metrics, self.seconds)
         return Outcome(
+            config=self.config,
             folder=self.folder,
             metrics=metrics,
             network=self.student,
@@ -517,10 +529,11 @@ def run_seeds(
 
 
 def mean(each: list[dict[str, float]]) -> dict[str, float]:
-    """Return the mean of each metric over the seeds, and `val/top1_sd`, their spread; of one seed its own metrics."""
+    """Return the mean over the seeds of each metric that all have, and `val/top1_sd`, their spread; of one seed its own."""
     if len(each) == 1:
         return each[0]
-    found = {name: fmean(metrics[name] for metrics in each) for name in each[0]}
+    names = [name for name in each[0] if all(name in metrics for metrics in each)]
+    found = {name: fmean(metrics[name] for metrics in each) for name in names}
     if "epoch" in found:
         found["epoch"] = each[0]["epoch"]
     if "val/top1" in found:
@@ -551,7 +564,9 @@ def test(outcome: Outcome) -> dict[str, float]:
 
     Returns:
         `test/top1`, `test/top5`, `test/loss` of the student, `test/last_top1` of the last epoch's, and `teacher/top1`,
-        `clip/top1` and `fused/top1` where the run had them: the teachers on the same test rows, un-augmented.
+        `clip/top1` and `fused/top1` where the run had them: the teachers on the same test rows, un-augmented. By what the
+        task teacher says of a row, if there is one, `test/right_certain/top1` and so on, and under a long tail by how
+        frequent the row's class was in training, `test/head/top1` and so on: see `evaluate.categories`.
     """
     with held(outcome.folder):
         state = read_record(outcome.folder / "run.json", "metrics")
@@ -560,15 +575,22 @@ def test(outcome: Outcome) -> dict[str, float]:
             return known
         task, teacher = outcome.task, outcome.teacher
         labels = torch.from_numpy(task.dataset.test.labels)
-        found = evaluate(outcome.network, task.test, torch.arange(len(labels)), labels)
-        metrics = {f"test/{name}": value for name, value in found.items()}
-        metrics["test/last_top1"] = found["top1"]
+        rows, shown = torch.arange(len(labels)), teacher.shown("test") if teacher else {}
+        logits = network_logits(outcome.network, task.test, rows).cpu()
+        found = accuracy(logits, labels)
+        found["last_top1"] = found["top1"]
         if state["metrics"]["best_epoch"] != state["metrics"]["epoch"]:
             last = copy.deepcopy(outcome.network)
             last.load_state_dict(checkpoint.load(outcome.folder / "last").weights)
-            found = evaluate(last, task.test, torch.arange(len(labels)), labels)
-            metrics["test/last_top1"] = found["top1"]
-        for name, logits in (teacher.shown("test") if teacher is not None else {}).items():
+            found["last_top1"] = evaluate(last, task.test, rows, labels)["top1"]
+        groups: dict[str, Tensor] = {}
+        if "teacher" in shown:
+            groups |= by_teacher(shown["teacher"].cpu(), labels, outcome.config.evaluate.certain)
+        if task.split.balanced:
+            groups |= by_frequency(labels, task.frequencies)
+        found |= accuracy_of(logits, labels, groups)
+        metrics = {f"test/{name}": value for name, value in found.items()}
+        for name, logits in shown.items():
             metrics[f"{name}/top1"] = accuracy(logits.cpu(), labels)["top1"]
         state["metrics"] |= metrics
         write_json(outcome.folder / "run.json", state)
@@ -600,7 +622,9 @@ def evaluate_teachers(
         found[who] = {}
         for part, (values, own) in parts.items():
             known = own >= 0
-            found[who][part] = accuracy(values[known], own[known]) | {"rows": int(known.sum())}
+            balanced = part == "val" and task.split.balanced
+            of_known = accuracy(values[known], own[known], balanced=balanced)
+            found[who][part] = of_known | {"rows": int(known.sum())}
     return found
 
 
@@ -622,7 +646,8 @@ def prepared(task: Task, teacher: teachers.FusedTeacher | None) -> dict[str, Any
     of, part = ("train", "val") if len(task.split.validation) else ("test", "test")
     _, rows, labels = task.judged
     for who, logits in (teacher.shown(of) if teacher else {}).items():
-        found[who] = {f"{part}_top1": accuracy(logits[rows].cpu(), labels)["top1"]}
+        top1 = accuracy(logits[rows].cpu(), labels, balanced=task.split.balanced)["top1"]
+        found[who] = {f"{part}_top1": top1}
     return found
 
 
@@ -671,7 +696,7 @@ def retest(
         )
     network = network.to(task.device, memory_format=torch.channels_last)
     labels = torch.from_numpy(task.dataset.test.labels)
-    found = {"val": evaluate(network, *task.judged)}
+    found = {"val": evaluate(network, *task.judged, balanced=task.split.balanced)}
     began = time.monotonic()
     found["test"] = evaluate(network, task.test, torch.arange(len(labels)), labels)
     return found, len(labels) / (time.monotonic() - began), saved.meta

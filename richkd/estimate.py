@@ -143,7 +143,8 @@ def mistakes(config: Config, task: Task, progress: Progress | None = None) -> li
     def trained() -> None:
         if not config.teacher.brought:
             untrained_teacher(config, task)
-            distill.open_batches(teachers.teacher_recipe(config), task, distilled=False)
+            recipe = teachers.teacher_recipe(config)
+            distill.open_batches(recipe, distill.open_task(recipe, beside=task), distilled=False)
 
     def clips() -> None:
         found = teachers.open_clip_teachers(
@@ -386,7 +387,8 @@ def untrained(config: Config, task: Task, seeds: Iterable[int]) -> list[int]:
 
 def teacher_pace(config: Config, task: Task, folder: Path, *, seconds: float) -> Pace:
     """Return what the training of a task teacher costs here, as `pace` does."""
-    return pace(teachers.teacher_recipe(config), task, None, folder, seconds=seconds)
+    recipe = teachers.teacher_recipe(config)
+    return pace(recipe, distill.open_task(recipe, beside=task), None, folder, seconds=seconds)
 
 
 def unseen(config: Config, task: Task, progress: Progress | None = None) -> list[Lack]:

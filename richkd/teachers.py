@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from richkd import cache, checkpoint, fusion, logits, models, zeroshot
-from richkd.config import Clip, Config, Contrast, Fusion, Loss, Teacher, Train, ZeroShot
+from richkd.config import Clip, Config, Contrast, Evaluate, Fusion, Loss, Teacher, Train, ZeroShot
 from richkd.data import Dataset, Images, Split, Views
 from richkd.data.views import sent
 from richkd.errors import ConfigError, DataError
@@ -829,7 +829,10 @@ class FusedTeacher:
 
 
 def teacher_recipe(config: Config) -> Config:
-    """Return the run that trains the task teacher of `config`: cross-entropy on its labelled rows, at the size that it sees."""
+    """Return the run that trains the task teacher of `config`: cross-entropy, at the size that it sees.
+
+    It learns from the rows of `config` that have a label or, as `teacher.trained_on` says, from all but the held-out ones.
+    """
     if config.teacher.size is not None and config.data.augment == "crop":
         raise ConfigError(
             "teacher.size is a matter of teacher.checkpoint or teacher.pretrained, or of data.augment=resized or strong, but "
@@ -837,6 +840,11 @@ def teacher_recipe(config: Config) -> Config:
         )
     # a share of labels is of no effect, so of none on the cache either
     data = replace(config.data, labelled_share=None, size=config.teacher.size or config.data.size)
+    if config.teacher.trained_on == "full":
+        # a long tail decides which rows are held out; else this is the teacher that any other regime's full one is
+        tail = data.imbalance if config.selection == "validation" else None
+        whole = tail is not None
+        data = replace(data, imbalance=tail, fraction=1.0, labelled_per_class=None, whole=whole)
     return replace(
         config,
         data=data,
@@ -847,6 +855,7 @@ def teacher_recipe(config: Config) -> Config:
         method=replace(config.method, name="ce"),
         loss=Loss(ce=1.0, logit=0.0),
         contrast=Contrast(),
+        evaluate=Evaluate(),
         train=Train(
             precision="fp32",  # one teacher, whatever the student's layers and machine
             graphs=config.train.graphs,

@@ -90,7 +90,16 @@ def load(config: Data, cache_root: Path | None = None, progress: Progress | None
             f"{config.source}; leave it out."
         )
     # what only the split reads makes no other data set
-    asked = replace(config, validation=1, seed=0, labelled_per_class=None, labelled_share=None)
+    asked = replace(
+        config,
+        validation=1,
+        seed=0,
+        imbalance=None,
+        fraction=1.0,
+        whole=False,
+        labelled_per_class=None,
+        labelled_share=None,
+    )
     root = cache.root(None) if cache_root is None else cache_root
     if (asked, root) not in _loaded:
         dataset = SOURCES[config.source](config, root, progress)

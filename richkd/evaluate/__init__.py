@@ -1,5 +1,6 @@
 """What a network or a table of logits gets right: one file a question."""
 
-from richkd.evaluate.accuracy import accuracy, evaluate
+from richkd.evaluate.accuracy import accuracy, accuracy_of, evaluate
+from richkd.evaluate.categories import by_frequency, by_teacher
 
-__all__ = ["accuracy", "evaluate"]
+__all__ = ["accuracy", "accuracy_of", "by_frequency", "by_teacher", "evaluate"]

@@ -7,22 +7,50 @@ from torch import Tensor, nn
 from richkd.data import Views
 from richkd.precision import computed
 
+LEAST = 30  # rows of a group below which its accuracy would be noise
 
-def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
+
+def accuracy(logits: Tensor, labels: Tensor, *, balanced: bool = False) -> dict[str, float]:
     """Return `top1` and `top5` in percent and the mean cross-entropy `loss` of `logits` `(N, K)`.
 
     With fewer than five classes `top5` counts all of them. Among equal logits the lower class comes first,
-    as in `argmax`; a row that is not finite is wrong.
+    as in `argmax`; a row that is not finite is wrong. With `balanced` each is the mean over classes of their means, which is
+    what the many rows of a frequent class cannot hide.
     """
     own = logits.gather(1, labels[:, None])
     first = torch.arange(logits.shape[1]) < labels[:, None]
     rank = ((logits > own) | ((logits == own) & first)).sum(1)  # classes before the label
     rank[~logits.isfinite().all(1)] = 5
-    return {
-        "top1": 100 * (rank < 1).double().mean().item(),
-        "top5": 100 * (rank < 5).double().mean().item(),
-        "loss": F.cross_entropy(logits.double(), labels).item(),
+    found = {
+        "top1": 100 * (rank < 1).double(),
+        "top5": 100 * (rank < 5).double(),
+        "loss": F.cross_entropy(logits.double(), labels, reduction="none"),
     }
+    if balanced:
+        _, own, sizes = labels.unique(return_inverse=True, return_counts=True)
+        share = 1 / (len(sizes) * sizes[own].double())
+        return {name: (values * share).sum().item() for name, values in found.items()}
+    return {name: values.mean().item() for name, values in found.items()}
+
+
+def accuracy_of(logits: Tensor, labels: Tensor, groups: dict[str, Tensor]) -> dict[str, float]:
+    """Return the accuracy of groups of rows.
+
+    Args:
+        logits: `(N, K)`.
+        labels: `(N,)`.
+        groups: By name, which rows belong to it, `(N,)`.
+
+    Returns:
+        `NAME/n`, the rows of each group, and of LEAST rows or more `NAME/top1` and `NAME/top5` in percent.
+    """
+    found: dict[str, float] = {}
+    for name, rows in groups.items():
+        found[f"{name}/n"] = int(rows.sum())
+        if found[f"{name}/n"] >= LEAST:
+            own = accuracy(logits[rows], labels[rows])
+            found |= {f"{name}/{key}": own[key] for key in ("top1", "top5")}
+    return found
 
 
 @torch.inference_mode()
@@ -36,6 +64,8 @@ def network_logits(network: nn.Module, views: Views, rows: Tensor, batch_size: i
     return logits
 
 
-def evaluate(network: nn.Module, views: Views, rows: Tensor, labels: Tensor) -> dict[str, float]:
+def evaluate(
+    network: nn.Module, views: Views, rows: Tensor, labels: Tensor, *, balanced: bool = False
+) -> dict[str, float]:
     """Return `accuracy` of a network on some rows; `labels` are those rows' own."""
-    return accuracy(network_logits(network, views, rows).cpu(), labels)
+    return accuracy(network_logits(network, views, rows).cpu(), labels, balanced=balanced)
