@@ -134,6 +134,7 @@ def evaluate(arguments: argparse.Namespace) -> Done:
     changes = {entry.key: entry.value for entry in given.entries[1:]}
     folder = Path(str(changes.get("storage", configuration.Config().storage)))
     place = _existing(names[0], folder) if len(names) == 1 else None
+    target = None if arguments.logits is None else Path(arguments.logits)
     if place is None:
         for name in names:
             try:
@@ -143,7 +144,12 @@ def evaluate(arguments: argparse.Namespace) -> Done:
                     f"evaluate takes a run, a sweep, a checkpoint or layers but {name} is none: no folder here or in {folder}/, "
                     f"and {error}"
                 ) from error
-        return _evaluate_teachers(arguments)
+        return _evaluate_teachers(arguments, target)
+    if target is not None:
+        raise ConfigError(
+            f"--logits writes what the task teacher of a config says but {names[0]} is a run; give layers, such as its "
+            "config.yaml."
+        )
     for key in changes:
         if key not in configuration.UNHASHED:
             raise ConfigError(
@@ -182,10 +188,21 @@ def _existing(name: str, storage: Path) -> Path | None:
     return None
 
 
-def _evaluate_teachers(arguments: argparse.Namespace) -> Done:
-    """Evaluate the teachers of a config, alone and fused, un-augmented, on all rows whose labels are known."""
+def _evaluate_teachers(arguments: argparse.Namespace, target: Path | None) -> Done:
+    """Evaluate the teachers of a config, alone and fused, un-augmented, on all rows whose labels are known.
+
+    What the task teacher says goes into `target`, if one is named.
+    """
     config = one_run(arguments.words)
     from richkd import distill as training
+    from richkd import logits
+
+    if target is not None:
+        logits.check_target(target)
+        if config.teacher.logits is not None:
+            raise ConfigError(
+                f"--logits writes what a network says but teacher.logits={config.teacher.logits} is given; use that file."
+            )
 
     with progress_bar() as progress:
         prepared = stoppable(progress, arguments.stop)
@@ -197,6 +214,13 @@ def _evaluate_teachers(arguments: argparse.Namespace) -> Done:
                 "method.name=kd or richkd-l."
             )
         found = training.evaluate_teachers(task, teacher)
+        if target is not None and teacher.task is None:
+            raise ConfigError(
+                f"--logits writes what the task teacher says but method.name={config.method.name} has none; give "
+                "method.name=kd."
+            )
+        if target is not None:
+            logits.write(target, teacher.task.train, teacher.task.test, task.dataset)
     answer: dict[str, Any] = {"alpha": config.fusion.alpha, "scale": config.clip.scale}
     if "fused" in found:
         say(f"fused at alpha {config.fusion.alpha:g}, clip.scale {config.clip.scale}")
@@ -209,6 +233,9 @@ def _evaluate_teachers(arguments: argparse.Namespace) -> Done:
                 f"{who:<8} {part:<5} top1 {values['top1']:6.2f} %  top5 {values['top5']:6.2f} %  "
                 f"of {values['rows']} rows"
             )
+    if target is not None:
+        answer["logits"] = str(target)
+        say(f"task teacher's logits of all images in {target}")
     return Done(answer)
 
 
@@ -388,7 +415,9 @@ VERBS = {
         run=evaluate,
         help="evaluate a run again, or the teachers of a config",
         words="RUN | LAYER.yaml ... [key=value ...]",
-        flags={},
+        flags={
+            "logits=FILE.npy": "write what the task teacher of a config says, for clip.logits or teacher.logits"
+        },
     ),
     "export": Verb(
         run=export,

@@ -297,10 +297,14 @@ class Clip(ZeroShot):
     """The zero-shot teacher, or several of them, each brought to the same kind of scale."""
 
     scale: int | float | str = "model"  # model | match_std | calibrated | none | a logit scale
+    # what is done to the zero-shot logits of the rows that are learnt from, to see what they are good for: `zeros` says nothing,
+    # `permuted` gives each row another's, `permuted-in-class` that of another of its true class
+    control: str = "none"
     extra: list[Extra] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         ZeroShot.__post_init__(self)
+        one_of("clip.control", self.control, ("none", "zeros", "permuted", "permuted-in-class"))
         if isinstance(self.scale, str):
             scales = ("model", "match_std", "calibrated", "none")
             if self.scale not in scales:
@@ -522,6 +526,11 @@ class Config:
         if self.fusion.space == "probs" and self.loss.standardise:
             raise ConfigError(
                 "loss.standardise standardises logits but fusion.space=probs mixes probabilities; leave one of them out."
+            )
+        if self.clip.control == "zeros" and self.loss.contrasts and self.feature_alpha < 1:
+            raise ConfigError(
+                "clip.control=zeros silences CLIP's logits but loss.feature listens to its features; use "
+                "fusion.feature_alpha=1, or clip.control=permuted."
             )
         if self.selection == "paper" and self.clip.scale == "calibrated":
             raise ConfigError(

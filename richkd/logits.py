@@ -6,6 +6,7 @@ source that we cut ourselves, all images as they lie in it.
 Shapes: N training rows, M test rows, K classes.
 """
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from richkd.data import Dataset
 from richkd.errors import ConfigError, CorruptError, DataError
-from richkd.files import sha256_of
+from richkd.files import sha256_of, write_atomic
 
 
 def aligned(spec: str, dataset: Dataset, *, field: str) -> tuple[Tensor, Tensor | None]:
@@ -170,6 +171,34 @@ def _entry(path: Path, key: str, fits: Callable[[tuple[int, ...]], None]) -> Ten
     if values.dtype.kind not in "fiub" or values.dtype.itemsize > 8:
         return values.dtype
     return torch.from_numpy(np.array(values, values.dtype.newbyteorder("=")))
+
+
+def write(path: Path, train: Tensor, test: Tensor, dataset: Dataset) -> None:
+    """Write logits of all images of a data set as `aligned` reads them; rows of files that cannot be read are zeros.
+
+    Args:
+        path: `FILE.npy`, replaced if it is there.
+        train: `(N, K)`.
+        test: `(M, K)`.
+        dataset: Says where each row stands in the source.
+
+    Raises:
+        ConfigError: If the file has another ending.
+    """
+    check_target(path)
+    rows = len(train) + len(test) + len(dataset.unreadable)
+    values = np.zeros((rows, train.shape[1]), np.float32)
+    for images, part in ((dataset.train, train), (dataset.test, test)):
+        values[images.ids] = part.cpu().numpy()
+    content = io.BytesIO()
+    np.save(content, values)
+    write_atomic(path, content.getvalue())
+
+
+def check_target(path: Path) -> None:
+    """Raise ConfigError unless logits can be written as this file."""
+    if path.suffix != ".npy":
+        raise ConfigError(f"--logits must name a file that ends in .npy but got {path}.")
 
 
 def identity(spec: str) -> str:

@@ -660,6 +660,29 @@ def check_normalisation(teacher: TaskTeacher, rows: Tensor, labels: Tensor) -> N
         )
 
 
+def lender_of(control: str, split: Split, labels: Tensor, key: list[int]) -> Tensor | None:
+    """Return of each training row the one whose zero-shot logits it is given under a control, None if its own.
+
+    Rows that are learnt from are permuted among themselves, so that what the student hears on the whole stays the same, a
+    long tail included; others keep their own. It is one permutation for a whole run, and another for another seed: by a
+    single one a lucky draw would look like an effect.
+
+    Args:
+        control: As `clip.control`. `permuted-in-class` reads the *true* labels of rows that are learnt from, also of those
+            whose label the student must not see: it is a control, and no method.
+        split: Says which rows are learnt from.
+        labels: True labels of all training rows, `(N,)`; those without one make a class.
+        key: Seed of the permutation.
+    """
+    if control not in ("permuted", "permuted-in-class"):
+        return None
+    rng, rows, found = np.random.default_rng(key), split.transfer, np.arange(len(labels))
+    groups = labels.numpy()[rows] if control == "permuted-in-class" else np.zeros_like(rows)
+    for k in np.unique(groups):
+        found[rows[groups == k]] = rng.permutation(rows[groups == k])
+    return torch.from_numpy(found)
+
+
 class Said(NamedTuple):
     """What the teachers say of some crops.
 
@@ -683,7 +706,8 @@ class FusedTeacher:
         clips: The zero-shot teachers that take part.
         factors: Constant of each from the model's scale to the scale in use.
         zero_shot: Their logits on that scale, mixed by their shares, `(N, K)` of `train` and `(M, K)` of `test`; None
-            where there are none.
+            where there are none. Those of rows that are learnt from are what `clip.control` makes of them.
+        lender: Of each training row the one whose zero-shot logits and features it is given, `(N,)`; None: its own.
         temperature: T of the loss, after `loss.temperature_of` was applied.
         alpha: Weight of the task teacher.
         widths: Numbers of the features of each teacher that a loss of features listens to.
@@ -722,6 +746,14 @@ class FusedTeacher:
         self.zero_shot = {
             part: self._mixed([getattr(clip, part) for clip in clips]) for part in ("train", "test")
         }
+        self.silent, own = config.clip.control == "zeros", self.zero_shot["train"]
+        self.lender = lender_of(
+            config.clip.control, split, labels, [config.data.seed, 5, config.seed]
+        )
+        if self.silent and own is not None:
+            self.zero_shot["train"] = own.index_fill(0, rows.to(own.device), 0)
+        elif self.lender is not None and own is not None:
+            self.zero_shot["train"] = own[self.lender.to(own.device)]
         self.temperature = config.loss.temperature
         if config.loss.temperature_of == "task" and self.alpha < 1:
             spread = fusion.spread(self._learnt(task.train[rows]))
@@ -766,7 +798,12 @@ class FusedTeacher:
 
     def zero_shot_logits(self, rows: Tensor, views: Tensor) -> Tensor | None:
         """Return the mixed zero-shot logits `(B, K)` for those crops of training rows, None where there are none."""
-        return self._mixed([clip.logits(rows, views) for clip in self.clips])
+        mixed = self._mixed([clip.logits(self._lent(rows), views) for clip in self.clips])
+        return torch.zeros_like(mixed) if self.silent and mixed is not None else mixed
+
+    def _lent(self, rows: Tensor) -> Tensor:
+        """Return the training rows whose zero-shot logits and features these rows are given."""
+        return rows if self.lender is None else self.lender[rows]
 
     def parts(self, part: str) -> tuple[Tensor, Tensor]:
         """Return task and zero-shot logits of all un-augmented rows of `train` or `test`, both scaled.
@@ -823,7 +860,7 @@ class FusedTeacher:
                 standardised=self.standardised,
             )
         if len(beside) < len(self.widths):
-            features = (clip.features(rows, views) for clip in self.clips)
+            features = (clip.features(self._lent(rows), views) for clip in self.clips)
             beside = (*beside, *features)
         return Said(target, beside)
 
