@@ -36,8 +36,13 @@ SWEEP_SECTIONS = (
     "warmstart",
     "resources",
     "tracking",
+    "paper",
 )  # no matter of a single run
-TABLES = ("sweep.space.", "sweep.settings.")  # their keys are dotted keys themselves
+# their keys are dotted keys themselves, or names
+TABLES = (
+    *("sweep.space.", "sweep.settings.", "sweep.grid.rows.", "sweep.grid.methods."),
+    *("paper.figures.", "paper.metrics."),
+)
 # change no result: where things lie and what is used; that data are the same is checked by their digest
 UNHASHED = (
     *("device", "storage", "cache"),

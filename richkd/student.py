@@ -125,9 +125,29 @@ def find_checkpoint(path: Path) -> Path:
     raise ConfigError(f"{path} holds no checkpoint; give a checkpoint, a run or a finished sweep.")
 
 
-def best_of(sweep: Path) -> Path:
-    """Return the checkpoint that a sweep's summary names; one outside the sweep is refused."""
-    best = read_record(sweep / "summary.json", "best")["best"]
+def best_of(sweep: Path, cell: str | None = None) -> Path:
+    """Return the checkpoint that a sweep's summary names; one outside the sweep is refused.
+
+    Args:
+        sweep: Its folder.
+        cell: Of a grid, which names one for each student.
+
+    Raises:
+        ConfigError: If a grid is asked without a cell that it has, or a search for one.
+    """
+    summary = read_record(sweep / "summary.json", "best")
+    best, cells = summary["best"], summary.get("cells", {})
+    if cells and cell not in cells:
+        given = f"got {cell!r}" if cell else "none is named"
+        raise ConfigError(
+            f"{sweep.name} is a grid of {', '.join(cells)}, of which one must be named but {given}; take the run of a cell, "
+            f"such as {sweep / 'refits' / next(iter(cells))}-seed0, or of `tune best` --cell."
+        )
+    if cell and not cells:
+        raise ConfigError(
+            f"--cell={cell} names a student of a grid but {sweep.name} is none; leave it out."
+        )
+    best = cells[cell] if cell else best
     named = best.get("checkpoint") if isinstance(best, dict) else None
     if not isinstance(named, str) or not (sweep / named).resolve().is_relative_to(sweep.resolve()):
         raise CorruptError(

@@ -202,7 +202,7 @@ def retry(arguments: argparse.Namespace) -> Done:
     found = look(folder)
     if not any(kind in kinds for kind, _ in found["failures"].values()):
         say(
-            f"{folder.name}: no trial has failed by {', '.join(kinds)}; there is nothing to try again"
+            f"{folder.name}: nothing has failed by {', '.join(kinds)}; there is nothing to try again"
         )
         return Done(found)
     return _go_on(arguments, more)
@@ -344,6 +344,7 @@ def best(arguments: argparse.Namespace) -> Done:
     from tune.best import best as verify
     from tune.restore import is_run_id, restore
 
+    cell = arguments.cell
     try:
         folder = _one_sweep([*names, *here], finished=True)
     except ConfigError:
@@ -351,7 +352,7 @@ def best(arguments: argparse.Namespace) -> Done:
             raise
         answer = restore(names[0], _tracking(overrides), copy_to, changes)
     else:
-        answer = verify(folder, copy_to, changes)
+        answer = verify(folder, copy_to, changes, cell)
     recorded, found = answer["recorded"], answer["found"]
     say(f"checkpoint {answer['checkpoint']}")
     say("checksums  as recorded")
@@ -386,7 +387,7 @@ def promote(arguments: argparse.Namespace) -> Done:
     from tune.promote import lines
     from tune.promote import promote as put
 
-    answer = put(folder, dry_run=arguments.dry_run)
+    answer = put(folder, cell=arguments.cell, dry_run=arguments.dry_run)
     for line in lines(answer):
         say(line)
     return Done(answer)
@@ -417,6 +418,7 @@ CLUSTER = {
 PLACES = ("storage", "sweep.state")  # keys that say where sweeps lie
 DATA = ("data.root", "data.path", "data.names", "data.memory", "cache", "device")  # and data
 CHANGED = {"changed": "go on though code or settings have changed since the sweep began"}
+CELL = {"cell=ROW-METHOD": "of a grid: which of its students"}
 RETRIED = ("error", "lost", "hung", "metric")  # classes whose cause may have gone
 EXISTING = "[SWEEP] [storage=FOLDER] [sweep.state=FOLDER]"
 
@@ -501,13 +503,13 @@ VERBS = {
         run=best,
         help="verify the best checkpoint",
         words=f"{EXISTING} [tracking.uri=ADDRESS] [data.root=FOLDER ...]",
-        flags={"copy-to=DIR": "copy the checkpoint into a new folder"},
+        flags={"copy-to=DIR": "copy the checkpoint into a new folder"} | CELL,
     ),
     "promote": Verb(
         run=promote,
         help="put the best checkpoint into MLflow's model registry",
         words=EXISTING,
-        flags={"dry-run": "say what would happen"},
+        flags={"dry-run": "say what would happen"} | CELL,
     ),
     "log": Verb(
         run=log,

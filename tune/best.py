@@ -67,7 +67,10 @@ def _started(folder: Path) -> str:
 
 
 def best(
-    folder: Path, copy_to: Path | None = None, changes: dict[str, Any] | None = None
+    folder: Path,
+    copy_to: Path | None = None,
+    changes: dict[str, Any] | None = None,
+    cell: str | None = None,
 ) -> dict[str, Any]:
     """Verify the best checkpoint of a finished sweep: checksums, then accuracy, evaluated again.
 
@@ -75,13 +78,14 @@ def best(
         folder: Sweep folder.
         copy_to: New folder for a copy of the checkpoint; it appears only when it is whole.
         changes: Dotted keys that say where its data lie now.
+        cell: Of a grid, which has no best one: the student, of whose seeds it is the best on validation rows.
 
     Returns:
         `checkpoint`, `recorded` and `found` (each `val_top1`, of the rows that `selection` names, and `test_top1`),
         `selection`, `verified`, `copy`.
 
     Raises:
-        ConfigError: If the sweep has not finished, or `copy_to` exists.
+        ConfigError: If the sweep has not finished, or `copy_to` exists, or there is no such cell.
         CorruptError: If a checksum is not the recorded one.
     """
     if not (folder / "summary.json").exists():
@@ -89,8 +93,9 @@ def best(
             f"{folder.name} has not finished; go on with it: python -m tune resume {called(folder)}"
         )
     check_new(copy_to)
-    source = best_of(folder)
-    recorded = read_record(folder / "summary.json", "best")["best"].get("recorded")
+    source = best_of(folder, cell)
+    summary = read_record(folder / "summary.json", "best")
+    recorded = (summary["cells"][cell] if cell else summary["best"]).get("recorded")
     if not isinstance(recorded, dict) or recorded.keys() != {"val_top1", "test_top1"}:
         raise CorruptError(
             f"{folder / 'summary.json'} records no accuracy of its best checkpoint; restore it."

@@ -101,7 +101,11 @@ def row_of(found: Findings, title: str) -> dict[str, Any]:
         "state": found.state,
         "data": found.base.data.source,
         "data digest": (_digest(found) or "")[:12],
-        "student": "searched" if "student.name" in found.space else found.base.student.name,
+        "student": "a grid"
+        if found.grid
+        else "searched"
+        if "student.name" in found.space
+        else found.base.student.name,
         "epochs": found.base.train.epochs,
         "trials": ended,
         "refit seeds": found.settings.refit.seeds,

@@ -11,7 +11,8 @@ from typing import Any
 
 from richkd import estimate
 from richkd.bench import of_method
-from richkd.distill import Task
+from richkd.config import Config
+from richkd.distill import Task, open_task
 from richkd.estimate import Pace
 from richkd.files import nearest
 from richkd.progress import Progress
@@ -151,9 +152,12 @@ class Runs:
 def runs_of(sweep: Sweep, slots: int) -> Runs:
     """Return what a sweep runs, where `slots` runs go on at once; searched epochs count as the most there can be."""
     wanted = sweep.settings.sweep
-    epochs = int(sweep.space.high("train.epochs", sweep.base.train.epochs))
-    trials = {sweep.base.method.name: wanted.trials}
-    trials["kd"] = wanted.trials if sweep.space.of_baseline() else 1
+    longest = max(config.train.epochs for config in sweep.configs())
+    epochs = int(sweep.space.high("train.epochs", longest))
+    trials = {}
+    if not sweep.grid:
+        trials = {sweep.base.method.name: wanted.trials}
+        trials["kd"] = wanted.trials if sweep.space.of_baseline() else 1
     return Runs(
         trials=trials,
         epochs=epochs,
@@ -170,11 +174,12 @@ def paces_of(
     sweep: Sweep, task: Task, folder: Path, progress: Progress
 ) -> dict[str, dict[str, Pace]]:
     """Return what a run costs here, `taught` and from `labels`, by student; of several the smallest and the largest."""
-    names = sweep.space.choices("student.name") or (sweep.base.student.name,)
-    configs = {
-        name: sweep.resolve(printed(sweep.base.method.name) | {"student.name": name})
-        for name in names
-    }
+    every = sweep.configs()
+    taught = [config for config in every if config.method.name != "ce"]
+    configs = {config.student.name: config for config in taught or every}
+    if names := sweep.space.choices("student.name"):
+        base = printed(sweep.base.method.name)
+        configs = {name: sweep.resolve(base | {"student.name": name}) for name in names}
     sizes = {name: estimate.size(config, task) for name, config in configs.items()}
     chosen = dict.fromkeys((min(sizes, key=sizes.get), max(sizes, key=sizes.get)))
     resources = sweep.settings.resources
@@ -207,8 +212,30 @@ class Lacks:
 
 
 def lacks_of(sweep: Sweep, task: Task, runs: Runs, folder: Path) -> Lacks:
-    """Return what has to be made, beside the students, and what that costs here."""
-    config = sweep.resolve(printed(sweep.base.method.name))
+    """Return what has to be made, beside the students, and what that costs here; of a grid for all that its cells ask."""
+    if not sweep.grid:
+        return _lacks_of(sweep.typical, task, runs, folder)
+    asked = {(each.data, each.teacher): each for each in sweep.configs()}
+    found = []
+    for config in asked.values():
+        other = task if config.data == sweep.typical.data else open_task(config)
+        found.append(_lacks_of(config, other, runs, folder))
+    crops = [each.crops for each in found if each.crops is not None]
+    return Lacks(
+        outputs=list({lack.what: lack for each in found for lack in each.outputs}.values()),
+        first=[],  # the runs train them
+        later=[seed for each in found for seed in each.first + each.later],
+        teacher=max(each.teacher for each in found),
+        crops=replace(
+            crops[0], bytes=sum(c.bytes for c in crops), seconds=sum(c.seconds for c in crops)
+        )
+        if crops
+        else None,
+        bytes=sum(each.bytes for each in found),
+    )
+
+
+def _lacks_of(config: Config, task: Task, runs: Runs, folder: Path) -> Lacks:
     seeds = {*range(config.seed, config.seed + runs.seeds), *range(runs.refits)}
     # runs of one seed meet the same crops, and ask a teacher that is trained here for theirs alone
     asked = dict.fromkeys(seeds, runs.epochs)
@@ -259,7 +286,9 @@ def seconds_of(
     work += runs.refits * sum(refit.values()) + len(lacks.later) * lacks.teacher
     work += lacks.crops.seconds if lacks.crops else 0
     # no run is faster for the others: at least a trial that nothing stops, and the refit that waits for it
-    longest = around + runs.seeds * run("taught", runs.epochs) + refit["richkd"]
+    longest = max(refit.values())
+    if runs.trials:
+        longest = around + runs.seeds * run("taught", runs.epochs) + refit["richkd"]
     prepare = sum(lack.seconds for lack in lacks.outputs) + len(lacks.first) * lacks.teacher
     side_by_side = max(work / slots, longest)
     return {

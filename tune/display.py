@@ -101,8 +101,9 @@ class Display:
 
     def follow(self, agenda: Agenda) -> None:
         """Count this agenda's jobs, those of an earlier driver included."""
-        self.agenda, search = agenda, agenda.searches[0]
-        if (best := search.best()) is not None:
+        self.agenda = agenda
+        search = next(iter(agenda.searches), None)  # a grid has none
+        if search is not None and (best := search.best()) is not None:
             self.best = (best.values[0], f"trial-{search.label(best.number)}")
 
     def __enter__(self) -> "Display":
@@ -227,7 +228,7 @@ def show(result: dict[str, Any]) -> None:
     for row in zip(*found.values(), strict=True):
         table.add_row(*row)
     best, summary = result["best"], result["summary"]
-    n = summary["richkd"]["n"]
+    n = max(entry.get("n", 0) for entry in summary.values() if entry)
     line("")
     console.print(table)
     if n > 1:
@@ -255,15 +256,20 @@ def show(result: dict[str, Any]) -> None:
                 f"export one by its folder: python -m richkd export {short(Path(result['sweep']) / place)}"
             )
     line("")
-    settings = {key: value for key, value in best["settings"].items() if key != "clip.scale"}
-    line("best setting", f"{describe(settings)} at clip.scale {best['scale']}")
-    line("", f"trial {best['trial']}, {best['val_top1']:.2f} % on {config.judged}")
-    if best["origin"]:
-        line("", best["origin"])
-    line("checkpoint", short(best["checkpoint"]))
+    name = called(Path(result["sweep"]))
+    if best is None:
+        cell = next(iter(result["cells"]))
+        line("a grid", f"has no best; one cell's: python -m tune best {name} --cell {cell}")
+    else:
+        settings = {key: value for key, value in best["settings"].items() if key != "clip.scale"}
+        line("best setting", f"{describe(settings)} at clip.scale {best['scale']}")
+        line("", f"trial {best['trial']}, {best['val_top1']:.2f} % on {config.judged}")
+        if best["origin"]:
+            line("", best["origin"])
+        line("checkpoint", short(best["checkpoint"]))
+        line("restore it", f"python -m tune best {name} --copy-to student")
     if result.get("report") is not None:
         line("report", short(result["report"]))
-    line("restore it", f"python -m tune best {called(Path(result['sweep']))} --copy-to student")
     for what, text in result["mlflow"]["lines"].items():
         line(what, text)
     if result.get("duplicates"):

@@ -150,6 +150,11 @@ class Findings:
         return self.folder.name
 
     @property
+    def grid(self) -> bool:
+        """Whether it is a grid, which searches nothing and has no best."""
+        return bool(self.settings.sweep.grid.rows)
+
+    @property
     def main(self) -> list[Trial]:
         """Trials of the method's own search."""
         return self.trials.get(MAIN, [])
@@ -191,16 +196,17 @@ def gather(
         CorruptError: If a record cannot be read.
     """
     wanted = sweep.settings.sweep
-    refits, runs, curves = read_refits(sweep.runs / "refits", sweep.students), {}, {}
+    labels = {name: student.label for name, student in sweep.students.items()}
+    refits, runs, curves = read_refits(sweep.runs / "refits", labels), {}, {}
     configs = {}
-    for name, student in sweep.students.items():
-        for path in sorted((sweep.runs / "refits").glob(f"{student.label}-seed*/run.json")):
-            seed = int(path.parent.name.removeprefix(f"{student.label}-seed"))
+    for name, label in labels.items():
+        for path in sorted((sweep.runs / "refits").glob(f"{label}-seed*/run.json")):
+            seed = int(path.parent.name.removeprefix(f"{label}-seed"))
             runs.setdefault(name, {})[seed] = read_record(path)
             curves.setdefault(name, {})[seed] = curve_of(path.parent)
             if name not in configs:
                 configs[name] = build(read_layer(path.with_name("config.yaml")))
-    best, seed = searches[0].best() if searches else None, winner(refits)
+    best, seed = searches[0].best() if searches else None, winner(refits.get(MAIN, {}))
     config, stale = None, False
     if best is not None:
         settings = wanted.settings | settings_of(best)
@@ -225,6 +231,7 @@ def gather(
         ]
         for search in searches
     }
+    summary = summarise(refits, sweep.students)
     return Findings(
         folder=sweep.folder,
         state=state,
@@ -238,7 +245,7 @@ def gather(
         curves=curves,
         runs=runs,
         configs=configs,
-        summary=_with_students(summarise(refits, sweep.students), configs),
+        summary=summary if sweep.grid else _with_students(summary, configs),
         best=next((t for t in found.get(MAIN, []) if best and t.number == best.number), None),
         stale=stale,
         seed=seed,

@@ -6,7 +6,7 @@ from typing import Any
 
 from richkd import cache, distill, estimate, fusion
 from richkd.command import Stop
-from richkd.config import Config, Layers, flatten, to_dict
+from richkd.config import Config, Data, Layers, flatten, to_dict
 from richkd.errors import ConfigError, Stopped
 from richkd.files import read_record
 from richkd.progress import Progress, stoppable
@@ -51,9 +51,12 @@ def prepare(
         new: Whether it begins; one that goes on has its first trials, and does without the sweeps that they came from.
         launch: As `look_at_all` takes it.
     """
+    if sweep.grid:
+        prepare_cells(sweep, progress, **launch)
+        return {}
     sources = sweep.settings.warmstart.sources if new else ()
     earlier = {source: earlier_points(sweep, source) for source in sources if source != PAPER}
-    config = sweep.resolve(printed(sweep.base.method.name))
+    config = sweep.typical
     task = distill.open_task(config)
     distill.initial_student(config, task.dataset)
     look_at_all(config, task, progress, **launch)
@@ -72,6 +75,21 @@ def prepare(
             known = [point.settings for point in first[label]]
             first[label] += [point for point in points if point.settings not in known]
     return first
+
+
+def prepare_cells(sweep: Sweep, progress: Progress, **launch: Any) -> None:
+    """Look at what each cell of a grid needs, and make what several share; task teachers are trained by the runs.
+
+    Raises:
+        ConfigError: If a cell cannot be run; says which.
+    """
+    opened: Data | None = None
+    for name, config in zip(sweep.students, sweep.configs(), strict=True):
+        if config.data != opened:
+            task, opened = distill.open_task(config, progress), config.data
+        if told := estimate.mistakes(config, task, progress):
+            raise ConfigError(f"sweep.grid, {name}: {told[0]}")
+        look_at_all(config, task, progress, **launch)
 
 
 def look_at_all(config: Config, task: distill.Task, progress: Progress, **launch: Any) -> None:

@@ -36,15 +36,13 @@ from tune.logbook import Logbook
 from tune.places import check, machines_of
 from tune.settings import MANY, Settings, fit
 from tune.settings import UNHASHED as UNHASHED_SWEEP
-from tune.settings import Sweep as SweepSettings
 from tune.settings import digest as sweep_digest
 from tune.sharing import SHARING_FILE, settled
 from tune.store import bring
 from tune.study import MAIN, Kind, Search
-from tune.summary import columns
+from tune.summary import columns, winner
 from tune.sweep import Sweep, asked_of, budget_of, going_on, open_searches, state_of, trials_of
 from tune.tracking import Tracker, public
-from tune.warmstart import printed
 
 LEADING = 5  # trials that the link to MLflow's comparison shows; more would make it very long
 # what `show` reads of a summary
@@ -158,9 +156,10 @@ def go_on(
     if (folder / "summary.json").exists() and not (resettled or longer) and more == More():
         result = located(folder, read_record(folder / "summary.json", *SUMMARY))
         show(result)
-        say(
-            f"nothing was left to do; give it more: python -m tune resume {called(folder)} --add-trials 16"
-        )
+        more_of = f"give it more: python -m tune resume {called(folder)} --add-trials 16"
+        if result["best"] is None:
+            more_of = f"what failed is tried again by: python -m tune retry {called(folder)}"
+        say(f"nothing was left to do; {more_of}")
         return result
     now = fingerprint()
     found = resettled + differences(asked.get("fingerprint", now), now)
@@ -174,7 +173,7 @@ def go_on(
         asked = asked | {"changes": [*asked.get("changes", []), entry]}
     asked = asked | {"layers": _written(layers), "fingerprint": now}
     sweep = Sweep(folder, layers)
-    _check_more(sweep.settings.sweep, more)
+    _check_more(sweep, more)
     asked |= {
         "more_trials": asked.get("more_trials", 0) + more.trials,
         "more_hours": asked.get("more_hours", 0.0) + more.hours,
@@ -194,9 +193,14 @@ def _decisive(layers: Layers) -> dict[str, Any]:
     return {key: value for key, value in both.items() if not key.startswith(free)}
 
 
-def _check_more(settings: SweepSettings, more: More) -> None:
+def _check_more(sweep: Sweep, more: More) -> None:
+    if sweep.grid and more.trials:
+        raise ConfigError(
+            "--add-trials adds to a search but the sweep is a grid; give it more seeds: the line that started it, with another "
+            "refit.seeds, --resume and --changed."
+        )
     for name, added in (("hours", more.hours), ("gpu_hours", more.gpu_hours)):
-        if added and getattr(settings, name) is None:
+        if added and getattr(sweep.settings.sweep, name) is None:
             raise ConfigError(
                 f"--add-{name.replace('_', '-')} adds to sweep.{name} but the sweep has no such limit; leave it out."
             )
@@ -313,7 +317,7 @@ def carry_out(
                         progress=progress,
                         settle=partial(
                             settled,
-                            config=sweep.resolve(printed(sweep.base.method.name)),
+                            config=sweep.typical,
                             path=folder / SHARING_FILE,
                             told=display.line,
                             progress=progress,
@@ -396,16 +400,11 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, budget: Budget) -> 
     """Choose the best, summarise, and write it down: the report, `summary.json` and MLflow."""
     budget.save()
     found = gather(sweep, agenda.searches, state="finished", failures=agenda.failed)
-    if found.best is None or found.seed is None:
+    if not found.refits or (not sweep.grid and (found.best is None or found.seed is None)):
         reasons = "; ".join(sorted({why.text for why in found.failures.values()})[:3])
         raise RichkdError(
-            f"no trial of {found.name} gave a student: {reasons or 'all were stopped early'}."
+            f"no run of {found.name} gave a student: {reasons or 'all were stopped early'}."
         )
-    ran = flatten(to_dict(found.config))
-    params = {key: ran[key] for key in found.best.params}
-    metrics = found.refits[MAIN][found.seed]
-    refit = sweep.runs / "refits" / f"{found.students[MAIN].label}-seed{found.seed}"
-    search = agenda.searches[0]
     result = {
         "sweep": str(found.folder),
         "trials": sum(found.asked.values()),
@@ -415,19 +414,17 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, budget: Budget) -> 
         "failures": {job: why.text for job, why in found.failures.items()},
         "failure_kinds": {job: why.kind for job, why in found.failures.items()},
         "failures_by_class": Counter(why.kind for why in found.failures.values()),
-        "best": {
-            "trial": found.best.number,
-            "val_top1": found.best.top1,
-            "params": params,
-            "settings": params | {"loss.temperature_of": ran["loss.temperature_of"]},
-            "origin": found.origin,
-            "scale": found.config.clip.scale,
-            "seed": found.seed,
-            "checkpoint": _within(refit / "best", sweep.folder),
-            "recorded": {"val_top1": metrics["best_val_top1"], "test_top1": metrics["test/top1"]},
+        "best": None if sweep.grid else best_of(sweep, found),
+        "cells": {
+            name: handed_over(sweep, found, name, winner(runs))
+            for name, runs in (found.refits.items() if sweep.grid else ())
         },
         "front": front(sweep, found),
-        "leading": [f"trial-{search.label(number)}" for number in search.leading(LEADING)],
+        "leading": [
+            f"trial-{search.label(number)}"
+            for search in agenda.searches[:1]
+            for number in search.leading(LEADING)
+        ],
         "summary": found.summary,
         "selection": found.base.selection,
         "seconds": found.seconds,
@@ -439,6 +436,32 @@ def conclude(sweep: Sweep, agenda: Agenda, logbook: Logbook, budget: Budget) -> 
     result["mlflow"] = logbook.conclude(result, cells)
     write_json(sweep.folder / "summary.json", result)
     return located(sweep.folder, result)
+
+
+def best_of(sweep: Sweep, found: Findings) -> dict[str, Any]:
+    """Return the best setting, as plain JSON, and the refit of it that is handed over."""
+    ran = flatten(to_dict(found.config))
+    params = {key: ran[key] for key in found.best.params}
+    return {
+        "trial": found.best.number,
+        "val_top1": found.best.top1,
+        "params": params,
+        "settings": params | {"loss.temperature_of": ran["loss.temperature_of"]},
+        "origin": found.origin,
+        "scale": found.config.clip.scale,
+        **handed_over(sweep, found, MAIN, found.seed),
+    }
+
+
+def handed_over(sweep: Sweep, found: Findings, student: str, seed: int) -> dict[str, Any]:
+    """Return which refit of a student is handed over: its seed, checkpoint and recorded accuracies."""
+    metrics = found.refits[student][seed]
+    refit = sweep.runs / "refits" / f"{found.students[student].label}-seed{seed}"
+    return {
+        "seed": seed,
+        "checkpoint": _within(refit / "best", sweep.folder),
+        "recorded": {"val_top1": metrics["best_val_top1"], "test_top1": metrics["test/top1"]},
+    }
 
 
 def front(sweep: Sweep, found: Findings) -> list[dict[str, Any]]:
@@ -477,8 +500,9 @@ def _within(path: Path, folder: Path) -> str:
 
 def located(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Return a summary as its reader finds things: `summary.json` itself survives a move of the folder."""
-    best = result["best"] | {"checkpoint": str(folder / result["best"]["checkpoint"])}
-    report = result.get("report")
+    best, report = result["best"], result.get("report")
+    if best is not None:
+        best = best | {"checkpoint": str(folder / best["checkpoint"])}
     return result | {
         "sweep": str(folder),
         "best": best,

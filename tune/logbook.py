@@ -22,7 +22,7 @@ from tune.tracking import Tracker
 
 STATUS = {"finished": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 HIDDEN = (
-    *("sweep.space", "sweep.settings", "sweep.name", "sweep.state", "sweep.study"),
+    *("sweep.space", "sweep.settings", "sweep.grid", "sweep.name", "sweep.state", "sweep.study"),
     *("storage", "cache", "device", "tracking"),
 )
 RANKED = ("best_val_top1", "test/top1")  # what children are sorted by; the first one to begin with
@@ -58,7 +58,12 @@ class Logbook:
         self.fixed = tuple(settings.sweep.settings)
         asked = flatten(to_dict(base)) | settings.sweep.settings | flatten(to_dict(settings))
         constants = {key: value for key, value in shown(asked).items() if key not in space}
-        constants |= {f"space.{key}": _say(entry) for key, entry in settings.sweep.space.items()}
+        grid = settings.sweep.grid
+        for kind, entries in (
+            *(("row", grid.rows), ("method", grid.methods)),
+            ("space", {} if grid.rows else settings.sweep.space),
+        ):
+            constants |= {f"{kind}.{key}": _say(entry) for key, entry in entries.items()}
         tags = opening("sweep", sweep_digest(settings, base), environment)
         self.tracker.start()
         self.tracker.sweep(self.name, constants, tags | {"richkd.sweep": self.name})
@@ -66,7 +71,7 @@ class Logbook:
             self.name,
             {
                 "metrics": (*RANKED, *settings.sweep.objectives[1:]),
-                "params": list(space),
+                "params": list(space) or ["row", "method"],
                 "tags": ("richkd.method", "richkd.state"),
             },
             RANKED[0],
@@ -121,12 +126,13 @@ class Logbook:
             `tracking_uri`, `experiment`, `run_id`, `links`, and `lines` for the terminal.
         """
         best, summary = result["best"], result["summary"]
-        metrics = {
-            "best_val_top1": best["val_top1"],
-            "best/refit_val_top1": best["recorded"]["val_top1"],
-            "best/refit_test_top1": best["recorded"]["test_top1"],
-            "failed": result["failed"],
-        }
+        metrics = {"failed": result["failed"]}
+        if best is not None:
+            metrics |= {
+                "best_val_top1": best["val_top1"],
+                "best/refit_val_top1": best["recorded"]["val_top1"],
+                "best/refit_test_top1": best["recorded"]["test_top1"],
+            }
         failures = result.get("failures_by_class", {})
         metrics |= {f"failed/{name}": count for name, count in failures.items()}
         for name, entry in summary.items():
@@ -143,12 +149,14 @@ class Logbook:
             "summary_table.json",
         )
         self.tracker.text(self.name, json.dumps(result, indent=2), "summary.json")
-        self.tracker.artifacts(self.name, self.folder / best["checkpoint"], "best")
+        if best is not None:
+            self.tracker.artifacts(self.name, self.folder / best["checkpoint"], "best")
+            found = {f"best.{key}": value for key, value in best["params"].items()}
+            self.tracker.tag(self.name, {"richkd.best_trial": best["trial"], **found})
         if result.get("report") is not None:
             self.tracker.artifacts(self.name, (self.folder / result["report"]).parent, "report")
-        found = {f"best.{key}": value for key, value in best["params"].items()}
-        note = {"mlflow.note.content": _note(result, columns)}  # the run's description in the UI
-        self.tracker.tag(self.name, {"richkd.best_trial": best["trial"], **found, **note})
+        # the run's description in the UI
+        self.tracker.tag(self.name, {"mlflow.note.content": _note(result, columns)})
         self.close("FINISHED")
         leading = [f"{self.name}/{job}" for job in result["leading"]]
         titles = {
@@ -210,6 +218,8 @@ def _note(result: dict[str, Any], columns: dict[str, list]) -> str:
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     best = result["best"]
+    if best is None:
+        return table + _report(result)
     settings = ", ".join(
         f"`{key}` {escape.markdown(str(value))}" for key, value in best["settings"].items()
     )
@@ -222,7 +232,7 @@ def _note(result: dict[str, Any], columns: dict[str, list]) -> str:
 def _report(result: dict[str, Any]) -> str:
     if result.get("report") is None:
         return ""
-    return "\n\nPictures, leaderboard and the line that reproduces the best: `report/report.html` among the artifacts."
+    return "\n\nPictures, tables and what makes it again: `report/report.html` among the artifacts."
 
 
 def _say(entry: dict[str, Any]) -> str:

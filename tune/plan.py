@@ -30,7 +30,7 @@ from tune.settings import Settings
 from tune.sharing import Tried, at_most, chosen, line, slower
 from tune.sweep import Sweep, state_of
 from tune.tracking import Tracker, public
-from tune.warmstart import PAPER, printed
+from tune.warmstart import PAPER
 
 WIDTH = 80
 
@@ -63,8 +63,11 @@ def plan(
             machines = machines_of(address)
             side_by_side(sweep, machines)
         with _into(told):
-            task = distill.open_task(sweep.base, progress)
+            task = distill.open_task(sweep.typical, progress)
+            opened = sweep.typical.data
             for config in choices(sweep):
+                if config.data != opened:
+                    task, opened = distill.open_task(config, progress), config.data
                 told += estimate.mistakes(config, task, progress)
         told = _without_consequences(told, typos)
         if not told:
@@ -95,13 +98,13 @@ def settled(
     """Return a sweep with a settled number of trials a GPU, and what was measured for that."""
     wanted, base = sweep.settings, sweep.base
     resources = wanted.resources
-    runs = 2 * wanted.sweep.trials + len(sweep.students) * wanted.refit.seeds
+    runs = (not sweep.grid) * 2 * wanted.sweep.trials + len(sweep.students) * wanted.refit.seeds
     most = at_most(resources, machines, runs, gpu=base.device != "cpu")
     if most == 1:
         return sweep, []
     progress("trials a GPU", 0, 1)
     try:
-        tried = shared(address, sweep.resolve(printed(base.method.name)), resources, most)
+        tried = shared(address, sweep.typical, resources, most)
     except RichkdError as error:  # as a sweep does without
         warnings.warn(f"trials a GPU could not be measured: {error}; it is one.", stacklevel=2)
         return sweep, []
@@ -156,9 +159,9 @@ def _without_consequences(told: list[str], typos: list[str]) -> list[str]:
 
 
 def choices(sweep: Sweep) -> list[Config]:
-    """Return the configs that differ in what is looked up by name: the base, and one of each searched choice."""
+    """Return the configs that differ in what is looked up by name: of each cell, or as printed and of each searched choice."""
     wanted = [{key: choice} for key in NAMED for choice in sweep.space.choices(key)]
-    return [sweep.resolve(settings) for settings in (printed(sweep.base.method.name), *wanted)]
+    return [*sweep.configs(), *map(sweep.resolve, wanted)]
 
 
 def unanswered(sweep: Sweep, tracking: str) -> list[str]:
@@ -170,7 +173,7 @@ def unanswered(sweep: Sweep, tracking: str) -> list[str]:
             f"sweep.name={name} is taken: {sweep.folder} holds a sweep; go on with it (python -m tune resume {called(sweep.folder)}), "
             "or choose another."
         )
-    for source in sweep.settings.warmstart.sources:
+    for source in () if sweep.grid else sweep.settings.warmstart.sources:
         if source != PAPER:
             with _into(told):
                 earlier_points(sweep, source)
@@ -253,7 +256,12 @@ def table(found: dict[str, Any]) -> list[str]:
     rows.append(("wall time", f"{wall}: {text}"))
     if (budget := found["budget"]) is not None:
         short = f"is not enough: {budget['trials']} of {sum(runs['trials'].values())} trials"
-        rows.append(("budget", "is enough" if budget["fits"] else short))
+        rows.append(
+            (
+                "budget",
+                "is enough" if budget["fits"] else short if runs["trials"] else "is not enough",
+            )
+        )
     for disk in found["disk"]:
         free = f"{in_bytes(disk['free'])} free in {disk['path']}"
         rows.append((disk["field"], f"{in_bytes(disk['needed'])} of {free}"))

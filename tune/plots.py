@@ -44,6 +44,8 @@ COSTS = {"parameters": "parameters of the student", "latency": "latency, ms an i
 
 def pictures(found: Findings) -> list[Picture]:
     """Return all pictures of a sweep, in the order of a report."""
+    if found.grid:
+        return [students(found)]
     draw = [students, alpha, heat, importances, prompts]
     draw += [pareto] if len(found.objectives) > 1 else []
     draw += [parallel, history, curves]
@@ -80,7 +82,7 @@ def students(found: Findings) -> Picture:
         for place, student in enumerate(drawn):
             values = [value for one, _, value in rows if one == student]
             both = spread(values)
-            colour = COLOURS[student]
+            colour = COLOURS.get(student, COLOURS[MAIN])
             axes.errorbar(
                 both["mean"], place, xerr=both["sd"], fmt="o", ms=8, color=colour, lw=2, capsize=4
             )

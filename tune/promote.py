@@ -162,7 +162,7 @@ def judge(entry: Entry, champion: Entry | None) -> Verdict:
     return Verdict(wins=False, why=f"{text} is no more than seeds do{more}", gap=found)
 
 
-def promote(folder: Path, *, dry_run: bool = False) -> dict[str, Any]:
+def promote(folder: Path, *, cell: str | None = None, dry_run: bool = False) -> dict[str, Any]:
     """Register the best checkpoint of a finished sweep, and make it the champion if it is the first or better.
 
     A checkpoint that is registered already gets no second version, but is judged again. On a database promotions
@@ -171,6 +171,7 @@ def promote(folder: Path, *, dry_run: bool = False) -> dict[str, Any]:
 
     Args:
         folder: Sweep folder.
+        cell: As in `best`.
         dry_run: Whether to say only what would happen.
 
     Returns:
@@ -184,7 +185,7 @@ def promote(folder: Path, *, dry_run: bool = False) -> dict[str, Any]:
         RichkdError: If the checkpoint does not reproduce its accuracy.
         Stopped: If MLflow does not answer.
     """
-    found = best(folder)
+    found = best(folder, cell=cell)
     if not found["verified"]:
         raise RichkdError(
             f"the best checkpoint of {folder.name} does not reproduce its accuracy (recorded {found['recorded']}, found "

@@ -82,6 +82,17 @@ def tables(blocks: Sequence[Block]) -> list[Table]:
 
 def document(found: Findings, drawn: Sequence[Picture]) -> list[Block]:
     """Return a report as blocks."""
+    if found.grid:
+        return [
+            Text(about_grid(found), "soft"),
+            *unfinished(found),
+            Tiles(tiles(found)),
+            *summary(found),
+            Pictures(drawn),
+            *failures(found),
+            Heading("What was run"),
+            *constants(found),
+        ]
     return [
         Text(about(found), "soft"),
         *unfinished(found),
@@ -118,14 +129,26 @@ def about(found: Findings) -> str:
     )
 
 
+def about_grid(found: Findings) -> str:
+    """Return in a sentence what a grid is."""
+    grid = found.settings.sweep.grid
+    return (
+        f"A grid on {found.base.data.source}: {', '.join(grid.rows)}, each with {', '.join(grid.methods)}, over "
+        f"{found.settings.refit.seeds} seeds. Nothing is searched; test rows are read once, by each run."
+    )
+
+
 def unfinished(found: Findings) -> list[Block]:
     """Return what is missing of a sweep that has not finished."""
     if found.state == "finished":
         return []
     ended = sum(t.state != "running" for trials in found.trials.values() for t in trials)
     refits = sum(map(len, found.refits.values()))
-    missing = f"{ended} of {sum(found.asked.values()) or '?'} trials have ended and {refits} of "
-    missing += f"{len(found.students) * found.settings.refit.seeds} refits have finished"
+    trials = f"{ended} of {sum(found.asked.values()) or '?'} trials have ended and "
+    missing = "" if found.grid else trials
+    missing += (
+        f"{refits} of {len(found.students) * found.settings.refit.seeds} refits have finished"
+    )
     said = f"This sweep is {found.state}: {missing}; what is said here may change."
     if found.state == "stopped":
         said += f" Go on with it: python -m tune resume {called(found.folder)}"
@@ -155,10 +178,15 @@ def tiles(found: Findings) -> list[tuple[str, str, str]]:
                 f"{found.base.judged}, trial {found.best.label}",
             )
         )
+    if found.grid:
+        total = len(found.students) * found.settings.refit.seeds
+        done = sum(map(len, found.refits.values()))
+        shown.append(("Runs", f"{done} of {total}", f"of {len(found.students)} cells"))
     ended = [trial for trials in found.trials.values() for trial in trials]
     counts = Counter(trial.state for trial in ended)
     each = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-    shown.append(("Trials", str(len(ended)), each or "none has begun"))
+    if not found.grid:
+        shown.append(("Trials", str(len(ended)), each or "none has begun"))
     gpu = f"{found.gpu_seconds / 3600:.2g} GPU hours" if found.gpu_seconds else "no GPU"
     shown.append(("Time", duration(found.seconds), gpu))
     return shown
@@ -189,7 +217,7 @@ def summary(found: Findings) -> list[Block]:
     rows = list(zip(*cells.values(), strict=True))
     if not rows:
         return [Text("No refit has read its test rows yet, so that there is no summary.", "soft")]
-    seeds = found.summary.get(MAIN, {}).get("n")
+    seeds = max(entry.get("n", 0) for entry in found.summary.values() if entry)
     numbers = []
     for name in (name for name in (*TEACHERS, *found.students) if name in found.summary):
         entry, gap = found.summary[name], found.summary[name].get("difference") or {}
@@ -202,12 +230,12 @@ def summary(found: Findings) -> list[Block]:
                 *(gap.get(k) for k in ("mean", "low", "high", "wins")),
             )
         )
-    own = found.students[MAIN].title
+    own = None if found.grid else found.students[MAIN].title
     return [
         Table(
             header=["", *list(cells)[1:]],
             rows=rows,
-            right=(1, 2, 3),
+            right=range(1, len(cells)),
             strong=next((k for k, row in enumerate(rows) if row[0] == own), None),
             name="summary",
             csv=escape.to_csv(
@@ -216,7 +244,7 @@ def summary(found: Findings) -> list[Block]:
         ),
         Text(
             f"Mean ± standard deviation over {seeds} seeds; differences are paired by seed."
-            if seeds and seeds > 1
+            if seeds > 1
             else "A single seed can mislead by points; see refit.seeds.",
             "soft",
         ),
@@ -385,7 +413,7 @@ def failures(found: Findings) -> list[Block]:
 
 def constants(found: Findings) -> list[Block]:
     """Return config, code, packages and machine, and how to look further."""
-    code, sweep = found.environment, found.settings.sweep
+    code = found.environment
     run = next((run for runs in found.runs.values() for run in runs.values()), {})
     facts = [
         (
@@ -405,7 +433,6 @@ def constants(found: Findings) -> list[Block]:
         + "".join(f"  {line}\n" for line in dump(getattr(found.settings, name)).splitlines())
         for name in SECTIONS
     )
-    study = sweep.study or f"sqlite:///{short(found.folder / 'study.db')}"
     blocks: list[Block] = [Table(header=("what", "value"), rows=facts)]
     if packages:
         blocks.append(
@@ -415,10 +442,21 @@ def constants(found: Findings) -> list[Block]:
         *blocks,
         Details("Settings of the sweep", [Code(settings.rstrip())]),
         Details("Config beneath all runs", [Code(dump(found.base).rstrip())]),
+        *again(found),
+    ]
+
+
+def again(found: Findings) -> list[Block]:
+    """Return how to look further."""
+    line = f"python -m tune report {called(found.folder)}"
+    if found.grid:
+        return [Text("This writes the report anew:"), Code(line)]
+    study = found.settings.sweep.study or f"sqlite:///{short(found.folder / 'study.db')}"
+    return [
         Text(
             "This writes the report anew, and this shows the trials while they run, at 127.0.0.1:8080:"
         ),
-        Code(f"python -m tune report {called(found.folder)}\noptuna-dashboard {study}"),
+        Code(f"{line}\noptuna-dashboard {study}"),
     ]
 
 
@@ -427,13 +465,15 @@ def lines(found: Findings, page: Path) -> list[str]:
     said = [
         f"report     {short(page)}",
         *(block.text for block in unfinished(found)),
-        verdict(found),
+        *([] if found.grid else [verdict(found)]),
         *([found.base.caution] if found.base.caution else []),
     ]
     for trial in ranked(found.main)[:5]:
         shown = escape.line(describe(trial.told()))
         part = found.base.part
         said.append(f"trial {trial.label}  {trial.state:<9} {part} {trial.top1:6.2f}  {shown}")
+    if found.grid:
+        return said
     study = found.settings.sweep.study or f"sqlite:///{short(found.folder / 'study.db')}"
     return [*said, f"live       optuna-dashboard {study}"]
 
@@ -447,7 +487,7 @@ def answer(found: Findings, page: Path) -> dict[str, Any]:
         "html": str(page),
         "markdown": str(page.with_suffix(".md")),
         "csv": sorted(map(str, page.parent.glob("*.csv"))),
-        "verdict": verdict(found),
+        "verdict": None if found.grid else verdict(found),
         "leading": [
             {
                 "trial": trial.label,

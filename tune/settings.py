@@ -21,6 +21,43 @@ UNHASHED = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """Cells that are run instead of a search: each row with each method, over `refit.seeds` seeds.
+
+        rows: {resnet: {student.name: resnet8}, vgg: {student.name: vgg8, train.lr: 0.01}}
+        methods: {kd: {method.name: kd-crd}, richkd: {method.name: richkd-l}}
+
+    A row is compared with its `kd`, if there is a method of that name.
+    """
+
+    rows: dict[str, Any] = field(default_factory=dict)  # name: dotted keys
+    methods: dict[str, Any] = field(default_factory=dict)  # likewise, on top of the row's
+
+    def __post_init__(self) -> None:
+        for table, entries in (("rows", self.rows), ("methods", self.methods)):
+            for name, settings in entries.items():
+                if not isinstance(settings, dict):
+                    raise ConfigError(
+                        f"sweep.grid.{table}.{name} must be settings, as in {{student.name: resnet8}}, but got {settings!r}."
+                    )
+                if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name) or "-seed" in name:
+                    raise ConfigError(
+                        f"sweep.grid.{table} must have names that a folder can bear, of letters, digits, - and _ without "
+                        f"-seed, but has {name!r}; rename it."
+                    )
+        labels = [f"{row}-{method}" for row in self.rows for method in self.methods]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise ConfigError(
+                f"sweep.grid must tell its cells apart but has {twice[0]} twice, from a row and a method; rename one."
+            )
+        if bool(self.rows) != bool(self.methods):
+            raise ConfigError(
+                f"sweep.grid needs rows and methods but has no {'methods' if self.rows else 'rows'}; add them, as in "
+                "{kd: {method.name: kd}}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
     """What is searched, and for how long."""
 
@@ -40,6 +77,7 @@ class Sweep:
     study: str | None = None  # address of Optuna's database; None: study.db in `state`
     settings: dict[str, Any] = field(default_factory=dict)  # dotted key: value, in every trial
     space: dict[str, Any] = field(default_factory=dict)  # dotted key: {distribution: bounds}
+    grid: Grid = field(default_factory=Grid)  # instead of a search; then `space` is not looked at
 
     def __post_init__(self) -> None:
         in_range("sweep.trials", self.trials, 1, MANY)

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from richkd.files import read_record
 from richkd.record import is_tested
 from tune.best import called
 from tune.display import describe
@@ -67,6 +68,10 @@ def status(folder: Path) -> dict[str, Any]:
                     "judged": sweep.base.judged,
                     "settings": settings_of(best),
                 }
+    if finished:  # of refits nobody else keeps why
+        recorded = read_record(folder / "summary.json", "failures", "failure_kinds")
+        for run, text in recorded["failures"].items():
+            found["failures"].setdefault(run, [recorded["failure_kinds"][run], text])
     words = WORDS | ({} if running else {"running": "begun"})
     named = {words.get(name.lower(), name.lower()): count for name, count in states.items()}
     found["trials"] = named | found["trials"]

@@ -3,8 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from richkd.errors import ConfigError
+from tune.settings import Grid
 from tune.study import MAIN
 from tune.warmstart import printed
+
+OF_ALL = ("seed", "device", "storage", "cache")  # what cells cannot differ in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,3 +60,29 @@ def around_a_search(own: str, settings: dict[str, Any]) -> dict[str, Student]:
             title=f"{own}, as found", label=own, method=own, settings=settings, search=MAIN
         ),
     }
+
+
+def cells(own: str, grid: Grid) -> dict[str, Student]:
+    """Return the students of a grid by name, row by row, each compared with the `kd` of its row.
+
+    Args:
+        own: Method of the cells whose settings name none.
+        grid: Rows and methods.
+    """
+    found = {}
+    for row, there in grid.rows.items():
+        for method, on_top in grid.methods.items():
+            settings = there | on_top
+            if wrong := [key for key in OF_ALL if key in settings]:
+                raise ConfigError(
+                    f"sweep.grid: {wrong[0]} is one for all cells but is set by {row} or {method}; set it for the whole sweep."
+                )
+            found[f"{row}-{method}"] = Student(
+                title=f"{row}, {method}",
+                label=f"{row}-{method}",
+                method=settings.pop("method.name", own),
+                settings=settings,
+                against=f"{row}-kd" if method != "kd" else None,
+                params={"row": row, "method": method},
+            )
+    return found

@@ -11,6 +11,8 @@ from typing import Any
 from richkd.files import read_record
 from tune.students import Student
 
+LAST_EPOCH = "last epoch"
+LAST = "test/last_top1"  # of the student after its last epoch, where another one is kept
 TEACHERS = {"teacher": "task teacher", "clip": "zero-shot CLIP", "fused": "fused teacher, as found"}
 
 
@@ -48,21 +50,21 @@ def difference(values: dict[int, float], others: dict[int, float]) -> dict[str, 
     }
 
 
-def read_refits(folder: Path, students: dict[str, Student]) -> dict[str, dict[int, dict[str, Any]]]:
+def read_refits(folder: Path, labels: dict[str, str]) -> dict[str, dict[int, dict[str, Any]]]:
     """Return the metrics of each finished refit under `folder`, by student and seed.
 
     Args:
         folder: `refits/` of a sweep.
-        students: That it compares.
+        labels: Student to the name that its folders begin with.
     """
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    for name, student in students.items():
-        for path in folder.glob(f"{student.label}-seed*/run.json"):
+    for student, label in labels.items():
+        for path in folder.glob(f"{label}-seed*/run.json"):
             state = read_record(path, "state")
             if state["state"] == "finished" and "test/top1" in state["metrics"]:
-                seed = int(path.parent.name.removeprefix(f"{student.label}-seed"))
-                found.setdefault(name, {})[seed] = state["metrics"]
-    return {name: dict(sorted(runs.items())) for name, runs in found.items()}
+                seed = int(path.parent.name.removeprefix(f"{label}-seed"))
+                found.setdefault(student, {})[seed] = state["metrics"]
+    return {student: dict(sorted(runs.items())) for student, runs in found.items()}
 
 
 def teachers(refits: dict[str, dict[int, dict[str, Any]]]) -> dict[str, list[float]]:
@@ -97,6 +99,9 @@ def summarise(
     for name, student in students.items():
         if name in top1:
             summary[name] = {"title": student.title} | spread(list(top1[name].values()))
+            last = [v[LAST] for v in refits[name].values() if LAST in v]
+            if student.params and last:  # a cell of a grid
+                summary[name]["last"] = spread(last)
             if student.against is not None:
                 other = top1.get(student.against, {})
                 summary[name]["difference"] = difference(top1[name], other)
@@ -110,9 +115,8 @@ def top1_of(entry: dict[str, Any]) -> float:
     return entry["mean"] if "mean" in entry else entry["top1"]
 
 
-def winner(refits: dict[str, dict[int, dict[str, Any]]]) -> int | None:
-    """Return the seed of the best refit of the setting found: highest validation accuracy, never test."""
-    runs = refits.get("richkd", {})
+def winner(runs: dict[int, dict[str, Any]]) -> int | None:
+    """Return the seed of the best refit of a student, None of none: highest validation accuracy, never test."""
     return max(
         runs,
         key=lambda seed: (runs[seed]["best_val_top1"], -runs[seed]["best_val_loss"], -seed),
@@ -122,20 +126,27 @@ def winner(refits: dict[str, dict[int, dict[str, Any]]]) -> int | None:
 
 def columns(summary: dict[str, Any], selection: str = "validation") -> dict[str, list]:
     """Return the summary as columns of text, for the terminal and for MLflow; `selection` is the sweep's."""
-    rows: list[tuple[str, str, str, str]] = []
+    rows: list[tuple[str, ...]] = []
     for entry in (one for one in summary.values() if one and "title" in one):
         label = entry["title"] + (f", {entry['student']}" if "student" in entry else "")
         gap = entry.get("difference")
-        accuracy = f"{top1_of(entry):.2f}" + (
-            "" if entry["sd"] is None else f" ± {entry['sd']:.2f}"
-        )
+        accuracy = said(top1_of(entry), entry["sd"])
+        last = said(entry["last"]["mean"], entry["last"]["sd"]) if "last" in entry else ""
         against = wins = ""
         if gap:
             against = f"{gap['mean']:+.2f}" + (
                 "" if gap["se"] is None else f" (s.e. {gap['se']:.2f})"
             )
             wins = f"{gap['wins']} of {gap['n']}"
-        rows.append((label, accuracy, against, wins))
+        rows.append((label, accuracy, last, against, wins))
     test = "test top-1, %" if selection == "validation" else "best epoch's test top-1, %"
-    names = ("", test, "against kd", "wins")
-    return {name: [row[k] for row in rows] for k, name in enumerate(names)}
+    names = ("", test, LAST_EPOCH, "against kd", "wins")
+    found = {name: [row[k] for row in rows] for k, name in enumerate(names)}
+    if not any(found[LAST_EPOCH]):
+        del found[LAST_EPOCH]
+    return found
+
+
+def said(mean: float, sd: float | None) -> str:
+    """Return a mean with its standard deviation, if there is one."""
+    return f"{mean:.2f}" + ("" if sd is None else f" ± {sd:.2f}")

@@ -10,22 +10,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from richkd import cache
+from richkd import cache, methods
 from richkd.config import Config, Layers, build, digest, flatten, is_url, to_dict
 from richkd.errors import ConfigError, CorruptError, Stopped
 from richkd.files import read_record
-from richkd.methods import METHODS
 from tune.agenda import OF_A_METHOD, Job, Refits
 from tune.best import called
 from tune.budget import Budget
 from tune.driver import is_full
 from tune.scheduler import pruner
 from tune.settings import Settings
-from tune.space import read_space
+from tune.space import Space, read_space
 from tune.store import Store
-from tune.students import around_a_search
+from tune.students import around_a_search, cells
 from tune.study import MAIN, Search
-from tune.warmstart import BARE, Point
+from tune.warmstart import BARE, Point, printed
 
 BASELINES = ("ce", "kd", "kd-crd", "kd-lskd")  # the labels alone, and plain distillation
 
@@ -50,23 +49,42 @@ class Sweep:
         elif self.settings.sweep.state is not None:
             self.runs = Path(self.base.storage).resolve() / folder.name
         self.cache = str(cache.root(self.base.cache))
+        own, wanted = self.base.method.name, self.settings.sweep
+        self.students = cells(own, wanted.grid) or around_a_search(own, wanted.settings)
+        self.costs: dict[str, dict[str, float]] = {}  # of each student, by objective
+        self.space = Space({})
+        if not self.grid:
+            self._open_search()
+        beside = wanted.objectives[1:]
+        if beside and not any(key.startswith("student.") for key in self.space):
+            raise ConfigError(
+                f"sweep.objectives has {', '.join(beside)} but no student is searched, and so all trials cost the same; add "
+                "sweep.space.student.name={choice: [...]}, or leave them out."
+            )
+        for name, student in self.students.items():
+            try:
+                self.resolve(student.settings, student.method)
+            except ConfigError as error:
+                where = f"sweep.grid, {name}: " if self.grid else ""
+                raise ConfigError(f"{where}{error}") from error
+        if "?" in str(self.folder):
+            raise ConfigError(
+                f"storage and sweep.name must not hold a question mark, which SQLite cannot take, but got "
+                f"{self.folder}; choose another."
+            )
+
+    def _open_search(self) -> None:
+        """Read the space, and refuse what cannot be searched."""
         if self.base.method.name in BASELINES:
             raise ConfigError(
                 f"method.name={self.base.method.name} is what a sweep compares its own method with; use method.name=richkd-l "
                 "(kd is tuned beside it), or `python -m richkd distill` for a single run."
             )
         self.space = read_space(self.settings.sweep.space, self.resolve)
-        self.costs: dict[str, dict[str, float]] = {}  # of each student, by objective
         if not self.space:
             raise ConfigError(
-                "sweep.space is empty but a sweep searches something; name keys as conf/digits.yaml does, or run "
-                "`python -m richkd distill` for a single run."
-            )
-        beside = self.settings.sweep.objectives[1:]
-        if beside and not any(key.startswith("student.") for key in self.space):
-            raise ConfigError(
-                f"sweep.objectives has {', '.join(beside)} but no student is searched, and so all trials cost the same; add "
-                "sweep.space.student.name={choice: [...]}, or leave them out."
+                "sweep.space is empty but a sweep searches something; name keys as conf/digits.yaml does, give it a "
+                "sweep.grid, or run `python -m richkd distill` for a single run."
             )
         for key in self.settings.sweep.settings:
             if not key.startswith(OF_A_METHOD):
@@ -74,20 +92,33 @@ class Sweep:
                     f"sweep.settings may hold keys of {', '.join(OF_A_METHOD)} but holds {key}, and then trials would "
                     "differ from the refits that they are compared with; set it for the whole sweep."
                 )
-        for method in (None, "kd"):
-            self.resolve(self.settings.sweep.settings, method)
-        if "?" in str(self.folder):
-            raise ConfigError(
-                f"storage and sweep.name must not hold a question mark, which SQLite cannot take, but got "
-                f"{self.folder}; choose another."
-            )
-        self.students = around_a_search(self.base.method.name, self.settings.sweep.settings)
+        self.resolve(self.settings.sweep.settings)
+
+    @property
+    def grid(self) -> bool:
+        """Whether it runs the cells of a grid, and searches nothing."""
+        return bool(self.settings.sweep.grid.rows)
+
+    @property
+    def typical(self) -> Config:
+        """The config of a run as most are: the setting as printed, or the first cell that has a teacher."""
+        if not self.grid:
+            return self.resolve(printed(self.base.method.name))
+        taught = [one for one in self.students.values() if one.method != "ce"]
+        first = next(iter(taught or self.students.values()))
+        return self.resolve(first.settings, first.method)
+
+    def configs(self) -> list[Config]:
+        """Return the configs that differ in more than a seed, before anything is searched: of all cells, or of the setting."""
+        if not self.grid:
+            return [self.typical]
+        return [self.resolve(one.settings, one.method) for one in self.students.values()]
 
     def resolve(self, settings: dict[str, Any], method: str | None = None) -> Config:
         """Return the config of a run: the base, a method, and dotted keys on top."""
         layers = self.layers
         if method is not None:
-            preset = METHODS[method]
+            preset = methods.get(str(method))
             layers = layers.over(
                 method,
                 {"method.name": method}
@@ -198,6 +229,8 @@ def open_searches(
 ) -> list[Search]:
     """Return the search of the method and that of plain distillation, as far as the study's database knows them.
 
+    A grid has none.
+
     Args:
         sweep: The sweep.
         trials: Of each.
@@ -210,6 +243,8 @@ def open_searches(
     from optuna.storages import RDBStorage
     from sqlalchemy.exc import DatabaseError
 
+    if sweep.grid:
+        return []
     wanted, database = sweep.settings.sweep, sweep.folder / "study.db"
     advice = "restore it, or start a new sweep"
     address, prefix = wanted.study, f"{sweep.folder.name}/"
