@@ -138,10 +138,10 @@ def best_of(sweep: Path, cell: str | None = None) -> Path:
     summary = read_record(sweep / "summary.json", "best")
     best, cells = summary["best"], summary.get("cells", {})
     if cells and cell not in cells:
-        given = f"got {cell!r}" if cell else "none is named"
+        got = repr(cell) if cell else "none"
         raise ConfigError(
-            f"{sweep.name} is a grid of {', '.join(cells)}, of which one must be named but {given}; take the run of a cell, "
-            f"such as {sweep / 'refits' / next(iter(cells))}-seed0, or of `tune best` --cell."
+            f"{sweep.name} is a grid, and of its cells one must be named but got {got}; take one of {', '.join(cells)} by "
+            f"--cell where that is a flag, or its run, such as {sweep / 'refits' / next(iter(cells))}-seed0."
         )
     if cell and not cells:
         raise ConfigError(

@@ -9,6 +9,7 @@
     python -m tune resume --add-trials 16             # or give a finished one more to do
     python -m tune report                             # its pictures and leaderboard, as one page
     python -m tune compare first second               # sweeps beside each other
+    python -m tune table conf/paper/table13.yaml      # the paper's figures and ours
     python -m tune retry --class lost                 # try failed trials again
     python -m tune sync                               # send MLflow what it has missed
     python -m tune doctor                             # what faults left behind
@@ -110,6 +111,9 @@ def sweep(arguments: argparse.Namespace) -> Done:
     config.build(layers)  # most mistakes are refused here, before the slow imports
     cluster = _cluster(arguments)
     from tune.launch import start
+    from tune.table import scaled
+
+    layers = scaled(arguments.words, arguments.scale)
 
     answer = start(
         layers, resume=arguments.resume, changed=arguments.changed, **cluster, stop=arguments.stop
@@ -261,6 +265,18 @@ def compare(arguments: argparse.Namespace) -> Done:
     from tune.compare import lines
 
     found = look(folders, None if arguments.csv is None else Path(arguments.csv))
+    for line in lines(found):
+        say(line)
+    return Done(found)
+
+
+def table(arguments: argparse.Namespace) -> Done:
+    """Lay a table of the paper beside ours."""
+    from tune.table import lines
+    from tune.table import table as look
+
+    bench = None if arguments.bench is None else Path(arguments.bench)
+    found = look(arguments.words, scale=arguments.scale, bench=bench, stop=arguments.stop)
     for line in lines(found):
         say(line)
     return Done(found)
@@ -418,6 +434,7 @@ CLUSTER = {
 PLACES = ("storage", "sweep.state")  # keys that say where sweeps lie
 DATA = ("data.root", "data.path", "data.names", "data.memory", "cache", "device")  # and data
 CHANGED = {"changed": "go on though code or settings have changed since the sweep began"}
+SCALE = {"scale=tiny": "any grid in minutes on two cores, to see that it runs"}
 CELL = {"cell=ROW-METHOD": "of a grid: which of its students"}
 RETRIED = ("error", "lost", "hung", "metric")  # classes whose cause may have gone
 EXISTING = "[SWEEP] [storage=FOLDER] [sweep.state=FOLDER]"
@@ -438,7 +455,10 @@ VERBS = {
     "sweep": Verb(
         run=sweep,
         help="search, refit over seeds, compare",
-        flags={"resume": "go on with the sweep of that name, if there is one"} | CHANGED | CLUSTER,
+        flags={"resume": "go on with the sweep of that name, if there is one"}
+        | CHANGED
+        | SCALE
+        | CLUSTER,
     ),
     "train": Verb(
         run=train,
@@ -477,6 +497,13 @@ VERBS = {
         help="lay sweeps beside each other",
         words="SWEEP SWEEP ... [storage=FOLDER] [sweep.state=FOLDER]",
         flags={"csv=FILE": "where the table goes; comparison.csv beside the sweeps, if not given"},
+    ),
+    "table": Verb(
+        run=table,
+        help="lay a table of the paper beside ours",
+        words="LAYER.yaml [SWEEP ...] [key=value ...]",
+        flags=SCALE
+        | {"bench=FILE": "what `richkd bench --table12 --json` printed; else it is measured now"},
     ),
     "doctor": Verb(
         run=doctor,

@@ -156,10 +156,10 @@ def go_on(
     if (folder / "summary.json").exists() and not (resettled or longer) and more == More():
         result = located(folder, read_record(folder / "summary.json", *SUMMARY))
         show(result)
-        more_of = f"give it more: python -m tune resume {called(folder)} --add-trials 16"
-        if result["best"] is None:
-            more_of = f"what failed is tried again by: python -m tune retry {called(folder)}"
-        say(f"nothing was left to do; {more_of}")
+        advice = f"give it more: python -m tune resume {called(folder)} --add-trials 16"
+        if Sweep(folder, layers).grid:
+            advice = f"what failed is tried again by: python -m tune retry {called(folder)}"
+        say(f"nothing was left to do; {advice}")
         return result
     now = fingerprint()
     found = resettled + differences(asked.get("fingerprint", now), now)

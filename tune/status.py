@@ -21,7 +21,7 @@ def status(folder: Path) -> dict[str, Any]:
     """Return how a sweep stands, as plain JSON.
 
     Returns:
-        `sweep`, `folder`, `state` (`running`, `finished` or `stopped`), `driver` (of its lock; one on another machine may
+        `sweep`, `folder`, `grid` (whether it is one), `state` (`running`, `finished` or `stopped`), `driver` (of its lock; one on another machine may
         have died, and counts as running), `trials` and `refits` (each how many in which
         state, and `of` how many), `epochs` of the runs under way, `best`, `failures` (class and text by run), `hours`,
         `gpu_hours` and their `limits`, `go_on` (the line that does, if it is stopped), and `unsent`: how many messages MLflow has not got.
@@ -40,6 +40,7 @@ def status(folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "state": "running" if running else "finished" if finished else "stopped",
         "driver": driver,
+        "grid": sweep.grid,
         "trials": {},
         "epochs": {},
         "best": None,
@@ -111,7 +112,9 @@ def lines(found: dict[str, Any]) -> list[str]:
                 "driver", f"pid {driver['pid']} on {driver['host']}, since {driver['since']}{there}"
             )
         )
-    said += [line("trials", counts(found["trials"])), line("refits", counts(found["refits"]))]
+    if not found["grid"]:
+        said.append(line("trials", counts(found["trials"])))
+    said.append(line("refits", counts(found["refits"])))
     if found["epochs"]:
         each = ", ".join(f"{run} at epoch {epoch}" for run, epoch in found["epochs"].items())
         said.append(line("under way", each))

@@ -147,6 +147,6 @@ def columns(summary: dict[str, Any], selection: str = "validation") -> dict[str,
     return found
 
 
-def said(mean: float, sd: float | None) -> str:
+def said(mean: float, sd: float | None, digits: int = 2) -> str:
     """Return a mean with its standard deviation, if there is one."""
-    return f"{mean:.2f}" + ("" if sd is None else f" ± {sd:.2f}")
+    return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")

@@ -1,0 +1,454 @@
+"""A table of the paper: ours beside what is printed there, as far as there is any, and what is missing.
+
+    python -m tune sweep paper/table13
+    python -m tune table conf/paper/table13.yaml
+
+A layer under conf/paper holds both: the grid that makes ours and, under `paper`, the figures as printed. The table is made
+of the newest sweep that was started from it, or of the sweeps that are named.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as Rows
+
+from richkd import escape
+from richkd.command import Stop
+from richkd.config import (
+    UNHASHED,
+    Entry,
+    Layers,
+    build,
+    find_layer,
+    flatten,
+    one_of,
+    read,
+    read_layer,
+    to_dict,
+)
+from richkd.errors import ConfigError, RichkdError
+from richkd.files import read_json, write_atomic
+from richkd.progress import stoppable
+from tune.attach import attach
+from tune.best import called, find_sweep
+from tune.display import Display, short
+from tune.findings import Findings, found_in
+from tune.launch import start
+from tune.page import Block, Table, Text, to_markdown
+from tune.settings import Settings
+from tune.study import MAIN
+from tune.summary import difference, said, spread
+from tune.sweep import asked_of, state_of
+
+SOURCES = ("grid", "bench", "diagnose")
+SCALES = ("full", "tiny")
+TINY = "Tiny scale: the numbers mean nothing beyond “it runs”."
+HEADER = ("", "ours", "last epoch", "n", "paper", "to kd (s.e.)", "paper's")
+LEGEND = "Ours are mean ± standard deviation over n seeds; differences to kd are paired by seed."
+COUNTS = "/n"  # how the key of a number of images ends
+VARIANTS = "variants"  # the row of figures that has those of a benchmark
+UNITS = {"memory": 2**30}  # bytes of what the paper gives in GiB
+OF_A_METHOD = ("method.", "loss.", "fusion.", "contrast.")
+WIDTH = 80
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Paper:
+    """A table as the paper has it."""
+
+    title: str = ""
+    source: str = "grid"  # of ours: grid | bench | diagnose
+    metrics: dict[str, Any] = field(default_factory=dict)  # what is compared: name: key in a run
+    # row: {method: a number, or one a metric}; null where nothing is printed
+    figures: dict[str, Any] = field(default_factory=dict)
+    remark: str | None = None  # what is to be known of them
+    scale: str = "full"  # in which ours are made: full | tiny
+
+    def __post_init__(self) -> None:
+        one_of("paper.source", self.source, SOURCES)
+        one_of("paper.scale", self.scale, SCALES)
+        for row, methods in self.figures.items():
+            given = methods.values() if isinstance(methods, dict) else [None]
+            if any(len(_listed(values)) != len(self.metrics) for values in given):
+                raise ConfigError(
+                    f"paper.figures.{row} must have a number of each of {', '.join(self.metrics)} for each method but has "
+                    f"{methods!r}; write null for what is not printed."
+                )
+
+    def printed(self, row: str, method: str, metric: str) -> float | None:
+        """Return a number of the paper, None if it has none."""
+        values = self.figures.get(row, {}).get(method)
+        return None if values is None else _listed(values)[list(self.metrics).index(metric)]
+
+
+def _listed(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else [values]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """The section of a layer that holds a table."""
+
+    paper: Paper = field(default_factory=Paper)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One number of a table.
+
+    Attributes:
+        row: Of the table.
+        metric: What is compared.
+        method: By which the student was trained, or what was measured.
+        ours: By seed.
+        last: Likewise of the last epoch, where another one is kept.
+        n: Runs that there are.
+        of: Runs that are asked for.
+        counts: Whether it is a number of images.
+        paper: As printed.
+        gap: Paired difference of ours to kd of the row, as `summary.difference`.
+        paper_gap: The difference of the printed numbers.
+    """
+
+    row: str
+    metric: str
+    method: str
+    ours: dict[int, float]
+    last: dict[int, float] = field(default_factory=dict)
+    n: int = 0
+    of: int = 1
+    counts: bool = False
+    paper: float | None = None
+    gap: dict[str, Any] | None = None
+    paper_gap: float | None = None
+
+
+def scaled(words: Sequence[str], scale: str | None) -> Layers:
+    """Return the layers of a command line; at scale `tiny` what conf/paper/tiny.yaml says holds in all cells of a grid."""
+    if scale in (None, "full"):
+        return read([*words])
+    one_of("--scale", scale, SCALES)
+    layer = f"paper/{scale}"
+    keys = {entry.key for entry in read_layer(find_layer(layer)).entries}
+    layers = read([*(w for w in words if "=" not in w), layer, *(w for w in words if "=" in w)])
+    return Layers(entries=tuple(_without(entry, keys) for entry in layers.entries))
+
+
+def _without(entry: Entry, keys: set[str]) -> Entry:
+    """Return the settings of a row or a method of a grid without these keys, and any other entry as it is."""
+    if not entry.key.startswith("sweep.grid.") or not isinstance(entry.value, dict):
+        return entry
+    return entry._replace(value={k: v for k, v in entry.value.items() if k not in keys})
+
+
+def table(
+    words: Sequence[str],
+    *,
+    scale: str | None = None,
+    bench: Path | None = None,
+    stop: Stop | None = None,
+) -> dict[str, Any]:
+    """Return a table of the paper with what there is of ours, as plain JSON; beside its sweep and in MLflow it is Markdown.
+
+    A grid at scale `tiny` that was never run is run first.
+
+    Args:
+        words: The layer, sweeps, and overrides of the layer.
+        scale: In which ours were made.
+        bench: File with what `richkd bench --table12 --json` printed; None: a table of times is measured now.
+        stop: Says whether a signal came.
+
+    Returns:
+        `title`, `heading` (what warns of a tiny scale, else None), `cells`, `missing` and `notes` (lines), `sweeps`, `file` and
+        `link` (None without a sweep), and `go_on` (the line that makes what is missing, None if nothing is).
+
+    Raises:
+        ConfigError: If the layer holds no table, or there is no such sweep.
+        CorruptError: If a record cannot be read.
+    """
+    names = [word for word in words if "=" not in word]
+    layers = scaled([*names[:1], *(word for word in words if "=" in word)], scale)
+    paper = build(layers, Layer).paper
+    if not paper.title:
+        raise ConfigError(
+            f"table takes a layer with paper.title and paper.figures but got {' '.join(names[:1]) or 'none'}; give one of "
+            "conf/paper, such as conf/paper/table13.yaml."
+        )
+    if paper.source != "grid" and names[1:]:
+        raise ConfigError(
+            f"{names[0]} is a table of no sweep but got {', '.join(names[1:])}; leave them out."
+        )
+    found: list[Findings] = []
+    notes = [] if paper.remark is None else [" ".join(paper.remark.split())]
+    match paper.source:
+        case "grid":
+            folders = sweeps_of(paper, layers, names[1:])
+            if not folders and paper.scale == "tiny":
+                folders = [Path(start(layers, stop=stop)["sweep"])]
+            found = [found_in(folder) for folder in folders]
+            cells = of_grid(paper, layers, found)
+            notes += [note for one in found if (note := differing(one, layers))]
+        case "bench":
+            cells = of_bench(paper, read_json(bench) if bench else measured(layers, stop or Stop()))
+        case "diagnose":
+            cells = of_figures(paper)
+            notes.append(
+                "Ours would come from `python -m richkd diagnose`, which is not there yet."
+            )
+    answer = {
+        "title": paper.title,
+        "heading": TINY if paper.scale == "tiny" else None,
+        "cells": [asdict(cell) for cell in cells],
+        "missing": missing(cells),
+        "notes": notes,
+        "sweeps": [one.name for one in found],
+    }
+    place = kept(document(answer, cells), paper.title, found, Path(names[0]).stem)
+    return answer | place | {"go_on": go_on(names[0], scale, found, answer["missing"])}
+
+
+def sweeps_of(paper: Paper, layers: Layers, names: Sequence[str]) -> list[Path]:
+    """Return the folders of the sweeps that a table is made of: those named, else the newest of its title and scale."""
+    storage = state_of(build(layers, Settings), build(layers))
+    if names:
+        return [find_sweep(name, storage) for name in names]
+    same = []
+    for path in storage.glob("*/sweep.json"):
+        asked, before = asked_of(path.parent)
+        other = build(before, Layer).paper
+        if (other.title, other.scale) == (paper.title, paper.scale):
+            same.append((asked["started"], path.parent))
+    return [max(same)[1]] if same else []
+
+
+def of_grid(paper: Paper, layers: Layers, found: Sequence[Findings]) -> list[Cell]:
+    """Return the cells of the layer's grid, and those that only the paper has, with what sweeps have of them."""
+    wanted = build(layers, Settings)
+    grid, seeds = wanted.sweep.grid, wanted.refit.seeds
+    cells = []
+    for row, settings in grid.rows.items():
+        methods = dict.fromkeys((*paper.figures.get(row, {}), *grid.methods))
+        runs = {method: refits_of(found, row, method, settings) for method in methods}
+        for metric, key in paper.metrics.items():
+            counts = key.endswith(COUNTS)
+            theirs = by_seed(runs.get("kd", {}), key)
+            for method in methods:
+                ours, compared = by_seed(runs[method], key), method != "kd" and not counts
+                printed, other = (paper.printed(row, name, metric) for name in (method, "kd"))
+                both = compared and None not in (printed, other)
+                cell = Cell(
+                    row=row,
+                    metric=metric,
+                    method=method,
+                    ours=ours,
+                    last=by_seed(runs[method], key.replace("test/", "test/last_", 1)),
+                    n=len(runs[method]),
+                    of=seeds if method in grid.methods else 1,
+                    counts=counts,
+                    paper=printed,
+                    gap=difference(ours, theirs) if compared else None,
+                    paper_gap=printed - other if both else None,
+                )
+                cells.append(cell)
+    return cells
+
+
+def refits_of(
+    found: Sequence[Findings], row: str, method: str, settings: dict[str, Any]
+) -> dict[int, dict[str, Any]]:
+    """Return the metrics of a cell by seed, of the first sweep that has it.
+
+    A method that needs a search, such as autokd, is in no grid: its cell is what a sweep of it found, with the row's settings.
+    """
+    for one in found:
+        base = flatten(to_dict(one.base))
+        same = all(base.get(key) == value for key, value in settings.items())
+        searched = not one.grid and one.base.method.name == method and same
+        if runs := one.refits.get(MAIN if searched else f"{row}-{method}"):
+            return runs
+    return {}
+
+
+def by_seed(runs: dict[int, dict[str, Any]], key: str) -> dict[int, float]:
+    """Return a metric of those runs that have it."""
+    return {seed: metrics[key] for seed, metrics in runs.items() if key in metrics}
+
+
+def differing(found: Findings, layers: Layers) -> str | None:
+    """Return in which settings a grid differs from the layer, if so: then its numbers are of something else."""
+    if not found.grid:
+        return None
+    ours, wanted = flatten(to_dict(found.base)), flatten(to_dict(build(layers)))
+    free = (*UNHASHED, "teacher.shared")
+    keys = [k for k in wanted if ours.get(k) != wanted[k] and not k.startswith(free)]
+    told = ", ".join(f"{key}={ours.get(key)}, not {wanted[key]}" for key in keys)
+    return f"{found.name} ran with {told}." if told else None
+
+
+def measured(layers: Layers, stop: Stop) -> dict[str, Any]:
+    """Return what a benchmark of the layer's config finds on this machine, with CLIP live and cached."""
+    from richkd import bench
+    from richkd.bench import variants
+
+    config = build(layers)
+    with Display("bench", stop=stop) as display:
+        wanted = variants.wanted(config, None, live=True)
+        progress = stoppable(display.progress, stop)
+        return bench.measure(config, wanted, progress=progress, stop=stop)
+
+
+def of_bench(paper: Paper, found: dict[str, Any]) -> list[Cell]:
+    """Return times and memory of what was measured beside the paper's, metric by metric."""
+    cells = []
+    for metric, key in paper.metrics.items():
+        for variant in dict.fromkeys((*paper.figures.get(VARIANTS, {}), *found["variants"])):
+            own = found["variants"].get(variant)
+            cell = Cell(
+                row="",
+                metric=metric,
+                method=variant,
+                ours={} if own is None else {0: own[key] / UNITS.get(key, 1)},
+                n=int(own is not None),
+                paper=paper.printed(VARIANTS, variant, metric),
+            )
+            cells.append(cell)
+    return cells
+
+
+def of_figures(paper: Paper) -> list[Cell]:
+    """Return the numbers of the paper alone."""
+    return [
+        Cell(
+            row=row, metric=metric, method=method, ours={}, paper=paper.printed(row, method, metric)
+        )
+        for row, methods in paper.figures.items()
+        for metric in paper.metrics
+        for method in methods
+    ]
+
+
+def missing(cells: Sequence[Cell]) -> list[str]:
+    """Return which runs are missing, in words."""
+    short_of = {
+        f"{cell.row} {cell.method}".strip(): (cell.n, cell.of) for cell in cells if cell.n < cell.of
+    }
+    return [f"{name} ({n} of {of})" if n else name for name, (n, of) in short_of.items()]
+
+
+def go_on(
+    layer: str, scale: str | None, found: Sequence[Findings], lacks: Sequence[str]
+) -> str | None:
+    """Return the line that makes what is missing, None if no line does."""
+    stopped = [one for one in found if one.grid and one.state == "stopped"]
+    if lacks and stopped:
+        return f"python -m tune resume {called(stopped[0].folder)}"
+    if not lacks or found:
+        return None
+    return f"python -m tune sweep {layer}" + (f" --scale {scale}" if scale else "")
+
+
+def rows_of(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
+    """Return cells as rows of text below HEADER, those of one row and metric under a line of their own."""
+    rows, above = [], ""
+    several = len({cell.metric for cell in cells}) > 1
+    for cell in cells:
+        group = ", ".join(filter(None, (cell.row, cell.metric if several else "")))
+        if group != above:
+            rows.append((group, *[""] * (len(HEADER) - 1)))
+            above = group
+        rows.append((f"  {cell.method}", *texts_of(cell)))
+    return rows
+
+
+def texts_of(cell: Cell) -> tuple[str, ...]:
+    """Return a cell in the order of HEADER."""
+    gap, digits = cell.gap or {}, 0 if cell.counts else 2
+    se = "" if gap.get("se") is None else f" ({gap['se']:.2f})"
+    return (
+        _mean(cell.ours, digits) or ("-" if cell.n else "missing"),
+        _mean(cell.last, digits),
+        str(cell.n or ""),
+        "" if cell.paper is None else _exact(cell.paper),
+        f"{gap['mean']:+.2f}{se}" if gap else "",
+        "" if cell.paper_gap is None else f"{cell.paper_gap:+.2f}",
+    )
+
+
+def _mean(values: dict[int, float], digits: int) -> str:
+    if not values:
+        return ""
+    found = spread(list(values.values()))
+    return said(found["mean"], found["sd"], digits)
+
+
+def _exact(value: float) -> str:
+    """Return a printed number with its digits, at least two behind the point."""
+    return str(value) if isinstance(value, int) or round(value, 2) != value else f"{value:.2f}"
+
+
+def shown(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of a table without the columns in which nothing stands."""
+    rows = rows_of(cells)
+    kept = [k for k in range(len(HEADER)) if k < 2 or any(row[k] for row in rows)]
+    return [HEADER[k] for k in kept], [[row[k] for k in kept] for row in rows]
+
+
+def document(answer: dict[str, Any], cells: Sequence[Cell]) -> list[Block]:
+    """Return a table as blocks."""
+    header, rows = shown(cells)
+    blocks: list[Block] = [] if answer["heading"] is None else [Text(answer["heading"], "note")]
+    blocks.append(Table(header=header, rows=rows, right=range(1, len(header))))
+    blocks += [Text(text) for text in (LEGEND, *answer["notes"])]
+    if answer["missing"]:
+        blocks.append(Text(f"Missing: {'; '.join(answer['missing'])}."))
+    return blocks
+
+
+def kept(
+    blocks: Sequence[Block], title: str, found: Sequence[Findings], name: str
+) -> dict[str, Any]:
+    """Write a table beside the first of its sweeps, and into its run in MLflow; return `markdown`, `file`, `link`, and `untold`.
+
+    `untold` is why MLflow has not got it, None if it has.
+    """
+    text = to_markdown(title, blocks)
+    place: dict[str, Any] = {"markdown": text, "file": None, "link": None, "untold": None}
+    if not found:
+        return place
+    folder = found[0].folder / "table"
+    write_atomic(folder / f"{name}.md", text.encode())
+    place["file"] = str(folder / f"{name}.md")
+    try:
+        place["link"] = attach(str(found[0].folder), folder, found[0].folder.parent)["link"]
+    except RichkdError as error:  # it is down, or has not heard of the sweep
+        place["untold"] = str(error)
+    return place
+
+
+def lines(answer: dict[str, Any]) -> list[str]:
+    """Return a table as lines for the terminal."""
+    header, rows = shown([Cell(**cell) for cell in answer["cells"]])
+    drawn = Rows(box=None, pad_edge=False)
+    for name in header:
+        drawn.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*map(escape.line, row))
+    console = Console(width=2 * WIDTH, color_system=None, highlight=False)
+    with console.capture() as captured:
+        console.print(drawn, markup=False)
+    head = [answer["title"], *([answer["heading"]] if answer["heading"] else [])]
+    told = [LEGEND, *answer["notes"]]
+    if answer["missing"]:
+        told.append(f"missing: {', '.join(answer['missing'])}")
+    if answer["untold"] is not None:
+        told.append(f"MLflow has not got it: {answer['untold']}")
+    below = [line for text in told for line in textwrap.wrap(escape.line(text), WIDTH)]
+    file = None if answer["file"] is None else short(answer["file"])
+    places = {"go on": answer["go_on"], "table": file, "in MLflow": answer["link"]}
+    table_ = [line.rstrip() for line in captured.get().splitlines()]
+    ends = [f"{what:<11}{text}" for what, text in places.items() if text is not None]
+    return [*head, "", *table_, "", *below, *ends]
