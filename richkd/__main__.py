@@ -78,6 +78,10 @@ def distill(arguments: argparse.Namespace) -> Done:
     say(f"{config.method.name} on {config.data.source}, into {folder}")
     if config.caution:
         say(config.caution)
+    if config.data.imbalance is not None:
+        say(
+            f"{config.part} top1 is the mean over classes, under data.imbalance={config.data.imbalance}"
+        )
     if config.loss.logit:
         fused = f"alpha {config.fusion.alpha:g} at clip.scale {config.clip.scale}, "
         say(
