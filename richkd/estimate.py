@@ -176,9 +176,11 @@ def untrained_teacher(config: Config, task: Task) -> nn.Module:
             given.name,
             len(dataset.names),
             channels=dataset.channels,
-            size=dataset.size,
+            size=dataset.size if given.size is None else (given.size, given.size),
             shortcut=given.shortcut,
         )
+    if given.size is not None:
+        network = teachers.Resized(network, given.size)
     models.check_size(network, dataset.channels, dataset.size, field=f"teacher.name={given.name}")
     return network
 
@@ -388,7 +390,9 @@ def untrained(config: Config, task: Task, seeds: Iterable[int]) -> list[int]:
 def teacher_pace(config: Config, task: Task, folder: Path, *, seconds: float) -> Pace:
     """Return what the training of a task teacher costs here, as `pace` does."""
     recipe = teachers.teacher_recipe(config)
-    return pace(recipe, distill.open_task(recipe, beside=task), None, folder, seconds=seconds)
+    same = recipe.data.size == config.data.size
+    task = distill.open_task(recipe, beside=task if same else None)
+    return pace(recipe, task, None, folder, seconds=seconds)
 
 
 def unseen(config: Config, task: Task, progress: Progress | None = None) -> list[Lack]:

@@ -16,7 +16,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch import nn
 
-from richkd import checkpoint, distill, load_student, threads
+from richkd import bench, checkpoint, distill, load_student, threads
 from richkd.config import Data, build, read
 from richkd.data import Stream, load, stream
 from richkd.errors import ConfigError
@@ -236,6 +236,8 @@ def test_what_needs_all_crops_at_hand_is_refused(words, archive):
         teacher_recipe(build(read(["teacher.size=16"])))
     with pytest.raises(ConfigError, match="data.size is a matter of data.source=folder, or of"):
         load(Data(source="arrays", path=archive, size=64))
+    with pytest.raises(ConfigError, match="bench measures crops, .* data.augment=strong"):
+        bench.measure(build(read(words)), [])
     with pytest.raises(ConfigError, match="data.augment=strong is for images in colour but digits"):
         load(Data(augment="strong"))
 

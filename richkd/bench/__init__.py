@@ -64,7 +64,7 @@ from richkd.bench.variants import (
 )
 from richkd.config import Config
 from richkd.distill import Task
-from richkd.errors import Interrupted
+from richkd.errors import ConfigError, Interrupted
 from richkd.progress import Progress, stoppable
 
 __all__ = ["Ours", "burst_length", "measure", "of_method", "speed"]
@@ -118,6 +118,10 @@ def measure(
         ConfigError: If something does not fit together.
         Interrupted: If `stop` said so.
     """
+    if config.data.augment != "crop":
+        raise ConfigError(
+            f"bench measures crops, beside a loop that crops, but data.augment={config.data.augment}; use data.augment=crop."
+        )
     told = stoppable(progress, stop)
     task = distill.open_task(config, told)
     device = task.device
