@@ -7,11 +7,12 @@ from PIL import Image, ImageOps
 from torchvision import models
 from torchvision.transforms import v2
 
-from richkd import distill, load_student, zeroshot
+from richkd import checkpoint, distill, load_student, zeroshot
 from richkd.config import Data, build, read
 from richkd.data import Stream, load, rows
 from richkd.data.imagenet import names_of
 from richkd.errors import ConfigError, DataError
+from richkd.export import config_of
 
 WNIDS = {  # known to everybody
     "n01440764": "tench",
@@ -127,6 +128,9 @@ def test_a_student_learns_from_a_teacher_of_torchvision_s(root, cache_root, tmp_
         seen = student(student.read(*[test.files[k] for k in range(len(test))])).argmax(1)
     right = (seen.numpy() == test.labels).mean()
     assert 100 * right == pytest.approx(tested["test/top1"])
+    meta = checkpoint.load(tmp_path / "run" / "best").meta
+    outside = config_of(student, meta)["outside"]
+    assert (outside["border"], outside["resample"]) == (1 / 16, "bilinear, antialiased")
 
 
 def test_what_is_missing_is_said(root, tmp_path, monkeypatch):

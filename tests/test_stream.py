@@ -1,7 +1,6 @@
 """Images augmented one by one: against timm's own transforms, by seed, over processes, and as runs meet them."""
 
 import multiprocessing
-import os
 import random
 import signal
 import subprocess
@@ -126,9 +125,8 @@ def test_worker_processes_make_the_same_pixels_and_end(archive, monkeypatch):
     batches = [(part, ours.draw(len(part), generator)) for part in (*rows.split(13), none)]
     expected = [ours.pixels(*batch) for batch in batches]
     monkeypatch.setattr(stream, "CHUNK", 4)
-    for few, count in ((10**6, 0), (0, 2)):
-        monkeypatch.setattr(stream, "FEW", few)
-        monkeypatch.setattr(threads, "GRANTED", 2)
+    for count in (0, 2):
+        monkeypatch.setattr(stream, "processes", lambda *_, count=count: count)
         before = torch.get_rng_state()
         made = ours.loader(batches)
         found = [next(made)]
@@ -141,6 +139,17 @@ def test_worker_processes_make_the_same_pixels_and_end(archive, monkeypatch):
     next(made)
     made.close()  # before its end
     assert not multiprocessing.active_children()
+
+
+def test_processes_make_images_beside_a_gpu_if_there_are_many_and_cores_for_it(monkeypatch):
+    for device, granted, images, expected in (
+        ("cuda", 8, 50_000, 8),
+        ("cuda", 1, 50_000, 0),
+        ("cuda", 8, 20, 0),
+        ("cpu", 8, 50_000, 0),
+    ):
+        monkeypatch.setattr(threads, "GRANTED", granted)
+        assert stream.processes(torch.device(device), images) == expected
 
 
 @pytest.fixture
@@ -249,11 +258,16 @@ def test_a_signal_ends_a_run_and_its_worker_processes(words, tmp_path, archive):
         images, labels = (np.repeat(found[name], 40, 0) for name in ("images", "labels"))
     np.savez(tmp_path / "many.npz", images=images, labels=labels)
     words = [*words, "method.name=ce", f"data.path={tmp_path / 'many.npz'}", "train.epochs=10000"]
-    command = [sys.executable, "-m", "richkd", "distill", *words, f"storage={tmp_path}", "--name=a"]
+    code = """
+import runpy
+from richkd.data import stream
+stream.processes = lambda *_: 2  # as beside a GPU
+runpy.run_module("richkd", run_name="__main__")
+"""
+    command = [sys.executable, "-c", code, "distill", *words, f"storage={tmp_path}", "--name=a"]
     with subprocess.Popen(
         command,
         cwd=Path(__file__).parent.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -87,8 +87,7 @@ class Stream:
     def loader(self, batches: list[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
         """Yield the pixels of each of `batches`, rows `(B,)` and views `(B, 1)`, in order, on the CPU.
 
-        They are made ahead by as many processes as this one was granted threads, which end with the iterator, or with this
-        process; here, where it was granted one, or where there are but few images.
+        They are made ahead by `processes`, which end with the iterator, or with this process; here, where there are none.
         """
         chunks = [
             chunk
@@ -96,11 +95,11 @@ class Stream:
             for chunk in zip(rows.split(CHUNK), views.split(CHUNK), strict=True)
         ]
         made: Iterable[Tensor] = (self._made(*chunk) for chunk in chunks)
-        if threads.GRANTED > 1 and sum(len(rows) for rows, _ in batches) >= FEW:
+        if count := processes(self.device, sum(len(rows) for rows, _ in batches)):
             made = DataLoader(
                 Chunks(self, chunks),
                 batch_size=None,
-                num_workers=min(threads.GRANTED, len(chunks)),
+                num_workers=count,
                 multiprocessing_context="fork",  # which copies neither images nor rows
                 generator=torch.Generator(),  # else a number is drawn from the global one
             )
@@ -124,6 +123,14 @@ class Stream:
         picture = self.source.picture(row)
         with seeded(seed):
             return self.transform(picture)
+
+
+def processes(device: torch.device, images: int) -> int:
+    """Return how many processes make so many images: as many as this one was granted threads, or none.
+
+    Beside training on a CPU they would only take its cores: two of them made it eight times slower on two busy cores.
+    """
+    return threads.GRANTED if device.type == "cuda" and images >= FEW and threads.GRANTED > 1 else 0
 
 
 class Chunks:
