@@ -548,6 +548,12 @@ class Config:
         """Weight of the task teacher's features."""
         return self.fusion.alpha if self.fusion.feature_alpha is None else self.fusion.feature_alpha
 
+    @property
+    def asks_clip(self) -> bool:
+        """Whether the loss has a use for what zero-shot teachers say."""
+        of_logits = self.loss.logit > 0 and self.fusion.alpha < 1
+        return of_logits or (self.loss.contrasts and self.feature_alpha < 1)
+
     def _check_views(self) -> None:
         """Raise ConfigError if a teacher is to meet crops in a way in which they do not come."""
         if self.data.augment == "crop":

@@ -146,7 +146,7 @@ def open_teacher(
     relative |= config.loss.temperature_of == "task"
     own = None
     clips = []
-    if (loss.logit > 0 and config.fusion.alpha < 1) or (loss.contrasts and features < 1):
+    if config.asks_clip:
         clips = teachers.open_clip_teachers(
             config.clip, task.dataset, task.device, task.cache, progress
         )

@@ -101,7 +101,7 @@ def look_at_all(config: Config, task: distill.Task, progress: Progress, **launch
         progress: Told how far it is; may raise to stop, and what is finished stays.
         launch: `stop`, `address` and `dashboard`, as `runner.run` takes them.
     """
-    if config.loss.logit == 0 or config.fusion.alpha == 1:
+    if not config.asks_clip:
         return
     if sum(lack.seconds for lack in estimate.unseen(config, task, progress)) >= WORTH:
         from tune.spread import features  # Ray takes seconds to import
