@@ -11,6 +11,7 @@ from richkd.errors import ConfigError
 from richkd.files import read_json
 from tune import launch
 from tune.best import best
+from tune.costs import runs_of
 from tune.findings import found_in
 from tune.first import prepare_cells
 from tune.status import lines, status
@@ -76,6 +77,14 @@ def test_a_cell_is_its_row_and_on_top_its_method(layer, tmp_path):
     assert (config.method.name, config.fusion.alpha) == ("richkd-l", 0.5)
     assert sweep.configs()[2].method.name == "kd-crd"
     assert not sweep.space  # though conf/digits.yaml, which lies beneath, has one
+
+
+def test_a_plan_counts_the_runs_of_a_grid_and_no_trials(layer, tmp_path):
+    words = ["refit.seeds=3", "sweep.grid.rows.large={student.name: cnn16, train.epochs: 9}"]
+    runs = runs_of(Sweep(tmp_path, read([str(layer), *words])), slots=2)
+    assert (runs.trials, runs.expected, runs.total) == ({}, {}, 4 * 3)
+    assert runs.epochs == 9  # of the longest
+    assert runs.students["large-kd"] == "kd-crd"
 
 
 @pytest.mark.parametrize(

@@ -213,9 +213,8 @@ class Display:
 def show(result: dict[str, Any]) -> None:
     """Print the summary that a person reads."""
     console = Terminal(highlight=False, soft_wrap=True)
-    console.width = max(
-        console.width, 80
-    )  # a narrower one wraps lines, where a table would lose its end
+    # a narrower one wraps lines, where a table would lose its end; that of a grid has longer titles
+    console.width = max(console.width, 80 if result["best"] else 120)
 
     def line(what: str, text: str = "", style: str | None = None) -> None:
         console.print(f"{what:<14}{text}" if text else what, style=style, markup=False)

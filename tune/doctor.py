@@ -122,7 +122,8 @@ def _study(folder: Path, ended: set[Path]) -> Iterator[Finding]:
     try:
         asked, layers = asked_of(folder)
         sweep = Sweep(folder, layers)
-        if sweep.settings.sweep.study is None and not (folder / "study.db").exists():
+        own = sweep.settings.sweep.study is None and not sweep.grid
+        if own and not (folder / "study.db").exists():
             if (sweep.runs / "trials").exists():
                 yield Finding(what="study.db is missing", advice="restore it from a copy")
             return
