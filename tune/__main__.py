@@ -111,13 +111,15 @@ def sweep(arguments: argparse.Namespace) -> Done:
     config.build(layers)  # most mistakes are refused here, before the slow imports
     cluster = _cluster(arguments)
     from tune.launch import start
-    from tune.table import scaled
+    from tune.tiny import TINY, scaled
 
     layers = scaled(arguments.words, arguments.scale)
 
     answer = start(
         layers, resume=arguments.resume, changed=arguments.changed, **cluster, stop=arguments.stop
     )
+    if arguments.scale == "tiny":
+        say(TINY)
     return Done(answer, 3 if answer["failed"] else 0)
 
 

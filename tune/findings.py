@@ -386,5 +386,5 @@ def origin(method: str, settings: dict[str, Any]) -> str | None:
     if printed(method).items() <= settings.items():
         return "the paper's own setting; nothing that was tried is better"
     if plain().items() <= settings.items():
-        return "plain distillation; no fusion that was tried is better"
+        return "plain distillation; nothing that was tried is better"
     return None

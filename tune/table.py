@@ -7,6 +7,7 @@ A layer under conf/paper holds both: the grid that makes ours and, under `paper`
 of the newest sweep that was started from it, or of the sweeps that are named.
 """
 
+import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,14 +21,10 @@ from richkd import escape
 from richkd.command import Stop
 from richkd.config import (
     UNHASHED,
-    Entry,
     Layers,
     build,
-    find_layer,
     flatten,
     one_of,
-    read,
-    read_layer,
     to_dict,
 )
 from richkd.errors import ConfigError, RichkdError
@@ -43,12 +40,11 @@ from tune.settings import Settings
 from tune.study import MAIN
 from tune.summary import difference, said, spread
 from tune.sweep import asked_of, state_of
+from tune.tiny import SCALES, TINY, scaled
 
 SOURCES = ("grid", "bench", "diagnose")
-SCALES = ("full", "tiny")
-TINY = "Tiny scale: the numbers mean nothing beyond “it runs”."
 HEADER = ("", "ours", "last epoch", "n", "paper", "to kd (s.e.)", "paper's")
-LEGEND = "Ours are mean ± standard deviation over n seeds; differences to kd are paired by seed."
+LEGEND = "Ours are of the best epoch on {} rows: mean ± standard deviation over n seeds; differences to kd are paired by seed."
 COUNTS = "/n"  # how the key of a number of images ends
 VARIANTS = "variants"  # the row of figures that has those of a benchmark
 UNITS = {"memory": 2**30}  # bytes of what the paper gives in GiB
@@ -127,24 +123,6 @@ class Cell:
     paper_gap: float | None = None
 
 
-def scaled(words: Sequence[str], scale: str | None) -> Layers:
-    """Return the layers of a command line; at scale `tiny` what conf/paper/tiny.yaml says holds in all cells of a grid."""
-    if scale in (None, "full"):
-        return read([*words])
-    one_of("--scale", scale, SCALES)
-    layer = f"paper/{scale}"
-    keys = {entry.key for entry in read_layer(find_layer(layer)).entries}
-    layers = read([*(w for w in words if "=" not in w), layer, *(w for w in words if "=" in w)])
-    return Layers(entries=tuple(_without(entry, keys) for entry in layers.entries))
-
-
-def _without(entry: Entry, keys: set[str]) -> Entry:
-    """Return the settings of a row or a method of a grid without these keys, and any other entry as it is."""
-    if not entry.key.startswith("sweep.grid.") or not isinstance(entry.value, dict):
-        return entry
-    return entry._replace(value={k: v for k, v in entry.value.items() if k not in keys})
-
-
 def table(
     words: Sequence[str],
     *,
@@ -171,7 +149,8 @@ def table(
         CorruptError: If a record cannot be read.
     """
     names = [word for word in words if "=" not in word]
-    layers = scaled([*names[:1], *(word for word in words if "=" in word)], scale)
+    own = [*names[:1], *(word for word in words if "=" in word)]
+    layers = scaled(own, scale)
     paper = build(layers, Layer).paper
     if not paper.title:
         raise ConfigError(
@@ -192,6 +171,7 @@ def table(
             found = [found_in(folder) for folder in folders]
             cells = of_grid(paper, layers, found)
             notes += [note for one in found if (note := differing(one, layers))]
+            notes.insert(0, LEGEND.format(build(layers).judged))
         case "bench":
             cells = of_bench(paper, read_json(bench) if bench else measured(layers, stop or Stop()))
         case "diagnose":
@@ -208,7 +188,10 @@ def table(
         "sweeps": [one.name for one in found],
     }
     place = kept(document(answer, cells), paper.title, found, Path(names[0]).stem)
-    return answer | place | {"go_on": go_on(names[0], scale, found, answer["missing"])}
+    answer |= place | {"go_on": None}
+    if paper.source == "grid":
+        answer["go_on"] = go_on(own, scale, found, answer["missing"])
+    return answer
 
 
 def sweeps_of(paper: Paper, layers: Layers, names: Sequence[str]) -> list[Path]:
@@ -340,15 +323,23 @@ def missing(cells: Sequence[Cell]) -> list[str]:
 
 
 def go_on(
-    layer: str, scale: str | None, found: Sequence[Findings], lacks: Sequence[str]
+    words: Sequence[str], scale: str | None, found: Sequence[Findings], lacks: Sequence[str]
 ) -> str | None:
-    """Return the line that makes what is missing, None if no line does."""
+    """Return the line that makes what is missing of a grid, None if no line does."""
     stopped = [one for one in found if one.grid and one.state == "stopped"]
     if lacks and stopped:
         return f"python -m tune resume {called(stopped[0].folder)}"
     if not lacks or found:
         return None
-    return f"python -m tune sweep {layer}" + (f" --scale {scale}" if scale else "")
+    again = [
+        "python",
+        "-m",
+        "tune",
+        "sweep",
+        *words,
+        *([] if scale is None else ["--scale", scale]),
+    ]
+    return shlex.join(again)
 
 
 def rows_of(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
@@ -371,7 +362,7 @@ def texts_of(cell: Cell) -> tuple[str, ...]:
     return (
         _mean(cell.ours, digits) or ("-" if cell.n else "missing"),
         _mean(cell.last, digits),
-        str(cell.n or ""),
+        str(cell.n or "") if cell.row else "",
         "" if cell.paper is None else _exact(cell.paper),
         f"{gap['mean']:+.2f}{se}" if gap else "",
         "" if cell.paper_gap is None else f"{cell.paper_gap:+.2f}",
@@ -402,7 +393,7 @@ def document(answer: dict[str, Any], cells: Sequence[Cell]) -> list[Block]:
     header, rows = shown(cells)
     blocks: list[Block] = [] if answer["heading"] is None else [Text(answer["heading"], "note")]
     blocks.append(Table(header=header, rows=rows, right=range(1, len(header))))
-    blocks += [Text(text) for text in (LEGEND, *answer["notes"])]
+    blocks += [Text(text) for text in answer["notes"]]
     if answer["missing"]:
         blocks.append(Text(f"Missing: {'; '.join(answer['missing'])}."))
     return blocks
@@ -441,7 +432,7 @@ def lines(answer: dict[str, Any]) -> list[str]:
     with console.capture() as captured:
         console.print(drawn, markup=False)
     head = [answer["title"], *([answer["heading"]] if answer["heading"] else [])]
-    told = [LEGEND, *answer["notes"]]
+    told = [*answer["notes"]]
     if answer["missing"]:
         told.append(f"missing: {', '.join(answer['missing'])}")
     if answer["untold"] is not None:
