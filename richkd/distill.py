@@ -139,7 +139,7 @@ def open_teacher(
     A task teacher that is neither a checkpoint nor a file of logits is trained on the labelled rows, once
     for each seed and recipe, and kept in the cache.
     """
-    loss, features = config.loss, config.feature_alpha
+    loss = config.loss
     if loss.logit == loss.feature == 0:
         return None
     relative = config.clip.scale in ("match_std", "calibrated")
@@ -150,14 +150,7 @@ def open_teacher(
         clips = teachers.open_clip_teachers(
             config.clip, task.dataset, task.device, task.cache, progress
         )
-    beside = None
-    if loss.maps:
-        student = initial_student(config, task.dataset)
-        image = torch.zeros(1, task.dataset.channels, *task.dataset.size)
-        sizes = tuple(shape[1:] for shape in models.stage_shapes(student, image))
-        beside = teachers.Beside(transform=loss.transform, student=sizes)
-    elif loss.contrasts and features > 0:
-        beside = teachers.Beside()
+    beside = asked_beside(config, task)
     if beside is not None or (loss.logit > 0 and (config.fusion.alpha > 0 or relative)):
         given = config.teacher
         trained = None if given.brought else trained_teacher(config, task, progress)
@@ -174,6 +167,18 @@ def open_teacher(
         )
     check_teachers(config.teacher, task, own, clips)
     return teachers.FusedTeacher(config, task.split, task.labels, own, clips)
+
+
+def asked_beside(config: Config, task: Task) -> teachers.Beside | None:
+    """Return what the loss of features of `config` asks of a task teacher beside its logits, None if nothing."""
+    if config.loss.maps:
+        student = initial_student(config, task.dataset)
+        image = torch.zeros(1, task.dataset.channels, *task.dataset.size)
+        sizes = tuple(shape[1:] for shape in models.stage_shapes(student, image))
+        return teachers.Beside(transform=config.loss.transform, student=sizes)
+    if config.loss.contrasts and config.feature_alpha > 0:
+        return teachers.Beside()
+    return None
 
 
 def check_teachers(

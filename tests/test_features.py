@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from richkd import checkpoint, distill, fusion, load_student
+from richkd import bench, checkpoint, distill, estimate, fusion, load_student
 from richkd.config import Config, build, read
 from richkd.errors import ConfigError
 from richkd.record import seed_folders
@@ -246,3 +246,20 @@ def test_seeds_side_by_side_are_the_single_runs(make, tmp_path):
     distill.run_seeds(config, tmp_path / "both", 2)
     distill.run(make("method.name=richkd-lf", "seed=1"), tmp_path / "single")
     assert same(state(seed_folders(tmp_path / "both", 2)[1]), state(tmp_path / "single"))
+
+
+@pytest.mark.parametrize("method", ["crd", "richkd-lf", "at", "lg"])
+@pytest.mark.parametrize("views", ["online", "exact"])
+def test_a_teacher_that_stands_in_for_one_says_as_much(make, method, views):
+    config = make(f"method.name={method}", f"teacher.views={views}")
+    task = distill.open_task(config)
+    rows, crops = torch.from_numpy(task.split.transfer)[:9], torch.zeros(9, 3, dtype=torch.long)
+    real = distill.open_teacher(config, task).said(rows, crops)
+    own = estimate.stand_in(config, task)
+    found = own.said(rows, crops)
+    assert (found.target is None) == (real.target is None)
+    features = [part.shape for part in real.beside]
+    if method == "richkd-lf":  # of CLIP's features the width is not known before it is there
+        features[1] = (9, estimate.WIDTH)
+    assert [part.shape for part in found.beside] == features
+    assert bench.Ours(config, task, own).burst(1) > 0
