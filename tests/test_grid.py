@@ -1,5 +1,6 @@
 """Grids: what their cells are, and how one runs, is gone on with and handed over."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from richkd import load_student
 from richkd.config import read
 from richkd.errors import ConfigError
-from richkd.files import read_json
+from richkd.files import read_json, write_json
 from tune import launch
 from tune.best import best
 from tune.costs import runs_of
@@ -150,6 +151,20 @@ def test_another_seed_runs_alone_and_a_grid_that_is_done_stays(ran, words, capsy
     found = status(ran)
     assert (found["refits"], found["trials"]) == ({"finished": 8, "begun": 0, "of": 8}, {})
     assert not any(line.startswith("trials") for line in lines(found))
+
+
+@pytest.mark.timeout(120)
+def test_a_run_of_a_grid_that_failed_is_told_and_can_be_tried_again(ran, tmp_path, monkeypatch):
+    folder = tmp_path / "grid"
+    shutil.copytree(ran, folder)
+    failed = {"failures": {"refit-small-kd-seed0": "a reason"}}
+    kinds = {"failure_kinds": {"refit-small-kd-seed0": "lost"}}
+    write_json(folder / "summary.json", read_json(folder / "summary.json") | failed | kinds)
+    assert status(folder)["failures"] == {"refit-small-kd-seed0": ["lost", "a reason"]}
+    asked = []
+    monkeypatch.setattr(launch, "carry_out", lambda *_, **more: asked.append(more["retry"]) or {})
+    launch.go_on(folder, more=launch.More(retry=("lost",)))
+    assert asked == [("lost",)]
 
 
 @pytest.mark.timeout(120)

@@ -132,9 +132,10 @@ def about(found: Findings) -> str:
 def about_grid(found: Findings) -> str:
     """Return in a sentence what a grid is."""
     grid = found.settings.sweep.grid
+    caution = found.base.caution or "nothing is searched; test rows are read once, by each run"
     return (
         f"A grid on {found.base.data.source}: {', '.join(grid.rows)}, each with {', '.join(grid.methods)}, over "
-        f"{found.settings.refit.seeds} seeds. Nothing is searched; test rows are read once, by each run."
+        f"{found.settings.refit.seeds} seeds; {caution}."
     )
 
 
