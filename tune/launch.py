@@ -74,9 +74,8 @@ def start(
     settings, base = build(layers, Settings), build(layers)
     if resume and settings.sweep.name is None:
         raise ConfigError("--resume goes on with a sweep by its name but sweep.name is not given.")
-    name = settings.sweep.name or time.strftime(
-        f"{base.data.source}-{base.student.name}-%y%m%d-%H%M%S"
-    )
+    what = "grid" if settings.sweep.grid.rows else base.student.name
+    name = settings.sweep.name or time.strftime(f"{base.data.source}-{what}-%y%m%d-%H%M%S")
     folder = state_of(settings, base) / name
     if (folder / "sweep.json").exists():
         if resume:

@@ -61,7 +61,7 @@ class Grid:
 class Sweep:
     """What is searched, and for how long."""
 
-    name: str | None = None  # folder and parent run; None: <data>-<student>-<yymmdd-hhmmss>
+    name: str | None = None  # folder and parent run; None: <data>-<student or grid>-<yymmdd-hhmmss>
     trials: int = 16  # of the method, and as many again for its baseline kd
     startup: int = 4  # trials drawn at random before the sampler learns; Optuna's 10 is most of 16
     objectives: tuple[str, ...] = (

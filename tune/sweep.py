@@ -151,7 +151,8 @@ class Sweep:
     def shared(self) -> dict[str, Path]:
         """Folders that all machines must see, by key."""
         found = {} if self.store is not None else {"storage": self.runs.parent}
-        if not self.base.teacher.brought:  # it is trained into the cache, by whoever needs it first
+        # one that is trained is kept in the cache, by whoever needs it first
+        if not all(config.teacher.brought for config in self.configs()):
             found["cache"] = Path(self.cache)
         return found
 
