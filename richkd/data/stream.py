@@ -10,11 +10,10 @@ clipped. So augmented pixels can be shared by networks with a normalisation each
 """
 
 import contextlib
-import copy
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader
 from richkd import threads
 from richkd.data.dataset import Dataset, Images
 from richkd.data.pictures import centre
-from richkd.data.views import normalise, sent
+from richkd.data.views import Normalised, sent
 
 RAND = "rand-m9-mstd0.5-inc1"  # timm's words for RandAugment's strength
 ERASED = 0.25  # share of images a part of which is erased
@@ -33,7 +32,7 @@ CHUNK = 32  # images that a worker process makes at a time: a batch of them may 
 FEW = 512  # images: fewer are made sooner than processes start
 
 
-class Stream:
+class Stream(Normalised):
     """All views of some images, on one device; it has the face of `Views`, but for what needs them all at hand.
 
     A view is a seed `(1,)`.
@@ -58,16 +57,6 @@ class Stream:
         """Number of images."""
         return len(self.source)
 
-    def _normalise_by(self, mean: Iterable[float], std: Iterable[float]) -> None:
-        self.mean = torch.tensor([255 * m for m in mean], device=self.device)
-        self.std = torch.tensor([255 * s for s in std], device=self.device)
-
-    def normalised_by(self, mean: Iterable[float], std: Iterable[float]) -> Self:
-        """Return the same views, on the same pixels, with another mean and deviation (in 0 to 1)."""
-        other = copy.copy(self)
-        other._normalise_by(mean, std)
-        return other
-
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Return `count` random views `(count, 1)`."""
         return torch.randint(2**32, (count, 1), generator=generator)
@@ -75,14 +64,6 @@ class Stream:
     def pixels(self, rows: Tensor, views: Tensor | None = None) -> Tensor:
         """Return those views of images `(B, H, W, 3)`, augmented as integers; the whole images, uint8, without `views`."""
         return sent(self._made(rows.cpu(), None if views is None else views.cpu()), self.device)
-
-    def images(self, rows: Tensor, views: Tensor | None = None) -> Tensor:
-        """Return the same views normalised, float32 `(B, C, H, W)` in channels-last memory order."""
-        return self.normalised(self.pixels(rows, views))
-
-    def normalised(self, pixels: Tensor) -> Tensor:
-        """Return `pixels` `(B, H, W, 3)` normalised, float32 `(B, 3, H, W)` in channels-last memory order."""
-        return normalise(pixels, self.mean, self.std)
 
     def loader(self, batches: list[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
         """Yield the pixels of each of `batches`, rows `(B,)` and views `(B, 1)`, in order, on the CPU.

@@ -22,7 +22,35 @@ from richkd.data.dataset import Dataset, Images
 from richkd.data.padded import layout, padded
 
 
-class Views:
+class Normalised:
+    """Images on one device, with the mean and deviation under which a network sees them."""
+
+    device: torch.device
+
+    def _normalise_by(self, mean: Iterable[float], std: Iterable[float]) -> None:
+        self.mean = torch.tensor([255 * m for m in mean], device=self.device)
+        self.std = torch.tensor([255 * s for s in std], device=self.device)
+
+    def normalised_by(self, mean: Iterable[float], std: Iterable[float]) -> Self:
+        """Return the same views, on the same pixels, with another mean and deviation (in 0 to 1)."""
+        other = copy.copy(self)
+        other._normalise_by(mean, std)
+        return other
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Return pixels `(B, H, W, C)` as networks take them, float32 `(B, C, H, W)` in channels-last memory order."""
+        return normalise(pixels, self.mean, self.std)
+
+    def pixels(self, rows: Tensor, views: Tensor | None = None) -> Tensor:
+        """Return the asked-for views `(B, H, W, C)`; the images as they are without `views`."""
+        raise NotImplementedError
+
+    def images(self, rows: Tensor, views: Tensor | None = None) -> Tensor:
+        """Return the same views normalised, as `normalised` does it."""
+        return self.normalised(self.pixels(rows, views))
+
+
+class Views(Normalised):
     """All views of some images, on one device; `Stream` has the same face for what is not cropped out of padded pixels.
 
     Args:
@@ -78,16 +106,6 @@ class Views:
             (*pixels.stride()[:3], channels, pixels.stride(2), 1),
         )
 
-    def _normalise_by(self, mean: Iterable[float], std: Iterable[float]) -> None:
-        self.mean = torch.tensor([255 * m for m in mean], device=self.device)
-        self.std = torch.tensor([255 * s for s in std], device=self.device)
-
-    def normalised_by(self, mean: Iterable[float], std: Iterable[float]) -> Self:
-        """Return the same views, on the same pixels, with another mean and deviation (in 0 to 1)."""
-        other = copy.copy(self)
-        other._normalise_by(mean, std)
-        return other
-
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Return `count` random views `(count, 3)`: dy, dx, flip, each uniform."""
         crops = torch.randint(2 * self.pad + 1, (count, 2), generator=generator)
@@ -108,14 +126,6 @@ class Views:
             # in the mirrored image the same crop starts as far from the other side
             batch = view[rows, flip, dy, torch.where(flip == 1, 2 * self.pad - dx, dx)]
         return batch.view(count, *self.shape)
-
-    def images(self, rows: Tensor, views: Tensor | None = None) -> Tensor:
-        """Return the same crops normalised, float32 `(B, C, H, W)` in channels-last memory order."""
-        return self.normalised(self.pixels(rows, views))
-
-    def normalised(self, pixels: Tensor) -> Tensor:
-        """Return uint8 crops `(B, H, W, C)` as networks take them, float32 `(B, C, H, W)`."""
-        return normalise(pixels, self.mean, self.std)
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
