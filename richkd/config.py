@@ -421,7 +421,8 @@ class Contrast:
     def __post_init__(self) -> None:
         in_range("contrast.width", self.width, 1, 100_000)
         in_range("contrast.negatives", self.negatives, 1, 10_000_000)
-        in_range("contrast.temperature", self.temperature, 1e-3, 100)
+        # below, scores of the first batch would overflow
+        in_range("contrast.temperature", self.temperature, 0.02, 100)
         in_range("contrast.momentum", self.momentum, 0, 0.9999)
 
 
@@ -549,9 +550,14 @@ class Config:
         return self.fusion.alpha if self.fusion.feature_alpha is None else self.fusion.feature_alpha
 
     @property
+    def asks_logits(self) -> bool:
+        """Whether there is a use for the fused teacher's logits: they are learnt, or give pseudo-labels."""
+        return self.loss.logit > 0 or (self.loss.contrasts and self.contrast.pseudo_labels)
+
+    @property
     def asks_clip(self) -> bool:
         """Whether the loss has a use for what zero-shot teachers say."""
-        of_logits = self.loss.logit > 0 and self.fusion.alpha < 1
+        of_logits = self.asks_logits and self.fusion.alpha < 1
         return of_logits or (self.loss.contrasts and self.feature_alpha < 1)
 
     def _check_views(self) -> None:
@@ -959,6 +965,13 @@ def build(layers: Layers, schema: type[T] = Config) -> T:
                 f"method.name={name} means {key}={preset.settings[key]} but got {shown[key]}; leave it out, or use "
                 "another method, such as richkd-l."
             )
+    if (
+        "loss.logit" in preset.fixed
+        and preset.settings["loss.feature"] > shown["loss.feature"] == 0
+    ):
+        raise ConfigError(
+            f"method.name={name} learns features alone but got loss.feature=0; leave it out, or use method.name=ce."
+        )
     return config
 
 

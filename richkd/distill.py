@@ -33,7 +33,6 @@ from richkd.evaluate import accuracy, accuracy_of, by_frequency, by_teacher, eva
 from richkd.evaluate.accuracy import network_logits
 from richkd.files import read_record, write_json
 from richkd.learner import Contrast, Learner, Maps
-from richkd.losses import maps
 from richkd.progress import Progress, stoppable
 from richkd.record import TESTED, Record, held, optimizer_state, seed_folders, set_state
 from richkd.steps import ADVICE, ALONE, Steps, check_slices
@@ -151,7 +150,7 @@ def open_teacher(
             config.clip, task.dataset, task.device, task.cache, progress
         )
     beside = asked_beside(config, task)
-    if beside is not None or (loss.logit > 0 and (config.fusion.alpha > 0 or relative)):
+    if beside is not None or (config.asks_logits and (config.fusion.alpha > 0 or relative)):
         given = config.teacher
         trained = None if given.brought else trained_teacher(config, task, progress)
         own = teachers.open_task(
@@ -267,9 +266,8 @@ def open_learner(config: Config, task: Task, teacher: teachers.FusedTeacher | No
         comparison = Contrast(config, student.width, teacher.widths, teacher.weights, banks)
     elif config.loss.maps:
         image = torch.zeros(1, task.dataset.channels, *task.dataset.size, device=task.device)
-        own, other = models.stage_shapes(student, image), teacher.task.stages
-        sizes = maps.paired_sizes([s[1:] for s in own], [s[1:] for s in other])
-        comparison = Maps(config, [s[0] for s in own], [s[0] for s in other], sizes)
+        own = models.stage_shapes(student, image)
+        comparison = Maps(config, own, teacher.task.stages, task.device)
     return Learner(student, None if comparison is None else comparison.to(task.device))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from richkd import bench, cache, distill, models, teachers, zeroshot
-from richkd.config import Config
+from richkd.config import Config, Fusion
 from richkd.data import Images, Views, split
 from richkd.distill import Task
 from richkd.errors import ConfigError, CorruptError
@@ -115,7 +115,11 @@ def latency(config: Config, task: Task) -> float:
 
 def plain(config: Config) -> Config:
     """Return `config` with the scale and temperature that need no look at all rows, which change no speed."""
-    return bench.of_method(config, config.method.name)
+    return replace(
+        config,
+        loss=replace(config.loss, temperature_of="fused"),
+        clip=replace(config.clip, scale="model"),
+    )
 
 
 def online(config: Config) -> Config:
@@ -127,7 +131,7 @@ def online(config: Config) -> Config:
 
 def alone(config: Config) -> Config:
     """Return `config` with the task teacher alone."""
-    return replace(plain(config), fusion=replace(config.fusion, alpha=1.0, space="logits"))
+    return replace(plain(config), fusion=Fusion(alpha=1.0))
 
 
 def mistakes(config: Config, task: Task, progress: Progress | None = None) -> list[str]:

@@ -90,9 +90,9 @@ class Maps(nn.Module):
 
     Args:
         config: The run.
-        channels: Of each stage of the student.
+        own: Channels, height and width of each stage of the student.
         other: Of each stage of the teacher.
-        sizes: Height and width at which each pair of stages is compared, the last stages of either.
+        device: Where the student is.
     """
 
     banks = None
@@ -100,18 +100,19 @@ class Maps(nn.Module):
     def __init__(
         self,
         config: Config,
-        channels: Sequence[int],
-        other: Sequence[int],
-        sizes: Sequence[maps.Size],
+        own: Sequence[tuple[int, int, int]],
+        other: Sequence[tuple[int, int, int]],
+        device: torch.device,
     ) -> None:
         super().__init__()
-        self.transform, self.distance, self.sizes = (
-            config.loss.transform,
-            config.loss.distance,
-            sizes,
-        )
+        sizes = maps.paired_sizes([each[1:] for each in own], [each[1:] for each in other])
+        own, other = own[-len(sizes) :], other[-len(sizes) :]
+        self.resizes = [
+            maps.resizing(each[1:], size, device) for each, size in zip(own, sizes, strict=True)
+        ]
+        self.transform, self.distance = config.loss.transform, config.loss.distance
         learnt = self.transform in maps.LEARNT
-        pairs = zip(channels[-len(sizes) :], other[-len(sizes) :], strict=True)
+        pairs = [(mine[0], its[0]) for mine, its in zip(own, other, strict=True)]
         self.student = nn.ModuleList(
             drawn(lambda a=a, b=b: nn.Conv2d(a, b, 1), config.seed, k) if learnt else nn.Identity()
             for k, (a, b) in enumerate(pairs)
@@ -124,9 +125,9 @@ class Maps(nn.Module):
         features, stages = student.staged(images)
         logits = student.head(features)
         with torch.autocast(images.device.type, enabled=False):
-            last = [each.float() for each in stages[-len(self.sizes) :]]
+            last = [each.float() for each in stages[-len(self.resizes) :]]
             brought = [project(each) for project, each in zip(self.student, last, strict=True)]
-            return logits, tuple(maps.transformed(brought, self.sizes, self.transform))
+            return logits, tuple(maps.transformed(brought, self.resizes, self.transform))
 
     def begin(self, epoch: int) -> None:
         """Begin an epoch, from 0."""

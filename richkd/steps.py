@@ -31,6 +31,9 @@ BLOCK = {
     "cpu": 256,
     "cuda": 4096,
 }  # rows: of a CPU some seconds of a teacher, of a GPU more than a copy is worth
+VALUES = (
+    2**27
+)  # numbers that a teacher says of a block at most: half a gibibyte, where maps are compared
 EAGER = 3  # steps before a graph is captured, in which kernels are chosen and momentum begins
 TERMS = ("loss_ce", "loss_logit", "loss_feature", "loss", "target_entropy")
 LOSS = TERMS.index("loss")
@@ -113,7 +116,10 @@ class Steps:
         left = self.batches.epoch(epoch)
         if self.views.streamed:
             yield from self._streamed(list(left))
-        length = max(BLOCK[self.device.type] // self.batches.batch_size, 1)
+        rows = BLOCK[self.device.type]
+        if self.teacher is not None and self.teacher.task is not None:
+            rows = min(rows, VALUES // (sum(self.teacher.task.sizes) + self.teacher.task.classes))
+        length = max(rows // self.batches.batch_size, 1)
         while block := list(islice(left, length)):
             yield self._prepared(block)
 

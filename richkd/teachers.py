@@ -226,10 +226,14 @@ class Outputs(nn.Module):
         if beside.transform is not None:
             self.stages = models.stage_shapes(network, image)
             own = [shape[1:] for shape in self.stages]
-            self.places = maps.paired_sizes(beside.student, own)
+            sizes = maps.paired_sizes(beside.student, own)
+            self.resizes = [
+                maps.resizing(one, other, image.device)
+                for one, other in zip(own[-len(sizes) :], sizes, strict=True)
+            ]
             with torch.no_grad():
                 _, outputs = network.staged(image)
-            each = maps.transformed(outputs, self.places, self.transform)
+            each = maps.transformed(outputs, self.resizes, self.transform)
             self.sizes = tuple(part.shape[1] for part in each)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -238,7 +242,7 @@ class Outputs(nn.Module):
             features = self.network.features(images)
             return torch.cat([self.network.head(features), features], 1)
         features, outputs = self.network.staged(images)
-        each = maps.transformed(outputs, self.places, self.transform)
+        each = maps.transformed(outputs, self.resizes, self.transform)
         return torch.cat([self.network.head(features), *each], 1)
 
 
@@ -643,7 +647,8 @@ def check_normalisation(teacher: TaskTeacher, rows: Tensor, labels: Tensor) -> N
         return
 
     def right(part: Views) -> Tensor:
-        return network_logits(teacher.network, part, rows).cpu().argmax(1) == labels
+        said = network_logits(teacher.network, part, rows)[:, : teacher.classes]
+        return said.cpu().argmax(1) == labels
 
     own = right(views)
     found = {name: right(views.normalised_by(*usual)) for name, usual in USUAL.items()}
@@ -731,10 +736,13 @@ class FusedTeacher:
         self.loss, self.standardised = config.loss, config.loss.standardise
         self.widths, self.weights = self._features(config.feature_alpha)
         rows, held_out = (torch.from_numpy(part) for part in (split.transfer, split.validation))
-        needs_task = config.clip.scale in ("match_std", "calibrated")
+        asked = config.asks_logits
+        # of logits that nobody asks for the scale is of no effect
+        scale = config.clip.scale if asked else "model"
+        needs_task = scale in ("match_std", "calibrated")
         self.factors = [
             fusion.scale_factor(
-                config.clip.scale,
+                scale,
                 logit_scale=clip.logit_scale,
                 transfer=(task.train[rows], clip.train[rows]) if needs_task else None,
                 held_out=(task.train[held_out].cpu(), clip.train[held_out].cpu(), labels[held_out])
@@ -755,7 +763,7 @@ class FusedTeacher:
         elif self.lender is not None and own is not None:
             self.zero_shot["train"] = own[self.lender.to(own.device)]
         self.temperature = config.loss.temperature
-        if config.loss.temperature_of == "task" and self.alpha < 1:
+        if asked and config.loss.temperature_of == "task" and self.alpha < 1:
             spread = fusion.spread(self._learnt(task.train[rows]))
             self.temperature *= (
                 fusion.spread(self._learnt(self.fused("train")[rows])) / spread

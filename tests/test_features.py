@@ -7,10 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.fx.experimental.optimization import fuse
 
-from richkd import bench, checkpoint, distill, estimate, fusion, load_student
+from richkd import bench, checkpoint, distill, estimate, fusion, load_student, models, teachers
+from richkd.banks import Banks
 from richkd.config import Config, build, read
 from richkd.errors import ConfigError
+from richkd.learner import Contrast, Learner
 from richkd.record import seed_folders
 from richkd.steps import LOSS, TERMS
 
@@ -129,10 +132,13 @@ def test_what_is_learnt_beside_a_student_is_in_last_and_not_in_best(make, tmp_pa
     assert load_student(tmp_path / "run").names
 
 
-def test_published_sizes_add_up():
-    # 256 and 256 features, CLIP's 768, 50,000 images: what RichKD's code keeps beside the student, but for five scalars
-    projections = sum(width * 128 + 128 for width in (256, 256, 768))
-    assert projections + 2 * 50_000 * 128 + 5 == 12_964_229
+def test_beside_a_student_lies_what_the_published_code_keeps():
+    # 256 and 256 features, CLIP's 768, 50,000 images; the published code has five scalars, of which two are kept here
+    config = build(read(["cifar100", "method.name=richkd-f"]))
+    banks = Banks(torch.arange(50_000) // 500, config.contrast, 0, torch.device("cpu"))
+    beside = Contrast(config, 256, [256, 768], [0.7, 0.3], banks)
+    learner = Learner(torch.nn.Identity(), beside)
+    assert sum(value.numel() for value in learner.beside().values()) == 12_964_229 - 3
 
 
 def test_projections_of_task_teacher_and_student_start_alike_with_and_without_clip(make, tmp_path):
@@ -232,13 +238,25 @@ def test_fusion_composes_with_dkd_by_one_key(make, tmp_path, words):
 def test_pseudo_labels_are_the_fused_teachers_and_true_labels_are_not_read(make, tmp_path):
     words = ("method.name=richkd-f", "contrast.pseudo_labels=true")
     with distill.Run(make(*words), tmp_path / "run") as run:
-        rows = torch.from_numpy(run.task.split.transfer)
-        known = torch.from_numpy(run.task.split.labels)[rows]
+        rows, labels = run.task.split.transfer, run.task.dataset.train.labels
         found = distill.classes_of(run.config, run.task, run.teacher)
-        likeliest = run.teacher.fused("train")[rows].argmax(1)
-        assert torch.equal(found, torch.where(known >= 0, known, likeliest))
-        plain = distill.classes_of(make("method.name=crd"), run.task, run.teacher)
-        assert torch.equal(plain, known)
+        known = run.task.split.labels[rows] >= 0
+        assert found[known].tolist() == labels[rows][known].tolist()
+        likeliest = run.teacher.fused("train").argmax(1)[rows].tolist()
+        assert [f for f, k in zip(found.tolist(), known, strict=True) if not k] == [
+            f for f, k in zip(likeliest, known, strict=True) if not k
+        ]
+        hidden = rows[~known]
+        labels[hidden] = (labels[hidden] + 1) % 10  # what nobody may look at
+        try:
+            for config in (run.config, make("method.name=crd")):
+                again = distill.classes_of(config, run.task, run.teacher)
+                assert set(again[~torch.from_numpy(known)].tolist()) <= (
+                    {-1} if config.method.name == "crd" else set(likeliest)
+                )
+            assert torch.equal(distill.classes_of(run.config, run.task, run.teacher), found)
+        finally:
+            labels[hidden] = (labels[hidden] - 1) % 10
 
 
 def test_seeds_side_by_side_are_the_single_runs(make, tmp_path):
@@ -263,3 +281,41 @@ def test_a_teacher_that_stands_in_for_one_says_as_much(make, method, views):
         features[1] = (9, estimate.WIDTH)
     assert [part.shape for part in found.beside] == features
     assert bench.Ours(config, task, own).burst(1) > 0
+
+
+@pytest.mark.parametrize("words", [("kd",), ("richkd-l", "loss.standardise=true")])
+def test_what_is_composed_is_stood_in_for_as_it_is(make, words):
+    config = make(f"method.name={words[0]}", *words[1:])
+    task = distill.open_task(config)
+    own = estimate.stand_in(config, task)
+    assert own.standardised == config.loss.standardise
+    assert bench.Ours(estimate.plain(config), task, own).burst(1) > 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("fusion.feature_alpha=0", "clip.scale=match_std"),
+        ("fusion.feature_alpha=0", "loss.temperature_of=task"),
+        ("fusion.alpha=0", "loss.temperature_of=task"),
+        ("fusion.feature_alpha=0", "contrast.pseudo_labels=true", "clip.scale=match_std"),
+    ],
+)
+def test_a_scale_of_logits_that_nobody_asks_for_asks_for_no_teacher(make, tmp_path, words):
+    with distill.Run(make("method.name=richkd-f", *words), tmp_path / "run") as run:
+        assert (run.teacher.task is None) == ("contrast.pseudo_labels=true" not in words)
+        run.advance()
+
+
+@pytest.mark.parametrize("transform", [None, "attention", "channel", "projection"])
+def test_batch_norms_are_folded_whatever_is_asked_beside_logits(transform):
+    with torch.random.fork_rng():
+        network = models.build("resnet8", 10).eval()
+    image = torch.zeros(1, 3, 32, 32)
+    beside = teachers.Beside(transform=transform, student=((32, 32), (20, 20), (14, 14)))
+    outputs = teachers.Outputs(network, beside, image)
+    folded = fuse(outputs)
+    assert not any(isinstance(each, torch.nn.BatchNorm2d) for each in folded.modules())
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(images), outputs(images), rtol=1e-3, atol=1e-4)

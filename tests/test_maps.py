@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from richkd.config import Loss
 from richkd.losses import maps
 
+CPU = torch.device("cpu")
+
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
@@ -17,6 +19,11 @@ def stages(seed: int, channels: tuple[int, ...] = (3, 5)) -> list[torch.Tensor]:
     return [drawn(4, c, 6 - 2 * k, 6 - 2 * k, seed=seed + k) for k, c in enumerate(channels)]
 
 
+def same(count: int) -> list[None]:
+    """Maps that have their size already."""
+    return [None] * count
+
+
 def attention(each: np.ndarray) -> np.ndarray:
     flat = (each**2).mean(1).reshape(len(each), -1)
     return flat / np.linalg.norm(flat, axis=1, keepdims=True)
@@ -24,8 +31,7 @@ def attention(each: np.ndarray) -> np.ndarray:
 
 def test_attention_transfer_is_the_mean_square_between_normalised_attention_maps():
     own, other = stages(0), stages(9, (7, 2))
-    sizes = maps.paired_sizes([s.shape[2:] for s in own], [o.shape[2:] for o in other])
-    student, teacher = (maps.transformed(each, sizes, "attention") for each in (own, other))
+    student, teacher = (maps.transformed(each, same(2), "attention") for each in (own, other))
     found = maps.distance(student, teacher, "mse", 4)
     expected = sum(
         ((attention(s.numpy()) - attention(t.numpy())) ** 2).mean()
@@ -36,8 +42,7 @@ def test_attention_transfer_is_the_mean_square_between_normalised_attention_maps
 
 def test_locality_guidance_is_the_sum_of_mean_squares_of_the_maps():
     own, other = stages(0), stages(9)
-    sizes = [(6, 6), (4, 4)]
-    student, teacher = (maps.transformed(each, sizes, "projection") for each in (own, other))
+    student, teacher = (maps.transformed(each, same(2), "projection") for each in (own, other))
     found = maps.distance(student, teacher, "mse", 4)
     assert found.item() == pytest.approx(
         sum(F.mse_loss(s, t).item() for s, t in zip(own, other, strict=True)), rel=1e-10
@@ -45,7 +50,7 @@ def test_locality_guidance_is_the_sum_of_mean_squares_of_the_maps():
 
 
 def test_channels_are_means_over_places():
-    (each,) = maps.transformed([drawn(2, 3, 4, 5)], [(4, 5)], "channel")
+    (each,) = maps.transformed([drawn(2, 3, 4, 5)], same(1), "channel")
     np.testing.assert_allclose(each, drawn(2, 3, 4, 5).numpy().mean((2, 3)))
 
 
@@ -82,10 +87,11 @@ def test_the_config_names_all_transforms_and_distances():
 @pytest.mark.parametrize("transform", maps.TRANSFORMS)
 @pytest.mark.parametrize("kind", maps.DISTANCES)
 def test_distances_of_maps_have_the_gradient_of_finite_differences(transform, kind):
-    teacher = maps.transformed([drawn(2, 3, 2, 2, seed=5)], [(3, 3)], transform)
+    resizes = [tuple(each.double() for each in maps.resizing((2, 2), (3, 3), CPU))]
+    teacher = maps.transformed([drawn(2, 3, 2, 2, seed=5)], resizes, transform)
 
     def loss(each):
-        return maps.distance(maps.transformed([each], [(3, 3)], transform), teacher, kind, 2)
+        return maps.distance(maps.transformed([each], resizes, transform), teacher, kind, 2)
 
     assert torch.autograd.gradcheck(loss, drawn(2, 3, 2, 2).requires_grad_())
 
@@ -93,9 +99,19 @@ def test_distances_of_maps_have_the_gradient_of_finite_differences(transform, ki
 def test_stages_are_paired_from_the_last_backwards_at_the_larger_size():
     assert maps.paired_sizes([(16, 16), (8, 8), (4, 4)], [(14, 7), (7, 7)]) == [(14, 8), (7, 7)]
     own = [drawn(1, 1, 4, 4), drawn(1, 2, 2, 2, seed=1)]
-    (last,) = maps.transformed(own, [(4, 4)], "projection")
-    expected = F.interpolate(own[1], (4, 4), mode="bilinear", align_corners=False).flatten(1)
-    assert torch.equal(last, expected)
+    (last,) = maps.transformed(own, same(1), "projection")
+    assert torch.equal(last, own[1].flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("own", "wanted"), [((8, 8), (14, 14)), ((7, 7), (56, 28)), ((1, 1), (4, 4))]
+)
+def test_maps_are_brought_to_a_size_as_pytorch_interpolates(own, wanted):
+    each = drawn(2, 3, *own).float()
+    (found,) = maps.transformed([each], [maps.resizing(own, wanted, CPU)], "projection")
+    expected = F.interpolate(each, wanted, mode="bilinear", align_corners=False).flatten(1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert maps.resizing(own, own, CPU) is None
 
 
 def test_slices_of_a_batch_add_up_to_the_whole():

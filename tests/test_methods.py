@@ -68,8 +68,36 @@ def test_richkd_and_losses_that_compose_with_it_leave_alpha_free(name):
 
 
 def test_kd_differs_from_richkd_in_alpha_alone():
-    kd, richkd = methods.get("kd").settings, methods.get("richkd-l").settings
-    assert {key for key in kd if kd[key] != richkd[key]} == {"fusion.alpha"}
+    kd, richkd = (
+        flatten(to_dict(build(Layers().over("", {"method.name": name}))))
+        for name in ("kd", "richkd-l")
+    )
+    assert {key for key in kd if kd[key] != richkd[key]} == {"fusion.alpha", "method.name"}
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("ce", "loss.feature", 0.8),
+        ("kd", "loss.logit_kind", "dkd"),
+        ("kd-crd", "loss.standardise", True),
+        ("kd-lskd", "loss.feature", 0.8),
+        ("richkd-l", "loss.feature", 0.8),
+        ("richkd-f", "loss.feature_kind", "maps"),
+        ("richkd-f", "loss.logit", 3.0),
+        ("richkd-f", "loss.feature", 0.0),
+        ("crd", "fusion.feature_alpha", 0.3),
+        ("crd", "loss.feature", 0.0),
+        ("at", "loss.transform", "projection"),
+        ("lg", "loss.distance", "l1"),
+        ("lskd", "loss.standardise", False),
+        ("dkd", "loss.logit_kind", "kd"),
+        ("clip", "fusion.alpha", 0.5),
+    ],
+)
+def test_a_method_cannot_become_another_under_its_name(name, key, value):
+    with pytest.raises(ConfigError, match=f"method.name={name}"):
+        build(Layers().over("", {"method.name": name, key: value}))
 
 
 def test_the_default_config_is_the_default_method():
@@ -87,5 +115,5 @@ def test_an_unknown_method_suggests_the_nearest(typo, meant):
 
 @pytest.mark.parametrize("name", ["", "zzz", "None"])
 def test_a_method_near_to_none_is_told_all(name):
-    with pytest.raises(ConfigError, match="one of ce, kd, kd-crd, kd-lskd, richkd-l, clip but got"):
+    with pytest.raises(ConfigError, match=f"one of {', '.join(methods.METHODS)} but got"):
         methods.get(name)

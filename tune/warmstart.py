@@ -34,13 +34,9 @@ class Outside(ValueError):
 
 
 def printed(method: str) -> dict[str, Any]:
-    """Return a method's preset, but an alpha that makes the method, as printed: T of the fused logits."""
+    """Return a method's preset, but what makes the method and so holds anyway, as printed: T of the fused logits."""
     preset = METHODS[method]
-    given = {
-        key: value
-        for key, value in preset.settings.items()
-        if key != "fusion.alpha" or key not in preset.fixed
-    }
+    given = {key: value for key, value in preset.settings.items() if key not in preset.fixed}
     return given | {"loss.temperature_of": "fused"}
 
 

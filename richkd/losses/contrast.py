@@ -13,8 +13,8 @@ EPS = 1e-7  # of the published loss
 def similarities(embeddings: Tensor, bank: Tensor, chosen: Tensor, temperature: float) -> Tensor:
     """Return the scaled similarity `(B, K + 1)` of each embedding to the chosen rows of a bank.
 
-    The product with the whole bank and then a gather: three times the arithmetic of a product with the chosen rows, but those
-    would first be copied, a gigabyte a step at K 16,384, and that takes many times as long.
+    The product with the whole bank and then a gather: n / K times the arithmetic of a product with the chosen rows, three of
+    CIFAR-100, but those would first be copied, a gigabyte a step at K 16,384, and that takes many times as long.
 
     Args:
         embeddings: Unit-norm, `(B, d)`.

@@ -2,7 +2,8 @@
 
 A loss is a transform of the maps and a distance between what comes out. `attention` with `mse` is attention transfer,
 `projection` with `mse` locality guidance; a search may mix them. Stages are paired from the last one backwards. Maps of two
-sizes are brought to the larger height and width, bilinearly, as locality guidance does.
+sizes are brought to the larger height and width, bilinearly, as the code of locality guidance does, also where that is
+attention transfer; the CNN code of attention transfer averages the larger map down instead.
 
 Shapes: N images, C channels, H x W places of a map, E numbers of a transformed one.
 """
@@ -10,10 +11,12 @@ Shapes: N images, C channels, H x W places of a map, E numbers of a transformed 
 from collections.abc import Callable, Sequence
 from itertools import repeat
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Size = tuple[int, int]
+Resizing = tuple[Tensor, Tensor]  # by which a map is multiplied from the left and from the right
 
 
 def attention(maps: Tensor) -> Tensor:
@@ -83,19 +86,30 @@ def paired_sizes(student: Sequence[Size], teacher: Sequence[Size]) -> list[Size]
     ]
 
 
-def transformed(maps: Sequence[Tensor], sizes: Sequence[Size], transform: str) -> list[Tensor]:
-    """Return the last maps, one for each of `sizes` and brought to it, transformed: `(N, E)` each."""
+def resizing(own: Size, wanted: Size, device: torch.device) -> Resizing | None:
+    """Return the two matrices that bring a map of one size to another, bilinearly; None where it has it.
+
+    Products, since the gradient of PyTorch's own interpolation adds up in no fixed order on a GPU.
+    """
+    if own == wanted:
+        return None
+    return (_resizing(own[0], wanted[0], device), _resizing(own[1], wanted[1], device).T)
+
+
+def _resizing(own: int, wanted: int, device: torch.device) -> Tensor:
+    """Return the matrix `(wanted, own)`: what becomes of each place by itself."""
+    each = torch.eye(own, device=device)[None]
+    return F.interpolate(each, wanted, mode="linear", align_corners=False)[0].T
+
+
+def transformed(
+    maps: Sequence[Tensor], resizes: Sequence[Resizing | None], transform: str
+) -> list[Tensor]:
+    """Return the last maps, one for each of `resizes` and brought to its size, transformed: `(N, E)` each."""
     return [
-        TRANSFORMS[transform](resized(each, size))
-        for each, size in zip(maps[len(maps) - len(sizes) :], sizes, strict=True)
+        TRANSFORMS[transform](each if resize is None else resize[0] @ each @ resize[1])
+        for each, resize in zip(maps[len(maps) - len(resizes) :], resizes, strict=True)
     ]
-
-
-def resized(maps: Tensor, size: Size) -> Tensor:
-    """Return maps `(N, C, H, W)` at another size."""
-    if maps.shape[2:] == size:
-        return maps
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 def distance(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str, rows: int) -> Tensor:
