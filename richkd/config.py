@@ -52,6 +52,7 @@ UNHASHED = (
 CHOSEN_ON_TEST = (
     "selection: paper, so epochs and settings are chosen on the test rows, which flatters"
 )
+MILESTONES = (150, 180, 210)  # of 240 epochs, as the distillation papers train CNNs on CIFAR-100
 MAX_BYTES, MAX_DEPTH, MAX_KEYS, MAX_NAME = 1_000_000, 8, 10_000, 200
 
 UNUSABLE = {"Cc", "Cs", "Zl", "Zp"}  # Unicode: control, half a pair, line and paragraph break
@@ -439,14 +440,11 @@ class Train:
     nesterov: bool = False  # of sgd
     weight_decay: float = 5e-4  # of all parameters; of adamw not of vectors, biases and tokens
     schedule: str = "cosine"  # of the learning rate: cosine (step by step) | epochs (cosine epoch by epoch) | steps
-    milestones: tuple[int, ...] = (
-        150,
-        180,
-        210,
-    )  # of steps: epochs after which it falls to a tenth
+    # of steps: epochs after which it falls to a tenth; None: after 150, 180 and 210
+    milestones: tuple[int, ...] | None = None
     lr_min: float = 0.0  # of the cosines: where they end
     warmup: int = 0  # of the cosines: epochs in which the rate climbs to `lr`
-    warmup_lr: float = 0.0  # from here
+    warmup_lr: float = 0.0  # of a warm-up: from here
     precision: str = (
         "auto"  # of the student's layers: fp32, bf16 (autocast); auto: bf16 on a GPU that has it
     )
@@ -464,13 +462,40 @@ class Train:
         in_range("train.lr_min", self.lr_min, 0, self.lr)
         in_range("train.warmup", self.warmup, 0, 100_000)
         in_range("train.warmup_lr", self.warmup_lr, 0, self.lr)
-        object.__setattr__(self, "milestones", tuple(self.milestones))
-        for epoch in self.milestones:
-            in_range("train.milestones", epoch, 1, 100_000)
+        self._check_schedule()
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise ConfigError(
                 f"train.nesterov is a matter of sgd with momentum but got train.optimizer={self.optimizer} and "
                 f"train.momentum={self.momentum:g}; leave it out."
+            )
+
+    def _check_schedule(self) -> None:
+        """Take the usual milestones where none are given; raise ConfigError if a key would have no effect."""
+        if self.schedule == "steps":
+            own = MILESTONES if self.milestones is None else tuple(self.milestones)
+            object.__setattr__(self, "milestones", own)
+            for epoch in own:
+                in_range("train.milestones", epoch, 1, 100_000)
+            for key in ("lr_min", "warmup", "warmup_lr"):
+                if value := getattr(self, key):
+                    raise ConfigError(
+                        f"train.{key} is a matter of train.schedule=cosine or epochs but got {value:g} with steps; leave it "
+                        f"out, or say train.{key}=0."
+                    )
+        elif self.milestones is not None:
+            raise ConfigError(
+                f"train.milestones is a matter of train.schedule=steps but got {list(self.milestones)} with {self.schedule}; "
+                "leave it out, or say train.milestones=null."
+            )
+        if self.warmup >= self.epochs:
+            raise ConfigError(
+                f"train.warmup must end before train.epochs={self.epochs} do but got {self.warmup}; lower it, or say "
+                "train.warmup=0 train.warmup_lr=0."
+            )
+        if self.warmup_lr and not self.warmup:
+            raise ConfigError(
+                f"train.warmup_lr is a matter of train.warmup but got {self.warmup_lr:g} with none; leave it out, or say "
+                "train.warmup_lr=0."
             )
 
 

@@ -37,9 +37,8 @@ def test_the_papers_rate_falls_to_a_tenth_after_epochs_150_180_and_210():
 
 @pytest.mark.parametrize(("warmup", "lr_min"), [(20, 5e-6), (0, 0.0)])
 def test_the_transformers_rate_is_that_of_timm(warmup, lr_min):
-    train = Train(
-        schedule="epochs", epochs=300, lr=5e-4, lr_min=lr_min, warmup=warmup, warmup_lr=5e-7
-    )
+    climb = {"warmup": warmup, "warmup_lr": 5e-7 if warmup else 0.0}
+    train = Train(schedule="epochs", epochs=300, lr=5e-4, lr_min=lr_min, **climb)
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=5e-4)
     oracle = timm.scheduler.CosineLRScheduler(
         optimizer, t_initial=300, lr_min=lr_min, warmup_t=warmup, warmup_lr_init=5e-7
@@ -68,7 +67,14 @@ def test_a_cosine_by_step_and_one_by_epoch_agree_at_the_start_of_each_epoch():
         ["train.nesterov=true", "train.momentum=0"],
         ["train.nesterov=true", "train.optimizer=adamw"],
         ["train.lr_min=1", "train.lr=0.1"],
-        ["train.milestones=[0]"],
+        ["train.milestones=[0]", "train.schedule=steps"],
+        ["train.milestones=[30]"],
+        ["train.milestones=[30]", "train.schedule=epochs"],
+        ["train.lr_min=0.001", "train.schedule=steps"],
+        ["train.warmup=5", "train.schedule=steps"],
+        ["train.warmup_lr=0.001", "train.schedule=steps"],
+        ["train.warmup_lr=0.001"],
+        ["train.warmup=240"],
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused(words):

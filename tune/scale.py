@@ -169,7 +169,9 @@ def temporary(storage: str) -> Iterator[Path]:
 
 def agenda_of(config: Config, folder: Path, epochs: int, jobs: int, clock: Clock) -> Agenda:
     """Return an agenda of runs that differ in nothing but their folder."""
-    config = replace(config, train=replace(config.train, epochs=epochs))
+    # a warm-up may be longer than these epochs, and takes no other time
+    train = replace(config.train, epochs=epochs, warmup=0, warmup_lr=0.0)
+    config = replace(config, train=train)
 
     def job_of(refits: Refits, number: int, _: dict[str, Any]) -> Job:
         return Job(
