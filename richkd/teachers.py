@@ -876,7 +876,8 @@ class FusedTeacher:
 def teacher_recipe(config: Config) -> Config:
     """Return the run that trains the task teacher of `config`: cross-entropy, at the size that it sees.
 
-    It learns from the rows of `config` that have a label or, as `teacher.trained_on` says, from all but the held-out ones.
+    It learns from the rows of `config` that have a label or, as `teacher.trained_on` says, from all but the held-out ones. Its
+    learning rate falls by the student's steps if it has as many epochs, as the published teachers' did; else along a cosine.
     """
     if config.teacher.size is not None and config.data.augment == "crop":
         raise ConfigError(
@@ -890,6 +891,8 @@ def teacher_recipe(config: Config) -> Config:
         tail = data.imbalance if config.selection == "validation" else None
         whole = tail is not None
         data = replace(data, imbalance=tail, fraction=1.0, labelled_per_class=None, whole=whole)
+    train, own = config.train, config.teacher
+    steps = train.schedule == "steps" and own.epochs == train.epochs
     return replace(
         config,
         data=data,
@@ -903,10 +906,12 @@ def teacher_recipe(config: Config) -> Config:
         evaluate=Evaluate(),
         train=Train(
             precision="fp32",  # one teacher, whatever the student's layers and machine
-            graphs=config.train.graphs,
-            epochs=config.teacher.epochs,
-            batch_size=config.teacher.batch_size,
-            lr=config.teacher.lr,
-            weight_decay=config.teacher.weight_decay,
+            graphs=train.graphs,
+            epochs=own.epochs,
+            batch_size=own.batch_size,
+            lr=own.lr,
+            weight_decay=own.weight_decay,
+            schedule="steps" if steps else "cosine",
+            milestones=train.milestones if steps else None,
         ),
     )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import normalize
 
 from richkd import checkpoint, distill, fusion, losses, models, teachers, zeroshot
-from richkd.config import Clip, Config, Extra, Fusion, Loss, Teacher, digest, to_dict
+from richkd.config import Clip, Config, Extra, Fusion, Loss, Teacher, Train, digest, to_dict
 from richkd.data import Dataset, Images, Split, Views
 from richkd.errors import ConfigError, DataError
 from richkd.evaluate.accuracy import network_logits
@@ -384,6 +384,14 @@ def test_the_teacher_s_recipe_ignores_what_does_not_concern_it():
     assert {digest(teachers.teacher_recipe(other)) for other in others} == {digest(recipe)}
     for other in (replace(base, seed=1), replace(base, data=replace(base.data, seed=1))):
         assert digest(teachers.teacher_recipe(other)) != digest(recipe)
+
+
+@pytest.mark.parametrize(("epochs", "schedule"), [(240, "steps"), (100, "cosine")])
+def test_a_teacher_of_as_many_epochs_follows_the_student_s_steps(epochs, schedule):
+    train = Train(schedule="steps", milestones=(100, 200))
+    recipe = teachers.teacher_recipe(Config(train=train, teacher=Teacher(epochs=epochs)))
+    assert recipe.train.schedule == schedule
+    assert recipe.train.milestones == ((100, 200) if schedule == "steps" else None)
 
 
 # networks of other projects, and what they see
