@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,11 @@ def scaled(words: Sequence[str], scale: str | None) -> Layers:
     keys = {entry.key for entry in read_layer(find_layer(layer)).entries}
     layers = read([*(w for w in words if "=" not in w), layer, *(w for w in words if "=" in w)])
     layers = Layers(entries=tuple(_without(entry, keys) for entry in layers.entries))
-    return layers.over(layer, {"data.path": str(images(cache.root(build(layers).cache)))})
+    config = build(layers)
+    settings: dict[str, Any] = {"data.path": str(images(cache.root(config.cache)))}
+    if config.data.imbalance == "table14":  # a list of 100 classes, where the digits have ten
+        settings["data.imbalance"] = 0.01
+    return layers.over(layer, settings)
 
 
 def _without(entry: Entry, keys: set[str]) -> Entry:
