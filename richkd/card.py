@@ -32,10 +32,9 @@ def card(
     config, run = from_dict(meta["config"]), run_of(saved)
     rows, tested = meta.get("rows", {}), run.get("metrics", {})
     again = command_of(config, threads=run.get("threads"), workers=run.get("workers", 1))
-    accuracy = {
-        config.judged: [meta["metrics"].get(f"val/top{k}") for k in (1, 5)],
-        "test": [tested.get(f"test/top{k}") for k in (1, 5)],
-    }
+    accuracy = {config.judged: [meta["metrics"].get(f"val/top{k}") for k in (1, 5)]}
+    if "test/top1" in tested or not config.caution:  # else the epoch's own are of test rows
+        accuracy["test"] = [tested.get(f"test/top{k}") for k in (1, 5)]
     height, width = about["input"]["shape"][2:]
     parts = [
         head(name, config, accuracy["test"][0]),

@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from richkd import checkpoint, export, load_student, models
 from richkd.__main__ import ABOUT, VERBS, _called
+from richkd.card import card
 from richkd.command import main
 from richkd.config import Layers, build, digest, read, to_dict
 from richkd.data import load
@@ -188,6 +189,15 @@ def test_a_card_claims_nothing_that_is_not_known(shipped):
     assert "| this student | unknown |" in text
     assert "students of this setting" not in text
     assert "test rows were read" not in text
+
+
+def test_a_card_tells_an_epoch_s_accuracy_where_it_was_chosen_on_test_rows(shipped, tmp_path):
+    source = made(tmp_path / "student", "cnn8", size=(12, 16), selection="paper")
+    about = read_json(shipped[1] / "config.json")
+    text = card("a", checkpoint.load(source), about, {"student.onnx": {"1": 0.0}})
+    assert "| test | 50.00 | 90.00 | unknown |" in text
+    assert "| validation |" not in text
+    assert "chosen by test rows, which flatters." in text
 
 
 @pytest.mark.parametrize("what", ["student.pt2", "student.onnx"])
