@@ -106,11 +106,12 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 class Data:
     """Which images, and which of them are learnt from."""
 
-    source: str = "digits"  # digits | cifar100 | folder | arrays
-    root: str | None = None  # of cifar100: torchvision's folder; None: RICHKD_DATA
+    source: str = "digits"  # digits | cifar100 | imagenet | folder | arrays
+    # of cifar100: torchvision's folder; of imagenet: the one with train/ and val/; None: RICHKD_DATA, or its imagenet/
+    root: str | None = None
     download: bool = False  # of cifar100: whether torchvision may fetch what is not in `root`
     path: str | None = None  # of folder: the folder; of arrays: the .npz file
-    names: str | None = None  # of folder and arrays: text file with a class name a line
+    names: str | None = None  # of folder, arrays and imagenet: text file with a class name a line
     # how images are varied: crop (out of padded pixels, and flip), or one by one: resized (ImageNet) | strong (transformers)
     augment: str = "crop"
     size: int = 32  # of folder, resized and strong: pixels of a side that images are brought to
@@ -245,7 +246,7 @@ class Teacher:
                 if getattr(self, key) is not None:
                     raise ConfigError(
                         f"teacher.{key} is a matter of teacher.checkpoint or teacher.pretrained but neither is given; "
-                        "leave it out."
+                        f"leave it out, or say teacher.{key}=null."
                     )
 
     @property

@@ -882,7 +882,7 @@ def teacher_recipe(config: Config) -> Config:
     if config.teacher.size is not None and config.data.augment == "crop":
         raise ConfigError(
             "teacher.size is a matter of teacher.checkpoint or teacher.pretrained, or of data.augment=resized or strong, but "
-            "none of them is given; leave it out."
+            "none of them is given; leave it out, or say teacher.size=null."
         )
     # a share of labels is of no effect, so of none on the cache either
     data = replace(config.data, labelled_share=None, size=config.teacher.size or config.data.size)
