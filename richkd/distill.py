@@ -42,7 +42,7 @@ from richkd.workers import Group
 
 MOMENT = 1.0  # seconds for a process that has just been stopped to leave its folder
 TOKENS = ("cls_token", "dist_token", "pos_embed")  # names of transformers' learnt tokens
-SOME = 500  # held-out rows on which a teacher that is not trained here is looked at
+SOME = 500  # rows on which a teacher that is not trained here is looked at
 
 _looked_at: set[tuple[str, ...]] = set()  # teachers, with the rows that they were asked about
 

@@ -602,7 +602,7 @@ def check_sense(source: str, logits: Tensor, labels: Tensor) -> None:
     """
     if bad := int((~logits.isfinite().all(1)).sum()):
         raise DataError(
-            f"{source} must give finite logits but is NaN or infinite on {bad} of {len(logits)} held-out rows; look at "
+            f"{source} must give finite logits but is NaN or infinite on {bad} of {len(logits)} labelled rows; look at "
             "its weights."
         )
     if fusion.spread(logits) == 0:
@@ -618,7 +618,7 @@ def check_sense(source: str, logits: Tensor, labels: Tensor) -> None:
     # of two classes, half as much again as a guess would be 75 %
     if top1 < min(1.5 * chance, chance + (100 - chance) / 10):
         warnings.warn(
-            f"{source} is right on {top1:.1f} % of the held-out rows, where a guess is on {chance:.1f} %; check "
+            f"{source} is right on {top1:.1f} % of {len(labels)} labelled rows, where a guess is on {chance:.1f} %; check "
             "the order of its rows and of its classes, its normalisation, or the prompts.",
             stacklevel=2,
         )
@@ -659,7 +659,7 @@ def check_normalisation(teacher: TaskTeacher, rows: Tensor, labels: Tensor) -> N
         shares = [100 * each.double().mean().item() for each in (own, found[best])]
         warnings.warn(
             f"teacher.mean and teacher.std are not given, and under the data's own the teacher is right on "
-            f"{shares[0]:.1f} % of {len(rows)} held-out rows, under {best} on {shares[1]:.1f} %; give "
+            f"{shares[0]:.1f} % of {len(rows)} labelled rows, under {best} on {shares[1]:.1f} %; give "
             f"teacher.mean=[{mean}] teacher.std=[{std}] if it was trained so.",
             stacklevel=2,
         )
