@@ -164,13 +164,13 @@ def evaluate(arguments: argparse.Namespace) -> Done:
     from richkd.student import find_checkpoint
 
     checkpoint = find_checkpoint(place)
-    found, speed, meta = training.retest(checkpoint, changes)
+    found, speed, ran = training.retest(checkpoint, changes)
     answer = {
         "run": str(checkpoint.parent),
         "checkpoint": str(checkpoint),
         "val": percent(found["val"]),
         "test": percent(found["test"]),
-        "selection": meta["config"].get("selection", "validation"),  # of before there was a choice
+        "selection": ran.selection,
         "images_per_second": speed,
     }
     _print(answer)

@@ -667,7 +667,7 @@ def prepared_lines(source: str, found: dict[str, Any]) -> Iterator[str]:
 
 def retest(
     folder: Path, changes: dict[str, Any] | None = None
-) -> tuple[dict[str, dict[str, float]], float, dict]:
+) -> tuple[dict[str, dict[str, float]], float, Config]:
     """Evaluate the student of a checkpoint again, on validation and test rows.
 
     Args:
@@ -676,7 +676,7 @@ def retest(
 
     Returns:
         `val` and `test`, each with `top1`, `top5` and `loss`, the former of the rows that its epoch was chosen on;
-        images per second; and what the checkpoint says of itself.
+        images per second; and the run that made it, where a key that was not there yet has its default.
 
     Raises:
         ConfigError: If the data that the checkpoint's config names is not the data it was made with.
@@ -702,4 +702,4 @@ def retest(
     found = {"val": evaluate(network, *task.judged, balanced=task.split.balanced)}
     began = time.monotonic()
     found["test"] = evaluate(network, task.test, torch.arange(len(labels)), labels)
-    return found, len(labels) / (time.monotonic() - began), saved.meta
+    return found, len(labels) / (time.monotonic() - began), config

@@ -282,7 +282,8 @@ def set_state(learner: Learner, optimizer: torch.optim.Optimizer, state: dict[st
 def result_of(folder: Path) -> dict[str, Any]:
     """Return what a finished and tested run came to: `run`, `checkpoint`, `val`, `test`, speed, and its teachers.
 
-    `val` is of the rows that its epoch was chosen on, which `selection` says; `last` of test rows and the last epoch.
+    `val` is of the rows that its epoch was chosen on, which `selection` says; `last` of test rows and the last epoch. A run
+    of before there was a choice is never asked: its settings have another digest, so it is not gone on with.
     """
     state = read_record(folder / "run.json", "metrics")
     found = state["metrics"]

@@ -67,10 +67,20 @@ def test_the_last_epochs_accuracy_is_that_of_its_checkpoint(ran):
 
 def test_a_checkpoint_is_evaluated_again_on_the_rows_that_it_was_chosen_on(ran):
     outcome, found, _ = ran
-    again, _, meta = distill.retest(outcome.folder / "best")
+    again, _, config = distill.retest(outcome.folder / "best")
     assert again["val"] == again["test"]
     assert again["test"]["top1"] == found["test/top1"]
-    assert meta["rows"]["validation"] == 0
+    assert config.selection == "paper"
+
+
+def test_a_checkpoint_of_before_there_was_a_choice_is_one_of_held_out_rows(tmp_path):
+    config = build(read(["method.name=ce", "student.name=cnn8", "train.epochs=1", "device=cpu"]))
+    distill.run(config, tmp_path)
+    saved = checkpoint.load(tmp_path / "best")
+    del saved.meta["config"]["selection"]
+    checkpoint.save(tmp_path / "old", saved.weights, {}, saved.meta)
+    _, _, found = distill.retest(tmp_path / "old")
+    assert found.selection == "validation"
 
 
 def test_a_scale_that_needs_held_out_rows_is_refused():
