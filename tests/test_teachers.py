@@ -664,7 +664,7 @@ def test_a_teacher_whose_weights_are_not_finite_is_refused_by_its_key(tmp_path):
     network.head.bias.data[1] = torch.nan
     torch.save(network.state_dict(), config.checkpoint)
     with pytest.raises(
-        DataError, match="teacher.checkpoint must give finite logits .* 8 of 8 held"
+        DataError, match="teacher.checkpoint must give finite logits .* 8 of 8 labelled"
     ):
         distill.check_teachers(
             config,
