@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from richkd import cache, checkpoint, models, teachers
+from richkd import cache, checkpoint, fusion, models, teachers
 from richkd.banks import Banks
 from richkd.config import Config, Layers, Teacher, build, digest, flatten
 from richkd.data import Batches, Dataset, Split, Stream, Views, load, split, views_of
@@ -186,7 +186,7 @@ def check_teachers(
     own: teachers.TaskTeacher | None,
     clips: list[teachers.ClipTeacher],
 ) -> None:
-    """Look at what the teachers that were brought say of held-out rows, or of some of them; once a process.
+    """Look at what the teachers that were brought say of some held-out rows; once a process.
 
     Where none are held out, they are rows that are learnt from and have a label.
     """
@@ -202,7 +202,7 @@ def check_teachers(
         if source == "checkpoint" and Path(given.checkpoint).is_file() and given.mean is None:
             teachers.check_normalisation(own, some[::2], task.labels[some[::2]])
     for clip in clips:
-        teachers.check_sense(clip.source, clip.train[rows], task.labels[rows])
+        teachers.check_sense(clip.source, clip.train[some], task.labels[some])
     _looked_at.add(seen)  # last: a teacher that is refused is refused again
 
 
@@ -280,7 +280,8 @@ def classes_of(config: Config, task: Task, teacher: teachers.FusedTeacher) -> Te
     known = torch.from_numpy(task.split.labels[rows])
     if not config.contrast.pseudo_labels:
         return known
-    likeliest = teacher.fused("train")[rows].argmax(1).cpu()
+    parts = torch.from_numpy(rows).split(fusion.together(len(task.dataset.names)))
+    likeliest = torch.cat([teacher.fused("train", some).argmax(1) for some in parts]).cpu()
     return torch.where(known >= 0, known, likeliest)
 
 
@@ -648,8 +649,8 @@ def prepared(task: Task, teacher: teachers.FusedTeacher | None) -> dict[str, Any
         found["crops"], found["crops_known"] = len(table), table.known()
     of, part = ("train", "val") if len(task.split.validation) else ("test", "test")
     _, rows, labels = task.judged
-    for who, logits in (teacher.shown(of) if teacher else {}).items():
-        top1 = accuracy(logits[rows].cpu(), labels, balanced=task.split.balanced)["top1"]
+    for who, logits in (teacher.shown(of, rows) if teacher else {}).items():
+        top1 = accuracy(logits.cpu(), labels, balanced=task.split.balanced)["top1"]
         found[who] = {f"{part}_top1": top1}
     return found
 

@@ -11,7 +11,7 @@ no prediction and no loss; CLIP's is large, hence rows are centred before any st
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +19,29 @@ from torch import Tensor
 
 from richkd.errors import ConfigError, DataError
 
+CELLS = (
+    2**24
+)  # logits that are looked at together; in float64 128 MiB, where a large table would be many GiB
+
 
 def centre(logits: Tensor) -> Tensor:
     """Subtract from each row of `logits` `(N, K)` its mean over classes."""
     return logits - logits.mean(1, keepdim=True)
 
 
-def spread(logits: Tensor) -> float:
-    """Return the standard deviation of all cells of the row-centred `logits` `(N, K)`, in float64."""
-    return centre(logits.double()).square().mean().sqrt().item()
+def together(classes: int) -> int:
+    """Return how many rows of a table of logits are looked at together."""
+    return max(CELLS // classes, 1)
+
+
+def spread(logits: Tensor | Iterable[Tensor]) -> float:
+    """Return the standard deviation of all cells of the row-centred `logits` `(N, K)`, or of blocks of them, in float64."""
+    if isinstance(logits, Tensor):
+        logits = logits.split(together(logits.shape[1]))
+    total, cells = 0.0, 0
+    for block in logits:
+        total, cells = total + centre(block.double()).square().sum(), cells + block.numel()
+    return (total / cells).sqrt().item()
 
 
 def check_pair(task: Tensor, clip: Tensor) -> None:
@@ -164,7 +178,7 @@ def scale_factor(
     scale: int | float | str,
     *,
     logit_scale: float | None,
-    transfer: tuple[Tensor, Tensor] | None = None,
+    transfer: tuple[Tensor | Iterable[Tensor], Tensor | Iterable[Tensor]] | None = None,
     held_out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> float:
     """Return the constant that brings zero-shot logits from the model's scale to the one in use.
@@ -177,7 +191,7 @@ def scale_factor(
             alpha 1 stays plain distillation. A number: that logit scale. `none`: raw cosines, as in
             the released code, whose spread is about 0.03: CLIP then hardly takes part; warns.
         logit_scale: The model's exp(logit_scale); None where only logits are known.
-        transfer: Task and zero-shot logits `(N, K)` of the transfer rows, for `match_std`.
+        transfer: Task and zero-shot logits `(N, K)` of the transfer rows, or blocks of them, for `match_std`.
         held_out: Task and zero-shot logits `(M, K)` and labels `(M,)` of held-out rows, for `calibrated`.
 
     Raises:
@@ -188,13 +202,13 @@ def scale_factor(
     if scale == "model":
         return 1.0
     if scale == "match_std":
-        task, clip = transfer
-        if spread(clip) == 0:
+        task, clip = map(spread, transfer)
+        if clip == 0:
             raise DataError(
                 "clip.scale=match_std divides by the spread of the zero-shot logits but they are the same for "
                 "all classes; look at the prompts or at clip.logits."
             )
-        return spread(task) / spread(clip)
+        return task / clip
     if scale == "calibrated":
         task, clip, labels = held_out
         return fit_temperature(task, labels) / fit_temperature(clip, labels)

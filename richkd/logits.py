@@ -17,6 +17,7 @@ from torch import Tensor
 from richkd.data import Dataset
 from richkd.errors import ConfigError, CorruptError, DataError
 from richkd.files import sha256_of, write_atomic
+from richkd.fusion import together
 
 
 def aligned(spec: str, dataset: Dataset, *, field: str) -> tuple[Tensor, Tensor | None]:
@@ -120,7 +121,9 @@ def read_logits(
             f"{field} must hold floating-point logits but {spec} has {values.dtype}; are they labels?"
         )
     values = values.float()
-    bad = ~values.isfinite().all(1)
+    # by blocks: a look at all of a large table would be another one
+    parts = values.split(together(classes))
+    bad = torch.cat([~part.isfinite().all(1) for part in parts])
     if unused is not None:
         bad[unused[unused < len(bad)]] = False
     if bad.any():

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +43,9 @@ from richkd.zeroshot import prompts
 LONG = 60  # epochs from which on a run meets the same crops often enough for a table
 MOST = 8 * 2**30  # bytes of a table that is made unasked
 DTYPES = {"fp16": np.float16, "fp32": np.float32}  # of a table
+# bytes of a table of logits on a GPU; a larger one stays in the host's memory, and its rows are sent as they are asked for
+HELD = 2**30
+WHOLE = slice(None)  # all rows
 LEAST = 16  # images in a batch: fewer take another path through the convolutions, and get other last bits
 PIXELS = {
     "cpu": 2**16,
@@ -105,7 +108,7 @@ class TaskTeacher:
             pixels: The crops themselves, integers `(B, H, W, C)` on the device, where they are streamed.
         """
         if self.network is None or self.single:
-            return (self.train[sent(rows, self.train.device)],)
+            return (looked_up(self.train, rows, self.train_views.device),)
         if self.table is None:
             found = self._run(self.train_views, rows, views, pixels)
         else:
@@ -189,8 +192,24 @@ class TaskTeacher:
             return self._run(views, torch.arange(start, stop))[:, : self.classes].cpu().numpy()
 
         if self.keep is None:
-            return torch.from_numpy(compute(0, len(views))).to(views.device)
-        return torch.from_numpy(self.keep(part, compute)).to(views.device)
+            return placed(torch.from_numpy(compute(0, len(views))), views.device)
+        return placed(torch.from_numpy(self.keep(part, compute)), views.device)
+
+
+def placed(table: Tensor, device: torch.device) -> Tensor:
+    """Return a table of logits on the device, a large one where it is: on the CPU, or in the cache's file."""
+    return table.to(device) if table.nbytes <= HELD else table
+
+
+def blocks(table: Tensor, rows: Tensor) -> Iterator[Tensor]:
+    """Yield those rows of a table of logits by blocks, since all of a large one would be a large copy."""
+    for some in rows.split(fusion.together(table.shape[1])):
+        yield table[some]
+
+
+def looked_up(table: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """Return rows of a table on the device, wherever the table is."""
+    return sent(table[sent(rows, table.device)], device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -313,7 +332,7 @@ def open_task(
         return TaskTeacher(
             identity=logits.identity(config.logits),
             classes=classes,
-            given=(train.to(device), None if test is None else test.to(device)),
+            given=(placed(train, device), None if test is None else placed(test, device)),
             **views,
         )
     network, sha256, own = _network(config, trained, dataset)
@@ -481,12 +500,13 @@ class ClipTeacher:
     # unit-norm image features of crops, or of the whole images, likewise; None if only given logits are known
     features: Callable[[Tensor, Tensor], Tensor] | None = None
     width: int = 0  # numbers of such features
+    device: torch.device | None = None  # where its logits are wanted; None: where they lie
 
     def logits(self, rows: Tensor, views: Tensor) -> Tensor:
         """Return logits `(B, K)` of those crops of training rows."""
         if self.crops is not None:
             return self.crops(rows, views)
-        return self.train[sent(rows, self.train.device)]
+        return looked_up(self.train, rows, self.device or self.train.device)
 
 
 def open_clip_teachers(
@@ -541,23 +561,28 @@ def open_clip_teacher(
         train, test = logits.aligned(config.logits, dataset, field=f"{field}.logits")
         return ClipTeacher(
             identity=logits.identity(config.logits),
-            train=train.to(device),
-            test=None if test is None else test.to(device),
+            train=placed(train, device),
+            test=None if test is None else placed(test, device),
             logit_scale=None,
             source=f"{field}.logits",
+            device=device,
         )
     templates = prompts.templates(config.prompts)
     clip = model_of(config, device, cache_root, progress)
     text = zeroshot.text_matrix(clip, templates, dataset.names, cache_root).to(device)
-    train, test = (
-        fusion.zero_shot_logits(
-            zeroshot.image_features(clip, part, cache_root, progress).to(device),
-            text,
-            clip.logit_scale,
-            config.reduce,
-        )
-        for part in (dataset.train, dataset.test)
-    )
+
+    def logits_of(image: Tensor) -> Tensor:
+        return fusion.zero_shot_logits(image, text, clip.logit_scale, config.reduce)
+
+    def whole_logits(images: Images) -> Tensor:
+        image = zeroshot.image_features(clip, images, cache_root, progress)
+        table = placed(torch.empty(len(image), len(dataset.names)), device)
+        rows = fusion.together(table.shape[1])
+        for part, some in zip(table.split(rows), image.split(rows), strict=True):
+            part.copy_(logits_of(some.to(device)))
+        return table
+
+    train, test = map(whole_logits, (dataset.train, dataset.test))
     parts = [clip.identity, templates, dataset.names, dataset.digest, config.reduce]
     crops = look = None
     if config.views != "whole":
@@ -565,8 +590,7 @@ def open_clip_teacher(
         look = zeroshot.crop_features(clip, config.views, dataset, cache_root, progress)
 
         def crops(rows: Tensor, views: Tensor) -> Tensor:
-            image = sent(look(rows, views), device)
-            return fusion.zero_shot_logits(image, text, clip.logit_scale, config.reduce)
+            return logits_of(sent(look(rows, views), device))
 
     whole = zeroshot.image_features(clip, dataset.train, cache_root)
 
@@ -582,6 +606,7 @@ def open_clip_teacher(
         crops=crops,
         features=features,
         width=whole.shape[1],
+        device=device,
     )
 
 
@@ -744,7 +769,9 @@ class FusedTeacher:
             fusion.scale_factor(
                 scale,
                 logit_scale=clip.logit_scale,
-                transfer=(task.train[rows], clip.train[rows]) if needs_task else None,
+                transfer=(blocks(task.train, rows), blocks(clip.train, rows))
+                if needs_task
+                else None,
                 held_out=(task.train[held_out].cpu(), clip.train[held_out].cpu(), labels[held_out])
                 if needs_task
                 else None,
@@ -764,12 +791,8 @@ class FusedTeacher:
             self.zero_shot["train"] = own[self.lender.to(own.device)]
         self.temperature = config.loss.temperature
         if asked and config.loss.temperature_of == "task" and self.alpha < 1:
-            spread = fusion.spread(self._learnt(task.train[rows]))
-            self.temperature *= (
-                fusion.spread(self._learnt(self.fused("train")[rows])) / spread
-                if spread
-                else math.inf
-            )
+            alone, fused = self.spreads(split.transfer)
+            self.temperature *= fused / alone if alone else math.inf
         if not 1e-3 <= self.temperature <= 1e4:
             raise ConfigError(
                 f"the temperature in use must lie in 0.001 to 10000 but loss.temperature={config.loss.temperature} "
@@ -780,6 +803,14 @@ class FusedTeacher:
     def _learnt(self, fused: Tensor) -> Tensor:
         """Return fused logits as the student learns them."""
         return fusion.standardise(fused) if self.standardised else fused
+
+    def spreads(self, rows: np.ndarray) -> tuple[float, float]:
+        """Return the spread of the task teacher's logits of un-augmented training rows, and of the fused ones, as learnt."""
+        chosen = torch.from_numpy(rows)
+        alone = fusion.spread(map(self._learnt, blocks(self.task.train, chosen)))
+        both = zip(*(blocks(table, chosen) for table in self.parts("train")), strict=True)
+        fused = (self._learnt(fusion.fuse(*each, self.alpha)) for each in both)
+        return alone, fusion.spread(fused)
 
     def _features(self, alpha: float) -> tuple[list[int], list[float]]:
         """Return widths and weights of the teachers whose features the student is contrasted with."""
@@ -813,32 +844,38 @@ class FusedTeacher:
         """Return the training rows whose zero-shot logits and features these rows are given."""
         return rows if self.lender is None else self.lender[rows]
 
-    def parts(self, part: str) -> tuple[Tensor, Tensor]:
-        """Return task and zero-shot logits of all un-augmented rows of `train` or `test`, both scaled.
+    def _known(self, part: str, rows: Tensor | slice) -> tuple[Tensor | None, Tensor | None]:
+        """Return task and zero-shot logits of un-augmented rows of `train` or `test`, both scaled, None where unknown."""
+        tables = (None if self.task is None else getattr(self.task, part)), self.zero_shot[part]
+        task, clip = (None if table is None else table[rows] for table in tables)
+        return task, clip
+
+    def parts(self, part: str, rows: Tensor | slice = WHOLE) -> tuple[Tensor, Tensor]:
+        """Return task and zero-shot logits of un-augmented rows of `train` or `test`, both scaled.
 
         A teacher that takes no part is replaced by the other: with its weight of 0 it changes nothing.
         """
-        task = getattr(self.task, part) if self.task is not None else None
-        clip = self.zero_shot[part]
+        task, clip = self._known(part, rows)
         return (clip if task is None else task), (task if clip is None else clip)
 
-    def fused(self, part: str) -> Tensor:
-        """Return the fused logits of all un-augmented rows of `train` or `test`."""
-        return fusion.fuse(*self.parts(part), self.alpha)
+    def fused(self, part: str, rows: Tensor | slice = WHOLE) -> Tensor:
+        """Return the fused logits of un-augmented rows of `train` or `test`."""
+        return fusion.fuse(*self.parts(part, rows), self.alpha)
 
-    def shown(self, part: str) -> dict[str, Tensor]:
-        """Return by name the logits `(N, K)` of `teacher`, `clip` and, if there are both, `fused`.
+    def shown(self, part: str, rows: Tensor | slice = WHOLE) -> dict[str, Tensor]:
+        """Return by name the logits of those rows of `teacher`, `clip` and, if there are both, `fused`.
 
         Teachers that take no part, or whose logits for that part are unknown, are left out.
         """
-        task = getattr(self.task, part) if self.task is not None else None
-        found = {"teacher": task, "clip": self.zero_shot[part]}
+        found = dict(zip(("teacher", "clip"), self._known(part, rows), strict=True))
         found = {name: logits for name, logits in found.items() if logits is not None}
         if len(found) == 2:
             found["fused"] = (
-                self.fused(part)
+                self.fused(part, rows)
                 if self.space == "logits"
-                else fusion.target(*self.parts(part), self.alpha, self.temperature, self.space)
+                else fusion.target(
+                    *self.parts(part, rows), self.alpha, self.temperature, self.space
+                )
             )
         return found
 

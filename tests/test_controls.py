@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ def normal(seed):
 
 
 TASK, CLIP = normal(0), normal(1)
+ON_CPU = SimpleNamespace(device=torch.device("cpu"))  # all that is asked of images
 
 
 def teacher(control, seed=0, crops=None, **keys) -> FusedTeacher:
@@ -43,7 +45,7 @@ def teacher(control, seed=0, crops=None, **keys) -> FusedTeacher:
     config = replace(config, loss=replace(config.loss, **keys))
     split = Split(transfer=LEARNT, labels=HIDDEN, validation=np.array([0, 1, 2, 3]), digest="")
     own = TaskTeacher(
-        identity="t", classes=CLASSES, train_views=None, test_views=None, given=(TASK, TASK)
+        identity="t", classes=CLASSES, train_views=ON_CPU, test_views=ON_CPU, given=(TASK, TASK)
     )
     clip = ClipTeacher(identity="c", train=CLIP, test=CLIP, logit_scale=1.0, crops=crops)
     return FusedTeacher(config, split, LABELS, own, [clip])

@@ -87,6 +87,7 @@ def test_spread_is_the_deviation_around_the_mean_of_each_row():
     expected = (double - double.mean(1, keepdims=True)).std()
     assert fusion.spread(logits) == pytest.approx(expected, rel=1e-12)
     assert torch.allclose(fusion.centre(logits).mean(1), torch.zeros(50), atol=1e-5)
+    assert fusion.spread(iter(logits.split(7))) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("space", ["logits", "probs"])

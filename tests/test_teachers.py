@@ -142,6 +142,28 @@ def test_the_relative_temperature_keeps_the_sharpness_of_the_task_teacher(alpha,
     assert both / teacher.temperature == pytest.approx(own / 2.0, rel=1e-9)
 
 
+def test_no_table_is_copied_on_the_way_to_scales_and_temperatures(monkeypatch):
+    options = {"scale": "match_std", "alpha": 0.3, "temperature_of": "task"}
+    whole = fused(task_table(), clip_teacher(), **options)
+    looked_at, spread = [], fusion.spread
+
+    def told(blocks):
+        def each():
+            for block in blocks:
+                looked_at.append(len(block))
+                yield block
+
+        return spread(each())
+
+    monkeypatch.setattr(fusion, "CELLS", 7 * CLASSES)
+    monkeypatch.setattr(fusion, "spread", told)
+    parts = fused(task_table(), clip_teacher(), **options)
+    assert max(looked_at) == 7
+    assert sum(looked_at) == 4 * len(TRANSFER)
+    assert parts.factors == pytest.approx(whole.factors, rel=1e-12)
+    assert parts.temperature == pytest.approx(whole.temperature, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("temperature_of", "space"), [("fused", "logits"), ("task", "logits"), ("fused", "probs")]
 )

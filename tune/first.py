@@ -4,7 +4,7 @@ import itertools
 import warnings
 from typing import Any
 
-from richkd import cache, distill, estimate, fusion
+from richkd import cache, distill, estimate
 from richkd.command import Stop
 from richkd.config import Config, Data, Layers, flatten, to_dict
 from richkd.errors import ConfigError, Stopped
@@ -154,9 +154,8 @@ def paper_points(sweep: Sweep, task: distill.Task, teacher: FusedTeacher) -> dic
     paper = printed(own)
     ratio = 1.0
     if sweep.resolve(sweep.settings.sweep.settings).loss.temperature_of == "task":
-        rows = task.split.transfer
-        fused, alone = teacher.fused("train")[rows], teacher.task.train[rows]
-        ratio = fusion.spread(fused) / fusion.spread(alone)
+        alone, fused = teacher.spreads(task.split.transfer)
+        ratio = fused / alone
     base = flatten(to_dict(sweep.base))
     main = [as_printed(paper, sweep.space, base, ratio)]
     if holds_plain(own):

@@ -14,7 +14,7 @@ from richkd.config import Config
 from richkd.data import Dataset, Views
 from richkd.data.pictures import picture
 from richkd.distill import Task
-from richkd.teachers import FusedTeacher
+from richkd.teachers import FusedTeacher, looked_up
 
 
 def augmentation(dataset: Dataset) -> Callable[[Image.Image], Tensor]:
@@ -92,7 +92,7 @@ class Reference:
     def teacher_logits(self, images: Tensor, rows: Tensor) -> Tensor:
         """Return the task teacher's logits `(B, K)` of `images`, or those given for their rows."""
         if self.teacher is None:
-            return self.given[0][rows]
+            return looked_up(self.given[0], rows, self.device)
         with torch.no_grad():
             return self.teacher(self.adapt(images))
 
@@ -101,7 +101,8 @@ class Reference:
         logits = self.student(images)
         target = self.teacher_logits(images, rows)
         if self.clip is not None:
-            target = self.alpha * target + (1 - self.alpha) * self.clip[rows]
+            clip = looked_up(self.clip, rows, self.device)
+            target = self.alpha * target + (1 - self.alpha) * clip
         labelled = labels >= 0
         ce = logits.new_zeros(())
         if labelled.any():
