@@ -5,6 +5,8 @@ Shapes: N images, M texts, D features.
 
 import contextlib
 import logging
+import math
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 BATCH = 64  # images or texts at once
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+AGAIN = 600.0  # seconds after which a download that failed is tried again: without internet each try takes most of a minute
+
+_failed: dict[tuple[str, str | None], tuple[str, float]] = {}  # downloads: what was said, and when
 
 
 def identity(model: str, pretrained: str | None, file: str | None = None) -> str:
@@ -61,6 +66,9 @@ class OpenClip:
 
         self.device = device
         _check(open_clip, model, pretrained)
+        failed, when = _failed.get((model, pretrained), ("", -math.inf))
+        if file is None and time.monotonic() - when < AGAIN:
+            raise ConfigError(failed)
         # given a file open_clip asks no tag, and would take the plain preprocessing
         tag = (open_clip.get_pretrained_cfg(model, pretrained) or {}) if pretrained and file else {}
         preprocessing = {f"image_{key}": tag[key] for key in PREPROCESSING if key in tag}
@@ -83,9 +91,10 @@ class OpenClip:
                     if file
                     else "download it on a machine with internet and give clip.file too"
                 )
-                raise ConfigError(
-                    f"{what} of {model} could not be loaded ({reason}); {hint}, or give clip.logits."
-                ) from error
+                said = f"{what} of {model} could not be loaded ({reason}); {hint}, or give clip.logits."
+                if file is None:
+                    _failed[model, pretrained] = said, time.monotonic()
+                raise ConfigError(said) from error
         self.network.eval().requires_grad_(False)
         self.tokenize = open_clip.get_tokenizer(model)
 
