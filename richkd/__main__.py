@@ -16,6 +16,7 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +196,11 @@ def _existing(name: str, storage: Path) -> Path | None:
 def _evaluate_teachers(arguments: argparse.Namespace, target: Path | None) -> Done:
     """Evaluate the teachers of a config, alone and fused, un-augmented, on all rows whose labels are known.
 
-    What the task teacher says goes into `target`, if one is named.
+    They are taken as they are, whatever `clip.control` says. What the task teacher says goes into `target`, if one is named.
     """
     config = one_run(arguments.words)
+    # a control is of what the student hears: some rows would show it, and others not
+    config = replace(config, clip=replace(config.clip, control="none"))
     from richkd import distill as training
     from richkd import logits
 
