@@ -15,7 +15,7 @@ import shlex
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -272,17 +272,18 @@ class ZeroShot:
 
     def __post_init__(self) -> None:
         expand(self, "file", "prompts", "logits")
-        one_of("clip.reduce", self.reduce, ("embedding", "logits", "probs"))
+        if self.reduce is not None:  # else it is that of the first teacher, and so are views
+            one_of("clip.reduce", self.reduce, ("embedding", "logits", "probs"))
         if isinstance(self.views, int):
             if not 1 <= self.views <= 1_000_000:
                 raise ConfigError(
                     f"clip.views must be whole, online or a number of stored views from 1 on but got {self.views}."
                 )
-        elif self.views not in ("whole", "online"):
+        elif self.views not in ("whole", "online", None):
             raise ConfigError(
                 f"clip.views must be whole, online or a number of stored views but got {self.views!r}."
             )
-        if self.logits is not None and self.views != "whole":
+        if self.logits is not None and self.views not in ("whole", None):
             raise ConfigError(
                 f"clip.views={self.views} needs a model but clip.logits={self.logits} knows no crops; leave one of them out."
             )
@@ -290,13 +291,27 @@ class ZeroShot:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extra(ZeroShot):
-    """A further zero-shot teacher."""
+    """A further zero-shot teacher; prompts, reduce and views that are not given are those of the first one."""
 
     weight: float  # its share of the zero-shot logits; the first teacher has what is left of 1
+    prompts: str | None = None
+    reduce: str | None = None
+    views: int | str | None = None  # of given logits `whole`
 
     def __post_init__(self) -> None:
         ZeroShot.__post_init__(self)
         in_range("clip.extra.weight", self.weight, 0, 1)
+
+    def beside(self, first: ZeroShot) -> "Extra":
+        """Return this teacher with what it takes from the first one."""
+        return replace(
+            self,
+            prompts=first.prompts if self.prompts is None else self.prompts,
+            reduce=first.reduce if self.reduce is None else self.reduce,
+            views=(first.views if self.logits is None else "whole")
+            if self.views is None
+            else self.views,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -311,6 +326,7 @@ class Clip(ZeroShot):
 
     def __post_init__(self) -> None:
         ZeroShot.__post_init__(self)
+        object.__setattr__(self, "extra", [each.beside(self) for each in self.extra])
         one_of("clip.control", self.control, ("none", "zeros", "permuted", "permuted-in-class"))
         if isinstance(self.scale, str):
             scales = ("model", "match_std", "calibrated", "none")

@@ -567,9 +567,11 @@ def open_clip_teacher(
             source=f"{field}.logits",
             device=device,
         )
-    templates = prompts.templates(config.prompts)
+    templates = prompts.templates(config.prompts, f"{field}.prompts")
     clip = model_of(config, device, cache_root, progress)
-    text = zeroshot.text_matrix(clip, templates, dataset.names, cache_root).to(device)
+    text = zeroshot.text_matrix(
+        clip, templates, dataset.names, cache_root, field=f"{field}.prompts"
+    ).to(device)
 
     def logits_of(image: Tensor) -> Tensor:
         return fusion.zero_shot_logits(image, text, clip.logit_scale, config.reduce)

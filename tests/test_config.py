@@ -365,7 +365,6 @@ def test_a_scale_has_one_digest_however_it_is_written():
         ("[{weight: 0.1, reduce: x}]", "must be one of embedding, logits, probs but got 'x'"),
         ("[{weight: 0.1, promts: x}]", "there is no key promts; did you mean prompts?"),
         ("[{weight: 0.1, scale: 3}]", "there is no key scale"),
-        ("[{weight: 0.1, prompts: null}]", "prompts must be text but got None"),
         ("[{weight: 0.6}, {weight: 0.5}]", "sum to 1.1; lower them"),
     ],
 )
@@ -386,12 +385,22 @@ def test_further_zero_shot_teachers_survive_yaml_and_json_and_change_the_digest(
     )
     assert [(each.weight, each.prompts, each.logits) for each in made.clip.extra] == [
         (0.2, "single", None),
-        (0.3, "rich12", "x.npy"),
+        (0.3, "digits", "x.npy"),
     ]
     (tmp_path / "config.yaml").write_text(dump(made))
     assert build(read([str(tmp_path / "config.yaml")])) == made
     assert from_dict(json.loads(json.dumps(to_dict(made)))) == made
     assert digest(made) != digest(build(read([])))
+
+
+def test_a_further_zero_shot_teacher_takes_from_the_first_what_it_does_not_say():
+    extra = "clip.extra=[{weight: 0.1}, {weight: 0.1, prompts: single, views: 3}, {weight: 0.1, logits: x.npy}]"
+    made = build(read(["clip.prompts=digits", "clip.reduce=logits", "clip.views=9", extra]))
+    assert [(each.prompts, each.reduce, each.views) for each in made.clip.extra] == [
+        ("digits", "logits", 9),
+        ("single", "logits", 3),
+        ("digits", "logits", "whole"),
+    ]
 
 
 @pytest.mark.parametrize("shares", [(0.2, 0.4, 0.3, 0.1), (0.7, 0.2, 0.1), (1,), (0, 0)])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from richkd import cache
 from richkd.data import Dataset, Images, Views
-from richkd.errors import ConfigError
+from richkd.errors import ConfigError, DataError
 from richkd.files import read_json, to_json, write_synced
 from richkd.progress import Progress
 from richkd.zeroshot import crops, miniature, openclip, prompts
@@ -108,13 +108,26 @@ def load(
 
 
 def text_matrix(
-    clip: ZeroShot, templates: Sequence[str], names: Sequence[str], root: Path
+    clip: ZeroShot,
+    templates: Sequence[str],
+    names: Sequence[str],
+    root: Path,
+    *,
+    field: str = "clip.prompts",
 ) -> Tensor:
-    """Return unit-norm text features `(P, K, D)` of each template and class, from the cache or into it."""
+    """Return unit-norm text features `(P, K, D)` of each template and class, from the cache or into it.
+
+    Raises:
+        DataError: If the model cannot read them; `field` is the key that they are of.
+    """
     texts = [text for row in prompts.captions(templates, names) for text in row]
 
     def compute(start: int, stop: int) -> np.ndarray:
-        return clip.encoder.encode_texts(texts[start:stop]).numpy()
+        encoder = clip.encoder
+        try:
+            return encoder.encode_texts(texts[start:stop]).numpy()
+        except DataError as error:
+            raise DataError(f"{field}: {error}") from error
 
     key = {"model": clip.identity, "texts": texts}
     rows = cache.rows(root, "clip-texts", key, len(texts), clip.width, compute)

@@ -112,12 +112,12 @@ class Tokenizer:
             words = re.findall(r"\w+", text.lower())
             if unknown := [word for word in words if word not in self.numbers]:
                 raise DataError(
-                    f"clip.prompts: the miniature CLIP does not know {', '.join(unknown)} in {text!r}; it was made "
-                    "for digits: use clip.prompts=digits, digits-photo or digits-written, or a model of open_clip's."
+                    f"the miniature CLIP does not know {', '.join(unknown)} in {text!r}; it was made "
+                    "for digits: use the prompts digits, digits-photo or digits-written, or a model of open_clip's."
                 )
             if len(words) > CONTEXT - 2:
                 raise DataError(
-                    f"clip.prompts: the miniature CLIP reads {CONTEXT - 2} words but {text!r} has {len(words)}; "
+                    f"the miniature CLIP reads {CONTEXT - 2} words but {text!r} has {len(words)}; "
                     "shorten it."
                 )
             numbers = [self.begin, *(self.numbers[word] for word in words), self.end]

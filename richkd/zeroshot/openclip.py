@@ -121,7 +121,7 @@ class OpenClip:
             cut = [text for text in texts if len(encode(text)) > longest - 2]  # begin and end
             if cut:
                 warnings.warn(
-                    f"clip.prompts: {len(cut)} of {len(texts)} captions are longer than the model's {longest} "
+                    f"{len(cut)} of {len(texts)} captions are longer than the model's {longest} "
                     f"tokens and are cut, the first is {cut[0][:60]!r}.",
                     stacklevel=2,
                 )

@@ -40,11 +40,12 @@ OPEN_CLIP = {"openai80": "OPENAI_IMAGENET_TEMPLATES", "openai7": "SIMPLE_IMAGENE
 MAX_BYTES = 1_000_000
 
 
-def templates(name: str) -> tuple[str, ...]:
+def templates(name: str, field: str = "clip.prompts") -> tuple[str, ...]:
     """Return the templates of a named set, of open_clip's own, or of a UTF-8 file with one a line.
 
     In a file blank lines and lines that begin with `#` are passed over. Templates that differ in case or
     spaces alone count once, with a warning, so that none weighs double.
+    `field` is the key that `name` is of.
 
     Raises:
         ConfigError: If there is neither such a set nor such a file.
@@ -61,17 +62,13 @@ def templates(name: str) -> tuple[str, ...]:
     if not path.is_file():
         near = get_close_matches(name, [*SETS, *OPEN_CLIP], 1)
         hint = f"did you mean {near[0]}?" if near else f"sets: {', '.join([*SETS, *OPEN_CLIP])}."
-        raise ConfigError(
-            f"clip.prompts must be a named set or a text file but got {name!r}; {hint}"
-        )
+        raise ConfigError(f"{field} must be a named set or a text file but got {name!r}; {hint}")
     if path.stat().st_size > MAX_BYTES:
-        raise DataError(
-            f"clip.prompts: {name} is larger than {MAX_BYTES} bytes; is it a prompt file?"
-        )
+        raise DataError(f"{field}: {name} is larger than {MAX_BYTES} bytes; is it a prompt file?")
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise DataError(f"clip.prompts: {name} must be UTF-8 text: {error}.") from error
+        raise DataError(f"{field}: {name} must be UTF-8 text: {error}.") from error
     found = {}
     for number, line in enumerate(lines, 1):
         text = unicodedata.normalize("NFC", line.strip())
@@ -79,18 +76,18 @@ def templates(name: str) -> tuple[str, ...]:
             continue
         if text.count("{}") != 1:
             raise DataError(
-                f"clip.prompts: a template has one {{}} for the class name but line {number} of {name} has "
+                f"{field}: a template has one {{}} for the class name but line {number} of {name} has "
                 f"{text.count('{}')}: {text!r}."
             )
         key = " ".join(text.casefold().split())
         if key in found:
             warnings.warn(
-                f"clip.prompts: line {number} of {name} repeats {found[key]!r}; it counts once.",
+                f"{field}: line {number} of {name} repeats {found[key]!r}; it counts once.",
                 stacklevel=2,
             )
         found.setdefault(key, text)
     if not found:
-        raise DataError(f"clip.prompts: {name} has no template; write one a line.")
+        raise DataError(f"{field}: {name} has no template; write one a line.")
     return tuple(found.values())
 
 
