@@ -28,6 +28,12 @@ from richkd.errors import ConfigError, Interrupted, Stopped
 from richkd.files import NO_SPACE, write_atomic
 from richkd.progress import Progress, epoch_line, lines, stoppable
 
+CONTROLS = {
+    "zeros": "CLIP's logits are 0 for all images",
+    "permuted": "CLIP's answers are permuted over the images",
+    "permuted-in-class": "CLIP's answers are permuted within each class",
+}
+
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
@@ -68,6 +74,18 @@ def percent(found: dict[str, float]) -> dict[str, float]:
     return {"top1": found["top1"], "top5": found["top5"]}
 
 
+def remarks(config: Config) -> list[str]:
+    """Return what must be known of a run to read its figures."""
+    found = []
+    if config.data.imbalance is not None:
+        found.append(
+            f"{config.part} top1 is the mean over classes, under data.imbalance={config.data.imbalance}"
+        )
+    if config.asks_clip and config.clip.control != "none":
+        found.append(f"{CONTROLS[config.clip.control]}: a control")
+    return found
+
+
 def distill(arguments: argparse.Namespace) -> Done:
     """Distil one student."""
     config = one_run(arguments.words)
@@ -79,10 +97,8 @@ def distill(arguments: argparse.Namespace) -> Done:
     say(f"{config.method.name} on {config.data.source}, into {folder}")
     if config.caution:
         say(config.caution)
-    if config.data.imbalance is not None:
-        say(
-            f"{config.part} top1 is the mean over classes, under data.imbalance={config.data.imbalance}"
-        )
+    for line in remarks(config):
+        say(line)
     if config.loss.logit:
         fused = f"alpha {config.fusion.alpha:g} at clip.scale {config.clip.scale}, "
         say(
@@ -162,6 +178,7 @@ def evaluate(arguments: argparse.Namespace) -> Done:
                 "is, is settled."
             )
     from richkd import distill as training
+    from richkd.record import frequencies
     from richkd.student import find_checkpoint
 
     checkpoint = find_checkpoint(place)
@@ -174,6 +191,12 @@ def evaluate(arguments: argparse.Namespace) -> Done:
         "selection": ran.selection,
         "images_per_second": speed,
     }
+    if "last" in found:
+        answer["last"] = {"top1": found["last"]["top1"]}
+    if groups := frequencies(found["test"]):
+        answer["groups"] = groups
+    for line in remarks(ran):
+        say(line)
     _print(answer)
     return Done(answer)
 

@@ -299,9 +299,20 @@ def result_of(folder: Path) -> dict[str, Any]:
     for who in ("teacher", "clip", "fused"):
         if f"{who}/top1" in found:
             result[who] = {"top1": found[f"{who}/top1"]}
+    if groups := frequencies({key.removeprefix("test/"): found[key] for key in found}):
+        result["groups"] = groups
     if "unreadable" in state:
         result["unreadable"] = state["unreadable"]
     return result
+
+
+def frequencies(found: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Return `n` and, where it was measured, `top1` of the test rows of frequent and rare classes: none but under a long tail."""
+    return {
+        name: {key: found[f"{name}/{key}"] for key in ("n", "top1") if f"{name}/{key}" in found}
+        for name in ("head", "medium", "tail")
+        if f"{name}/n" in found
+    }
 
 
 def result_lines(result: dict[str, Any]) -> list[str]:
@@ -319,6 +330,11 @@ def result_lines(result: dict[str, Any]) -> list[str]:
         lines[-1] += "  of the epoch that is best on these rows"
         if "last" in result:
             lines.append(f"{'':<10} test top1 {result['last']['top1']:6.2f} %  of the last epoch")
+    for name, group in result.get("groups", {}).items():
+        if "top1" in group:
+            lines.append(
+                f"{'':<10} test top1 {group['top1']:6.2f} %  of {group['n']} rows of {name} classes"
+            )
     if "unreadable" in result:
         lines.append(
             f"left out   {len(result['unreadable'])} files, listed in {result['run']}/run.json"
