@@ -24,7 +24,7 @@ class Deit(LibraryNetwork):
     """
 
     def __init__(self, classes: int, channels: int, size: tuple[int, int]) -> None:
-        super().__init__(_body("deit_tiny_patch16_224", classes, channels, size), "head")
+        super().__init__(_body("deit_ti", "deit_tiny_patch16_224", classes, channels, size), "head")
 
 
 class Pit(LibraryNetwork):
@@ -37,7 +37,7 @@ class Pit(LibraryNetwork):
     """
 
     def __init__(self, classes: int, channels: int, size: tuple[int, int]) -> None:
-        super().__init__(_body("pit_ti_224", classes, channels, size), "head")
+        super().__init__(_body("pit_ti", "pit_ti_224", classes, channels, size), "head")
 
     def staged(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the normed class token `(N, D)` of `images` `(N, C, H, W)`, and the tokens of three blocks as maps.
@@ -60,14 +60,14 @@ class Pit(LibraryNetwork):
         return body.forward_head(body.norm(token)), [maps[i] for i in TOLD]
 
 
-def _body(name: str, classes: int, channels: int, size: tuple[int, int]) -> nn.Module:
+def _body(name: str, of_timm: str, classes: int, channels: int, size: tuple[int, int]) -> nn.Module:
     import timm
 
     if min(size) < PATCH:
         raise ConfigError(
-            f"{FIELDS}: deit_ti and pit_ti must see images of at least {PATCH} x {PATCH} pixels, a patch, but they have "
-            f"{size[0]} x {size[1]}; take another network, or larger images."
+            f"{FIELDS}: {name} must see images of at least {PATCH} x {PATCH} pixels, a patch, but these have "
+            f"{size[0]} x {size[1]}; take another network, such as cnn8, or larger images (the digits are 8 x 8)."
         )
     return timm.create_model(
-        name, num_classes=classes, in_chans=channels, img_size=size, drop_path_rate=DROP_PATH
+        of_timm, num_classes=classes, in_chans=channels, img_size=size, drop_path_rate=DROP_PATH
     )
