@@ -28,12 +28,6 @@ from richkd.errors import ConfigError, Interrupted, Stopped
 from richkd.files import NO_SPACE, write_atomic
 from richkd.progress import Progress, epoch_line, lines, stoppable
 
-CONTROLS = {
-    "zeros": "CLIP's logits are 0 for all images",
-    "permuted": "CLIP's answers are permuted over the images",
-    "permuted-in-class": "CLIP's answers are permuted within each class",
-}
-
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
@@ -74,16 +68,12 @@ def percent(found: dict[str, float]) -> dict[str, float]:
     return {"top1": found["top1"], "top5": found["top5"]}
 
 
-def remarks(config: Config) -> list[str]:
-    """Return what must be known of a run to read its figures."""
-    found = []
-    if config.data.imbalance is not None:
-        found.append(
-            f"{config.part} top1 is the mean over classes, under data.imbalance={config.data.imbalance}"
-        )
-    if config.asks_clip and config.clip.control != "none":
-        found.append(f"{CONTROLS[config.clip.control]}: a control")
-    return found
+def mean_over_classes(config: Config) -> list[str]:
+    """Return the line that says so of the accuracy that epochs are chosen by, none where it is not one."""
+    tail = config.data.imbalance
+    if tail is None:
+        return []
+    return [f"{config.part} top1 is the mean over classes, under data.imbalance={tail}"]
 
 
 def distill(arguments: argparse.Namespace) -> Done:
@@ -92,19 +82,16 @@ def distill(arguments: argparse.Namespace) -> Done:
     folder = configuration.run_folder(config, arguments.name, resume=arguments.resume)
 
     from richkd import distill as training
+    from richkd.card import terms
     from richkd.record import result_of
 
     say(f"{config.method.name} on {config.data.source}, into {folder}")
     if config.caution:
         say(config.caution)
-    for line in remarks(config):
+    for line in mean_over_classes(config):
         say(line)
-    if config.loss.logit:
-        fused = f"alpha {config.fusion.alpha:g} at clip.scale {config.clip.scale}, "
-        say(
-            f"{fused if config.fusion.alpha < 1 else ''}T {config.loss.temperature:g} of the "
-            f"{config.loss.temperature_of} logits, weight {config.loss.logit:g}"
-        )
+    for line in terms(config):
+        say(line)
 
     def row(metrics: dict[str, Any], _checkpoint: Path) -> None:
         say(epoch_line(metrics, config.train.epochs, config.part))
@@ -178,6 +165,7 @@ def evaluate(arguments: argparse.Namespace) -> Done:
                 "is, is settled."
             )
     from richkd import distill as training
+    from richkd.card import terms
     from richkd.record import frequencies
     from richkd.student import find_checkpoint
 
@@ -195,7 +183,7 @@ def evaluate(arguments: argparse.Namespace) -> Done:
         answer["last"] = {"top1": found["last"]["top1"]}
     if groups := frequencies(found["test"]):
         answer["groups"] = groups
-    for line in remarks(ran):
+    for line in [*mean_over_classes(ran), *terms(ran)]:
         say(line)
     _print(answer)
     return Done(answer)

@@ -14,6 +14,11 @@ from richkd.escape import markdown
 from richkd.files import read_record
 from richkd.student import best_of
 
+CONTROLS = {
+    "zeros": "CLIP's logits are 0 for all images",
+    "permuted": "CLIP's answers are permuted over the images",
+    "permuted-in-class": "CLIP's answers are permuted within each class",
+}
 UNKNOWN = "unknown"  # the value that model hubs have for it; a licence is its owner's to state
 
 
@@ -217,13 +222,12 @@ def _origin(
     for who, text in _teachers(config, run).items():
         title = who.replace("teacher", "task teacher").replace("clip", "zero-shot teacher")
         found.append((title, f"{text}; identity {run['teachers'][who]}"))
-    how = f"{config.method.name}, labels {loss.ce:g}"
-    if loss.logit:
-        how += f", teachers {loss.logit:g} at T {loss.temperature:g} of the {loss.temperature_of} logits"
-        if config.fusion.alpha < 1:
-            how += f", alpha {config.fusion.alpha:g} at clip.scale {config.clip.scale}"
+    how = [f"{config.method.name}, labels {loss.ce:g}", *terms(config)]
     found.append(
-        ("method", f"{how}; epoch {meta['epoch']} of {config.train.epochs}, seed {config.seed}")
+        (
+            "method",
+            f"{'; '.join(how)}; epoch {meta['epoch']} of {config.train.epochs}, seed {config.seed}",
+        )
     )
     if run:
         found.append(
@@ -235,6 +239,42 @@ def _origin(
         )
     found.append(("settings", f"digest {meta.get('digest')}"))
     found.append(("weights", f"SHA-256 {saved.sha256}"))
+    return found
+
+
+def terms(config: Config) -> list[str]:
+    """Return what a loss has beside plain labels, and what its teachers are: a line of a terminal each."""
+    loss, fusion, found = config.loss, config.fusion, []
+    if loss.smoothing:
+        found.append(f"labels smoothed by {loss.smoothing:g}")
+    if loss.logit:
+        fused = f"alpha {fusion.alpha:g} at clip.scale {config.clip.scale}, "
+        found.append(
+            f"{fused if fusion.alpha < 1 else ''}T {loss.temperature:g} of the {loss.temperature_of} logits, "
+            f"weight {loss.logit:g}"
+        )
+        dkd = f"decoupled (dkd), alpha {loss.dkd_alpha:g} and beta {loss.dkd_beta:g}"
+        kinds = {
+            dkd: loss.logit_kind == "dkd",
+            "standardised": loss.standardise,
+            f"warm-up of {loss.warmup} epochs": loss.warmup > 0,
+            "mixed as probabilities": fusion.space == "probs" and fusion.alpha < 1,
+        }
+        if any(kinds.values()):
+            found.append(f"logits {', '.join(kind for kind, holds in kinds.items() if holds)}")
+    if loss.contrasts:
+        alpha = config.feature_alpha
+        fused = f", alpha {alpha:g} of the task teacher's" if alpha < 1 else " of the task teacher"
+        found.append(f"features contrasted{fused}, weight {loss.feature:g}")
+    if loss.maps:
+        found.append(
+            f"maps of the task teacher: {loss.transform}, {loss.distance}, weight {loss.feature:g}"
+        )
+    if config.asks_clip:
+        for each in config.clip.extra:
+            found.append(f"with a further CLIP: {each.logits or each.model}, share {each.weight:g}")
+        if config.clip.control != "none":
+            found.append(f"{CONTROLS[config.clip.control]}: a control")
     return found
 
 
