@@ -15,9 +15,10 @@ from optuna.distributions import (
 from richkd.config import build, flatten, read, to_dict
 from richkd.errors import ConfigError
 from richkd.methods import METHODS
+from tune.first import as_printed
 from tune.space import Space
 from tune.sweep import Sweep
-from tune.warmstart import Outside, holds_plain, place, plain, printed, within
+from tune.warmstart import Outside, holds_plain, is_own, is_printed, place, plain, printed, within
 
 BASE = flatten(to_dict(build(read([]))))
 TEMPERATURE = Space({"loss.temperature": FloatDistribution(0.5, 8.0, log=True)})
@@ -141,6 +142,32 @@ def test_a_place_is_in_the_branch_that_is_searched_there():
     for value, keys in (("model", ["clip.scale", "fusion.alpha"]), ("none", ["clip.scale"])):
         space = Space(searched, {"fusion.alpha": {"clip.scale": (value,)}})
         assert list(place(printed("richkd-l"), space, BASE, 1.0)) == keys  # at clip.scale model
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (0.0, 0.5)])
+@pytest.mark.parametrize("setting", [printed("richkd-lf"), plain()], ids=["paper", "plain"])
+def test_searched_features_weigh_in_the_first_trials_as_the_logits_do(bounds, setting, tmp_path):
+    low, high = bounds
+    words = ["sweep/features", f"sweep.space.fusion.feature_alpha={{uniform: [{low}, {high}]}}"]
+    sweep = Sweep(tmp_path, read(words))
+    point = as_printed(setting, sweep.space, flatten(to_dict(sweep.base)), 1.0)
+    alpha = setting["fusion.alpha"]
+    assert point.params["fusion.feature_alpha"] == min(alpha, high)
+    assert sweep.resolve(point.settings).feature_alpha == alpha
+    assert is_printed("richkd-lf", point.settings)
+
+
+def test_other_weights_of_features_are_not_as_printed():
+    own = printed("richkd-lf")
+    for weight, same in ((None, True), (0.7, True), (0.0, False)):
+        assert is_own("richkd-lf", own | {"fusion.feature_alpha": weight}) == same
+    assert is_printed("richkd-lf", plain() | {"fusion.feature_alpha": 0.0})  # which has no features
+
+
+def test_a_trial_whose_features_weighed_as_its_logits_lies_there():
+    space = Space({"fusion.feature_alpha": FloatDistribution(0, 1)})
+    ran = {"fusion.alpha": 0.4, "fusion.feature_alpha": None}
+    assert within(space, {}, ran, {}) == {"fusion.feature_alpha": 0.4}
 
 
 def test_a_place_between_two_steps_is_the_nearest_one():

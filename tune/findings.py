@@ -28,7 +28,7 @@ from tune.students import Student
 from tune.study import MAIN, Failure, Search, settings_of
 from tune.summary import read_refits, summarise, winner
 from tune.sweep import Sweep, asked_of, open_searches, trials_of
-from tune.warmstart import plain, printed
+from tune.warmstart import is_own, plain
 
 ENVIRONMENT = "environment.json"
 TOP1 = "top1"  # the objective that every sweep has
@@ -383,7 +383,7 @@ def importance(values: Sequence[tuple[Trial, float]]) -> dict[str, float] | None
 
 def origin(method: str, settings: dict[str, Any]) -> str | None:
     """Return what a best setting is, if the search did not find it but was given it."""
-    if printed(method).items() <= settings.items():
+    if is_own(method, settings):
         return "the paper's own setting; nothing that was tried is better"
     if plain().items() <= settings.items():
         return "plain distillation; nothing that was tried is better"

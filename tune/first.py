@@ -19,11 +19,13 @@ from tune.space import Space
 from tune.study import MAIN, settings_of
 from tune.sweep import Sweep, asked_of, open_searches, student_of, trials_of
 from tune.warmstart import (
+    OF_FEATURES,
     PAPER,
     Outside,
     Point,
     holds_plain,
     is_printed,
+    meant,
     place,
     plain,
     printed,
@@ -167,9 +169,13 @@ def paper_points(sweep: Sweep, task: distill.Task, teacher: FusedTeacher) -> dic
 
 
 def as_printed(settings: dict[str, Any], space: Space, base: dict[str, Any], ratio: float) -> Point:
-    """Return a setting as printed with its place in the space; of what it leaves alone that place is run."""
+    """Return a setting as printed with its place in the space; of what it leaves alone that place is run.
+
+    But features weigh as printed, as the logits do, wherever the nearest place is.
+    """
     params = place(settings, space, base, ratio)
-    return Point(params=params, settings=params | settings)
+    exact = {key: meant(key, base | settings) for key in params if key == OF_FEATURES}
+    return Point(params=params, settings=params | exact | settings)
 
 
 def earlier_points(sweep: Sweep, source: str) -> dict[str, list[Point]]:

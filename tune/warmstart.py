@@ -11,6 +11,7 @@ from richkd.methods import METHODS
 from tune.space import Space
 
 PAPER = "paper"
+OF_FEATURES = "fusion.feature_alpha"
 # what plain distillation is without, whatever a sweep has in all its runs
 BARE = {
     "loss.feature": 0.0,
@@ -53,7 +54,19 @@ def holds_plain(method: str) -> bool:
 
 def is_printed(method: str, settings: Mapping[str, Any]) -> bool:
     """Whether a trial ran a method as printed, or plain distillation as printed, whatever else it ran with."""
-    return any(each.items() <= settings.items() for each in (printed(method), plain()))
+    return is_own(method, settings) or plain().items() <= settings.items()
+
+
+def is_own(method: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a trial ran a method as printed, where features weigh as logits do."""
+    one_weight = settings.get(OF_FEATURES) in (None, METHODS[method].settings["fusion.alpha"])
+    return one_weight and printed(method).items() <= settings.items()
+
+
+def meant(key: str, values: Mapping[str, Any]) -> Any:
+    """Return a value of a config; that of features is the logits' where it is None, as `Config.feature_alpha`."""
+    follows = key == OF_FEATURES and values[key] is None
+    return values["fusion.alpha" if follows else key]
 
 
 def place(
@@ -67,9 +80,9 @@ def place(
         base: Values of the base config, for keys that `settings` leave alone.
         ratio: Spread of the fused logits over that of the task teacher's, at these settings.
     """
-    params = {}
+    params, ran = {}, base | settings
     for key, distribution in space.distributions.items():
-        value = settings.get(key, base[key])
+        value = meant(key, ran)
         if key == "loss.temperature":
             value = value / ratio
         params[key] = _nearest(distribution, value)
@@ -104,9 +117,10 @@ def within(
     """
     params = {}
     for key in space.active(ran):
-        if not _holds(space.distributions[key], ran[key]):
-            raise Outside(f"{key}={ran[key]} is not in {said(space.distributions[key])}")
-        params[key] = _nearest(space.distributions[key], ran[key])  # a step may be new
+        value = meant(key, ran)
+        if not _holds(space.distributions[key], value):
+            raise Outside(f"{key}={value} is not in {said(space.distributions[key])}")
+        params[key] = _nearest(space.distributions[key], value)  # a step may be new
     for key in searched:
         if key not in params and ran[key] != fixed[key]:
             raise Outside(f"{key}={ran[key]} is not searched, and is {fixed[key]}")
