@@ -1004,8 +1004,8 @@ def build(layers: Layers, schema: type[T] = Config) -> T:
     for key in preset.fixed:
         if shown[key] != preset.settings[key]:
             raise ConfigError(
-                f"method.name={name} means {key}={preset.settings[key]} but got {shown[key]}; leave it out, or use "
-                "another method, such as richkd-l."
+                f"method.name={name} means {key}={scalar(preset.settings[key])} but got {scalar(shown[key])}; leave it out, "
+                "or use another method, such as richkd-l."
             )
     if (
         "loss.logit" in preset.fixed

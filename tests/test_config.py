@@ -166,6 +166,8 @@ def test_a_missing_layer_suggests_the_nearest():
 def test_what_makes_a_method_is_not_contradicted():
     with pytest.raises(ConfigError, match=r"method.name=kd means fusion.alpha=1.0 but got 0.5"):
         build(read(["method.name=kd", "fusion.alpha=0.5"]))
+    with pytest.raises(ConfigError, match=r"means loss.standardise=false but got true"):
+        build(read(["method.name=kd", "loss.standardise=true"]))
 
 
 def test_a_run_passes_over_the_sections_of_a_sweep_and_a_sweep_does_not():

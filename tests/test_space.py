@@ -99,6 +99,16 @@ def test_what_no_trial_could_run_is_refused_in_one_line_that_names_the_key(key, 
     assert "\n" not in message
 
 
+def test_of_what_makes_a_method_it_is_said_how_to_search_it_no_more():
+    def crd(settings):
+        return build(read(["method.name=crd"]).over("", settings))
+
+    with pytest.raises(
+        ConfigError, match=r"means fusion.alpha=1.0 .*: sweep.space.fusion.alpha=null\."
+    ):
+        read_space({"fusion.alpha": {"uniform": [0, 1]}}, crd)
+
+
 def test_one_bad_key_among_good_ones_is_the_one_named():
     space = {"fusion.alpha": {"uniform": [0, 1]}, "train.lr": {"loguniform": [0.01, 1000]}}
     with pytest.raises(ConfigError, match="train.lr cannot be 1000"):

@@ -27,6 +27,7 @@ from optuna.distributions import (
 )
 from optuna.trial import Trial
 
+from richkd import methods
 from richkd.config import Config, flatten, to_dict
 from richkd.errors import ConfigError
 
@@ -134,6 +135,7 @@ def read_space(space: dict[str, Any], resolve: Callable[[dict[str, Any]], Config
         if "when" in entry
     }
     found = Space({key: distributions[key] for key in _ordered(distributions, when)}, when)
+    fixed = methods.get(resolve({}).method.name).fixed
     where: dict[str, list[dict[str, Any]]] = {}  # the cases in which a key is searched
     for key, distribution in found.distributions.items():
         rules = when.get(key, {})
@@ -145,7 +147,8 @@ def read_space(space: dict[str, Any], resolve: Callable[[dict[str, Any]], Config
         ]
         bounds = getattr(distribution, "choices", None) or (distribution.low, distribution.high)
         for case, value in itertools.product(where[key], bounds):
-            _try(key, value, lambda values, case=case: resolve(case | values))
+            cure = f" To search it no more: sweep.space.{key}=null." if key in fixed else ""
+            _try(key, value, lambda values, case=case: resolve(case | values), cure)
     return found
 
 
@@ -225,12 +228,12 @@ def _suggest(trial: Trial, key: str, distribution: BaseDistribution) -> Any:
     return suggest(key, low, high, step=distribution.step, log=distribution.log)
 
 
-def _try(key: str, value: Any, resolve: Callable[[dict[str, Any]], Config]) -> None:
-    """Raise ConfigError unless the config takes `value` as it is: text takes numbers, but as text."""
+def _try(key: str, value: Any, resolve: Callable[[dict[str, Any]], Config], cure: str) -> None:
+    """Raise ConfigError, which ends with `cure`, unless the config takes `value` as it is: text takes numbers, but as text."""
     try:
         kept = flatten(to_dict(resolve({key: value})))[key]
     except ConfigError as error:
-        raise ConfigError(f"sweep.space: {key} cannot be {value!r}: {error}") from error
+        raise ConfigError(f"sweep.space: {key} cannot be {value!r}: {error}{cure}") from error
     if kept != value:
         raise ConfigError(
             f"sweep.space: {key} cannot be {value!r}: the config would take it for {kept!r}."
