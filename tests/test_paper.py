@@ -11,7 +11,7 @@ from richkd.config import CONF, build, read
 from richkd.errors import ConfigError
 from tune.settings import Settings
 from tune.sweep import Sweep
-from tune.table import Cell, Layer, Paper, lines, of_grid, shown, table
+from tune.table import Cell, Layer, Paper, lines, of_grid, rows_judged, shown, table
 from tune.tiny import images, scaled
 
 PAPER = sorted(path.stem for path in (CONF / "paper").glob("*.yaml"))
@@ -127,6 +127,19 @@ def test_half_a_grid_shows_what_it_has_and_a_search_fills_the_column_that_it_is(
     ]
 
 
+def test_the_rows_that_epochs_were_chosen_on_are_those_of_what_ran():
+    layers = read(["paper/table11"])  # selection=paper
+    held_out, paper = findings("a", {}), findings("b", {}, selection="paper")
+    assert rows_judged(layers, []) == rows_judged(layers, [paper]) == "test rows"
+    assert rows_judged(layers, [held_out]) == "validation rows"
+    assert rows_judged(layers, [held_out, paper]) == "validation rows (a) or test rows (b)"
+
+
+def test_at_tiny_scale_nothing_is_said_of_numbers_that_are_not_there(cache_root, tmp_path):
+    answer = told("table10", f"storage={tmp_path}", f"cache={cache_root}", scale="tiny")
+    assert answer["heading"] is None
+
+
 def test_what_a_cell_has_not_is_no_number():
     cell = Cell(row="a", metric="n", method="kd", ours={0: 12.0, 1: 13.0}, n=2, counts=True)
     assert shown([cell])[1][1][1] == "12 ± 1"
@@ -136,7 +149,11 @@ def test_what_a_cell_has_not_is_no_number():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["digits"], "a layer with paper.title"),
+        (
+            ["digits"],
+            "a layer with paper.title and paper.metrics .*figures, as printed, may be left",
+        ),
+        (["digits", "paper.title=mine"], "paper.metrics={top-1: test/top1}"),
         (["paper/table10", "SWEEP"], "a table of no sweep but got SWEEP"),
         (["paper/table11", "paper.figures.deit_ti={kd: [1, 2]}"], "a number of each of top-1"),
         (["paper/table11", "paper.source=grids"], "did you mean grid"),

@@ -44,7 +44,7 @@ from tune.tiny import SCALES, TINY, scaled
 
 SOURCES = ("grid", "bench", "diagnose")
 HEADER = ("", "ours", "last epoch", "n", "paper", "to kd (s.e.)", "paper's")
-LEGEND = "Ours are of the best epoch on {} rows: mean ± standard deviation over n seeds; differences to kd are paired by seed."
+LEGEND = "Ours are of the best epoch on {}: mean ± standard deviation over n seeds; differences to kd are paired by seed."
 COUNTS = "/n"  # how the key of a number of images ends
 VARIANTS = "variants"  # the row of figures that has those of a benchmark
 UNITS = {"memory": 2**30}  # bytes of what the paper gives in GiB
@@ -152,10 +152,11 @@ def table(
     own = [*names[:1], *(word for word in words if "=" in word)]
     layers = scaled(own, scale)
     paper = build(layers, Layer).paper
-    if not paper.title:
+    if not (paper.title and paper.metrics):
         raise ConfigError(
-            f"table takes a layer with paper.title and paper.figures but got {' '.join(names[:1]) or 'none'}; give one of "
-            "conf/paper, such as conf/paper/table13.yaml."
+            f"table takes a layer with paper.title and paper.metrics but got {' '.join(names[:1]) or 'none'}; give one of "
+            "conf/paper, such as conf/paper/table13.yaml, or add to yours what a table compares, such as "
+            "paper.metrics={top-1: test/top1}; paper.figures, as printed, may be left out."
         )
     if paper.source != "grid" and names[1:]:
         raise ConfigError(
@@ -171,7 +172,7 @@ def table(
             found = [found_in(folder) for folder in folders]
             cells = of_grid(paper, layers, found)
             notes += [note for one in found if (note := differing(one, layers))]
-            notes.insert(0, LEGEND.format(build(layers).judged))
+            notes.insert(0, LEGEND.format(rows_judged(layers, found)))
         case "bench":
             cells = of_bench(paper, read_json(bench) if bench else measured(layers, stop or Stop()))
         case "diagnose":
@@ -181,7 +182,7 @@ def table(
             )
     answer = {
         "title": paper.title,
-        "heading": TINY if paper.scale == "tiny" else None,
+        "heading": TINY if paper.scale == "tiny" and any(cell.ours for cell in cells) else None,
         "cells": [asdict(cell) for cell in cells],
         "missing": missing(cells),
         "notes": notes,
@@ -259,6 +260,16 @@ def refits_of(
 def by_seed(runs: dict[int, dict[str, Any]], key: str) -> dict[int, float]:
     """Return a metric of those runs that have it."""
     return {seed: metrics[key] for seed, metrics in runs.items() if key in metrics}
+
+
+def rows_judged(layers: Layers, found: Sequence[Findings]) -> str:
+    """Return on which rows sweeps chose their epochs, and which did where they differ; without any, where the layer's would."""
+    sweeps: dict[str, list[str]] = {}
+    for one in found:
+        sweeps.setdefault(one.base.judged, []).append(one.name)
+    if len(sweeps) > 1:
+        return " or ".join(f"{rows} rows ({', '.join(names)})" for rows, names in sweeps.items())
+    return f"{next(iter(sweeps), build(layers).judged)} rows"
 
 
 def differing(found: Findings, layers: Layers) -> str | None:
@@ -434,7 +445,7 @@ def lines(answer: dict[str, Any]) -> list[str]:
     head = [answer["title"], *([answer["heading"]] if answer["heading"] else [])]
     told = [*answer["notes"]]
     if answer["missing"]:
-        told.append(f"missing: {', '.join(answer['missing'])}")
+        told.append(f"missing: {'; '.join(answer['missing'])}")
     if answer["untold"] is not None:
         told.append(f"MLflow has not got it: {answer['untold']}")
     below = [line for text in told for line in textwrap.wrap(escape.line(text), WIDTH)]
