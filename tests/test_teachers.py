@@ -377,7 +377,7 @@ def test_a_zero_shot_teacher_is_the_product_of_its_features(monkeypatch, tmp_pat
     images = {part.digest: unit(len(part), 6) for part in (TOY.train, TOY.test)}
     for name, answer in {
         "load": lambda *_, **__: Model(),
-        "text_matrix": lambda *_: text,
+        "text_matrix": lambda *_, **__: text,
         "image_features": lambda _, part, *__: images[part.digest],
     }.items():  # each is held to the arguments of the function that it stands for
         stand_in = create_autospec(getattr(zeroshot, name), side_effect=answer)
