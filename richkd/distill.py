@@ -267,7 +267,7 @@ def open_learner(config: Config, task: Task, teacher: teachers.FusedTeacher | No
     elif config.loss.maps:
         image = torch.zeros(1, task.dataset.channels, *task.dataset.size, device=task.device)
         own = models.stage_shapes(student, image)
-        comparison = Maps(config, own, teacher.task.stages, task.device)
+        comparison = Maps(config, own, teacher.task.network.stages, task.device)
     return Learner(student, None if comparison is None else comparison.to(task.device))
 
 

@@ -254,19 +254,16 @@ def _own(config: Config, task: Task) -> TaskTeacher:
     except cache.Missing:
         network = untrained_teacher(config, task).eval().requires_grad_(False)
         network = network.to(task.device, memory_format=torch.channels_last)
-        beside, sizes, stages = distill.asked_beside(config, task), (), ()
+        beside = distill.asked_beside(config, task)
         if beside is not None:
             image = torch.zeros(1, task.dataset.channels, *task.dataset.size, device=task.device)
             network = teachers.Outputs(network, beside, image)
-            sizes, stages = network.sizes, network.stages
         return TaskTeacher(
             identity="untrained",
             classes=len(task.dataset.names),
             train_views=task.train,
             test_views=task.test,
             network=network,
-            sizes=sizes,
-            stages=stages,
         )
 
 

@@ -16,7 +16,6 @@ from richkd.config import Config
 from richkd.data.batches import stream_seed
 from richkd.losses import maps
 from richkd.models import Network
-from richkd.workers import Group
 
 
 class Contrast(nn.Module):
@@ -65,25 +64,6 @@ class Contrast(nn.Module):
             fused = each[0] if len(each) == 1 else fusion.fuse_features(each, self.weights)
         return logits, (own, fused)
 
-    def begin(self, epoch: int) -> None:
-        """Begin an epoch, from 0."""
-        self.banks.begin(epoch)
-
-    def loss(
-        self,
-        found: tuple[Tensor, ...],
-        beside: Sequence[Tensor],
-        rows: Tensor,
-        total: int,
-        group: Group,
-    ) -> Tensor:
-        """Return this worker's part of the loss; `found` is what `forward` did, `rows` are those of the global batch."""
-        return self.banks.loss(*found, rows, total, group)
-
-    def update(self, found: tuple[Tensor, ...], rows: Tensor, total: int, group: Group) -> None:
-        """Take note of a batch whose loss was descended."""
-        self.banks.update(*found, rows, total, group)
-
 
 class Maps(nn.Module):
     """Outputs of the student's stages, made comparable with the teacher's: attention transfer, locality guidance and so on.
@@ -105,14 +85,11 @@ class Maps(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        sizes = maps.paired_sizes([each[1:] for each in own], [each[1:] for each in other])
-        own, other = own[-len(sizes) :], other[-len(sizes) :]
-        self.resizes = [
-            maps.resizing(each[1:], size, device) for each, size in zip(own, sizes, strict=True)
-        ]
-        self.transform, self.distance = config.loss.transform, config.loss.distance
-        learnt = self.transform in maps.LEARNT
-        pairs = [(mine[0], its[0]) for mine, its in zip(own, other, strict=True)]
+        sizes, others = [each[1:] for each in own], [each[1:] for each in other]
+        self.resizes = maps.resizings(sizes, others, device)
+        self.transform = config.loss.transform
+        learnt, count = self.transform in maps.LEARNT, len(self.resizes)
+        pairs = [(mine[0], its[0]) for mine, its in zip(own[-count:], other[-count:], strict=True)]
         self.student = nn.ModuleList(
             drawn(lambda a=a, b=b: nn.Conv2d(a, b, 1), config.seed, k) if learnt else nn.Identity()
             for k, (a, b) in enumerate(pairs)
@@ -128,23 +105,6 @@ class Maps(nn.Module):
             last = [each.float() for each in stages[-len(self.resizes) :]]
             brought = [project(each) for project, each in zip(self.student, last, strict=True)]
             return logits, tuple(maps.transformed(brought, self.resizes, self.transform))
-
-    def begin(self, epoch: int) -> None:
-        """Begin an epoch, from 0."""
-
-    def loss(
-        self,
-        found: tuple[Tensor, ...],
-        beside: Sequence[Tensor],
-        rows: Tensor,
-        total: int,
-        group: Group,
-    ) -> Tensor:
-        """Return this worker's part of the loss; `found` is what `forward` did, `beside` what the teacher's maps came to."""
-        return maps.distance(found, beside, self.distance, total)
-
-    def update(self, found: tuple[Tensor, ...], rows: Tensor, total: int, group: Group) -> None:
-        """Take note of nothing."""
 
 
 class Learner(nn.Module):

@@ -20,6 +20,7 @@ from richkd.data.batches import stream_seed
 from richkd.data.views import sent
 from richkd.errors import ConfigError, Interrupted, NonFiniteError
 from richkd.learner import Learner
+from richkd.losses import maps
 from richkd.precision import in_use
 from richkd.schedule import learning_rate
 from richkd.teachers import FusedTeacher
@@ -196,8 +197,8 @@ class Steps:
         # the gradients of several workers are averaged, where they should add up
         (self.group.size * values[LOSS]).backward()
         self.optimizer.step()
-        if self.comparison is not None:
-            self.comparison.update(found, part.ids, part.total, self.group)
+        if self.banks is not None:
+            self.banks.update(*found, part.ids, part.total, self.group)
         return values.detach()
 
     def values(self, part: Slice) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -235,7 +236,9 @@ class Steps:
         return losses.dkd(logits, part.target, part.labels, temperature, *shares, part.total)
 
     def _of_features(self, found: tuple[Tensor, ...], part: Slice) -> Tensor:
-        return self.comparison.loss(found, part.beside, part.ids, part.total, self.group)
+        if self.banks is not None:
+            return self.banks.loss(*found, part.ids, part.total, self.group)
+        return maps.distance(found, part.beside, self.config.loss.distance, part.total)
 
     def idle(self, part: Slice) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the values of a worker whose slice is empty: zeros that go back through the whole network.
@@ -273,8 +276,8 @@ class Steps:
             Interrupted: If `stop` returned a signal.
         """
         self.learner.train()
-        if self.comparison is not None:
-            self.comparison.begin(epoch)
+        if self.banks is not None:
+            self.banks.begin(epoch)
         if warmup := self.config.loss.warmup:
             self.rise.fill_(min((epoch + 1) / warmup, 1.0))
         steps, epochs = len(self.batches), self.config.train.epochs

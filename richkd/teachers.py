@@ -66,8 +66,6 @@ class TaskTeacher:
         train_views: Training images under its own normalisation.
         test_views: Test images, likewise.
         network: Frozen, in eval mode, says all these numbers in a row; None if its logits were given.
-        sizes: How many numbers each thing beside the logits has: its features, or each of its maps.
-        stages: Channels, height and width of each of its maps, where they are compared.
         given: Logits `(N, K)` of the training rows and `(M, K)` of the test rows, un-augmented, None where unknown.
         single: Whether it says of each crop what it says of the whole image, which is wrong under augmentation.
         table: What it says of each crop of each training row, known or computed when it is asked; None asks the network.
@@ -80,13 +78,16 @@ class TaskTeacher:
     train_views: Views
     test_views: Views
     network: nn.Module | None = None
-    sizes: tuple[int, ...] = ()
-    stages: tuple[tuple[int, int, int], ...] = ()
     given: tuple[Tensor, Tensor | None] | None = None
     single: bool = False
     table: Table | None = None
     precision: str = "fp32"
     keep: Callable[[str, Callable[[int, int], np.ndarray]], np.ndarray] | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many numbers each thing beside the logits has: its features, or each of its maps."""
+        return self.network.sizes if isinstance(self.network, Outputs) else ()
 
     @property
     def views(self) -> str:
@@ -229,7 +230,7 @@ class Outputs(nn.Module):
     """The logits of a network and, behind them, its pooled features, or its stage outputs made comparable.
 
     Args:
-        network: Has a head.
+        network: Has a head; in eval mode.
         beside: What is asked for.
         image: One that it takes, `(1, C, H, W)`.
 
@@ -243,15 +244,11 @@ class Outputs(nn.Module):
         self.network, self.transform = network, beside.transform
         self.stages, self.sizes = (), (network.head.in_features,)
         if beside.transform is not None:
-            self.stages = models.stage_shapes(network, image)
-            own = [shape[1:] for shape in self.stages]
-            sizes = maps.paired_sizes(beside.student, own)
-            self.resizes = [
-                maps.resizing(one, other, image.device)
-                for one, other in zip(own[-len(sizes) :], sizes, strict=True)
-            ]
             with torch.no_grad():
                 _, outputs = network.staged(image)
+            self.stages = tuple(tuple(each.shape[1:]) for each in outputs)
+            own = [shape[1:] for shape in self.stages]
+            self.resizes = maps.resizings(own, beside.student, image.device)
             each = maps.transformed(outputs, self.resizes, self.transform)
             self.sizes = tuple(part.shape[1] for part in each)
 
@@ -363,12 +360,11 @@ def open_task(
 
     network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     crops = views["train_views"]
-    sizes, stages = (), ()
+    width = classes
     if beside is not None:
         image = torch.zeros(1, dataset.channels, *dataset.size, device=device)
         network = Outputs(network, beside, image)
-        sizes, stages = network.sizes, network.stages
-    width = classes + sum(sizes)
+        width += sum(network.sizes)
     how, table = views_in_use(config, crops, width, epochs), None
     if how == "exact" and cache_root is not None:
         key = {"teacher": seen, "images": dataset.train.digest, "torch": torch.__version__}
@@ -392,8 +388,6 @@ def open_task(
         identity=_short(hashlib.sha256(repr(said).encode()).hexdigest()),
         classes=classes,
         network=network,
-        sizes=sizes,
-        stages=stages,
         single=how == "single",
         table=table,
         precision=config.precision,

@@ -47,8 +47,8 @@ def first(tmp_path):
     def take(config: Config):
         with distill.Run(config, tmp_path / f"first-{len(list(tmp_path.iterdir()))}") as run:
             run.learner.train()
-            if run.learner.comparison is not None:
-                run.learner.comparison.begin(0)
+            if run.steps.banks is not None:
+                run.steps.banks.begin(0)
             part = next(run.steps.blocks(0))[0]
             values, _ = run.steps.values(part)
             values[LOSS].backward()

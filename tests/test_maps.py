@@ -87,7 +87,8 @@ def test_the_config_names_all_transforms_and_distances():
 @pytest.mark.parametrize("transform", maps.TRANSFORMS)
 @pytest.mark.parametrize("kind", maps.DISTANCES)
 def test_distances_of_maps_have_the_gradient_of_finite_differences(transform, kind):
-    resizes = [tuple(each.double() for each in maps.resizing((2, 2), (3, 3), CPU))]
+    (resize,) = maps.resizings([(2, 2)], [(3, 3)], CPU)
+    resizes = [tuple(each.double() for each in resize)]
     teacher = maps.transformed([drawn(2, 3, 2, 2, seed=5)], resizes, transform)
 
     def loss(each):
@@ -108,10 +109,10 @@ def test_stages_are_paired_from_the_last_backwards_at_the_larger_size():
 )
 def test_maps_are_brought_to_a_size_as_pytorch_interpolates(own, wanted):
     each = drawn(2, 3, *own).float()
-    (found,) = maps.transformed([each], [maps.resizing(own, wanted, CPU)], "projection")
+    (found,) = maps.transformed([each], maps.resizings([own], [wanted], CPU), "projection")
     expected = F.interpolate(each, wanted, mode="bilinear", align_corners=False).flatten(1)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert maps.resizing(own, own, CPU) is None
+    assert maps.resizings([own], [own], CPU) == [None]
 
 
 def test_slices_of_a_batch_add_up_to_the_whole():

@@ -86,14 +86,27 @@ def paired_sizes(student: Sequence[Size], teacher: Sequence[Size]) -> list[Size]
     ]
 
 
-def resizing(own: Size, wanted: Size, device: torch.device) -> Resizing | None:
-    """Return the two matrices that bring a map of one size to another, bilinearly; None where it has it.
+def resizings(
+    own: Sequence[Size], other: Sequence[Size], device: torch.device
+) -> list[Resizing | None]:
+    """Return for each pair of stages what brings the maps of `own` to the size at which the pair is compared.
 
-    Products, since the gradient of PyTorch's own interpolation adds up in no fixed order on a GPU.
+    Args:
+        own: Height and width of each stage of one network.
+        other: Of the network that it is compared with.
+        device: Where the maps are.
+
+    Returns:
+        Two matrices a pair, None where a map has its size. Products, since the gradient of PyTorch's own interpolation adds
+        up in no fixed order on a GPU.
     """
-    if own == wanted:
-        return None
-    return (_resizing(own[0], wanted[0], device), _resizing(own[1], wanted[1], device).T)
+    wanted = paired_sizes(own, other)
+    return [
+        None
+        if before == after
+        else (_resizing(before[0], after[0], device), _resizing(before[1], after[1], device).T)
+        for before, after in zip(own[-len(wanted) :], wanted, strict=True)
+    ]
 
 
 def _resizing(own: int, wanted: int, device: torch.device) -> Tensor:
