@@ -232,12 +232,12 @@ def _evaluate_teachers(arguments: argparse.Namespace, target: Path | None) -> Do
                 "method.name=kd or richkd-l."
             )
         found = training.evaluate_teachers(task, teacher)
-        if target is not None and teacher.task is None:
-            raise ConfigError(
-                f"--logits writes what the task teacher says but method.name={config.method.name} has none; give "
-                "method.name=kd."
-            )
         if target is not None:
+            if teacher.task is None:
+                raise ConfigError(
+                    f"--logits writes what the task teacher says but method.name={config.method.name} has none; give "
+                    "method.name=kd."
+                )
             logits.write(target, teacher.task.train, teacher.task.test, task.dataset)
     answer: dict[str, Any] = {"alpha": config.fusion.alpha, "scale": config.clip.scale}
     if "fused" in found:

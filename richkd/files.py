@@ -58,6 +58,13 @@ def check_writable(path: Path, field: str) -> None:
         )
 
 
+def check_target(path: Path, flag: str) -> None:
+    """Raise ConfigError unless the file that `flag` names can be written; makes nothing."""
+    if path.is_dir():
+        raise ConfigError(f"{flag} must be a file but {path} is a folder; name another.")
+    check_writable(path.parent, flag)
+
+
 def own_folder(*parts: str) -> Path:
     """Return a folder of this user's alone on this machine, below that of temporary files; made if missing.
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from richkd import files
 from richkd.data import Dataset
 from richkd.errors import ConfigError, CorruptError, DataError
 from richkd.files import sha256_of, write_atomic
@@ -186,7 +187,7 @@ def write(path: Path, train: Tensor, test: Tensor, dataset: Dataset) -> None:
         dataset: Says where each row stands in the source.
 
     Raises:
-        ConfigError: If the file has another ending.
+        ConfigError: If it cannot be written as this file.
     """
     check_target(path)
     rows = len(train) + len(test) + len(dataset.unreadable)
@@ -202,6 +203,7 @@ def check_target(path: Path) -> None:
     """Raise ConfigError unless logits can be written as this file."""
     if path.suffix != ".npy":
         raise ConfigError(f"--logits must name a file that ends in .npy but got {path}.")
+    files.check_target(path, "--logits")
 
 
 def identity(spec: str) -> str:

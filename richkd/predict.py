@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from richkd import files
 from richkd.data.folder import image_files
 from richkd.errors import ConfigError, DataError
 from richkd.escape import line, to_csv
-from richkd.files import check_writable, to_json
+from richkd.files import to_json
 from richkd.student import Student
 from richkd.threads import ahead
 
@@ -113,9 +114,7 @@ def check_target(path: Path) -> None:
         raise ConfigError(
             f"--to must be a file FILE.csv or FILE.json but got {path}; name another."
         )
-    if path.is_dir():
-        raise ConfigError(f"--to must be a file but {path} is a folder; name another.")
-    check_writable(path.parent, "--to")
+    files.check_target(path, "--to")
 
 
 def to_file(predictions: list[Prediction], kind: str) -> bytes:

@@ -570,15 +570,18 @@ def open_clip_teacher(
     def logits_of(image: Tensor) -> Tensor:
         return fusion.zero_shot_logits(image, text, clip.logit_scale, config.reduce)
 
-    def whole_logits(images: Images) -> Tensor:
-        image = zeroshot.image_features(clip, images, cache_root, progress)
+    def whole_logits(image: Tensor) -> Tensor:
         table = placed(torch.empty(len(image), len(dataset.names)), device)
         rows = fusion.together(table.shape[1])
         for part, some in zip(table.split(rows), image.split(rows), strict=True):
             part.copy_(logits_of(some.to(device)))
         return table
 
-    train, test = map(whole_logits, (dataset.train, dataset.test))
+    whole, tested = (
+        zeroshot.image_features(clip, part, cache_root, progress)
+        for part in (dataset.train, dataset.test)
+    )
+    train, test = map(whole_logits, (whole, tested))
     parts = [clip.identity, templates, dataset.names, dataset.digest, config.reduce]
     crops = look = None
     if config.views != "whole":
@@ -587,8 +590,6 @@ def open_clip_teacher(
 
         def crops(rows: Tensor, views: Tensor) -> Tensor:
             return logits_of(sent(look(rows, views), device))
-
-    whole = zeroshot.image_features(clip, dataset.train, cache_root)
 
     def features(rows: Tensor, views: Tensor) -> Tensor:
         return sent(whole[rows.cpu()] if look is None else look(rows, views), device).float()
