@@ -20,12 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from richkd import config as configuration
 from richkd import escape
 from richkd.command import Done, Verb, main, say
-from richkd.config import Config
+from richkd.config import Config, run_folder
 from richkd.errors import ConfigError, Interrupted, Stopped
 from richkd.files import NO_SPACE, write_atomic
+from richkd.layers import CONF, SWEEP_SECTIONS, UNHASHED, build, find_layer, read
 from richkd.progress import Progress, epoch_line, lines, stoppable
 
 
@@ -52,15 +52,15 @@ def progress_bar() -> Iterator[Progress]:
 
 def one_run(words: list[str]) -> Config:
     """Return the config of a single run; a sweep's sections may be in its layers, but are no overrides."""
-    layers = configuration.read(words)
+    layers = read(words)
     for entry in layers.entries:
         section = entry.key.split(".")[0]
-        if not entry.origin and section in configuration.SWEEP_SECTIONS:
+        if not entry.origin and section in SWEEP_SECTIONS:
             raise ConfigError(
                 f"{entry.key} is a matter of a sweep, and this is a single run; leave it out, or use "
                 "python -m tune."
             )
-    return configuration.build(layers)
+    return build(layers)
 
 
 def percent(found: dict[str, float]) -> dict[str, float]:
@@ -79,7 +79,7 @@ def mean_over_classes(config: Config) -> list[str]:
 def distill(arguments: argparse.Namespace) -> Done:
     """Distil one student."""
     config = one_run(arguments.words)
-    folder = configuration.run_folder(config, arguments.name, resume=arguments.resume)
+    folder = run_folder(config, arguments.name, resume=arguments.resume)
 
     from richkd import distill as training
     from richkd.card import terms
@@ -138,15 +138,15 @@ def evaluate(arguments: argparse.Namespace) -> Done:
     """Evaluate the student of a run, a sweep or a checkpoint again, or the teachers of a config."""
     names = [word for word in arguments.words if "=" not in word]
     overrides = [word for word in arguments.words if "=" in word]
-    given = configuration.read(["data.source=digits", *overrides])
+    given = read(["data.source=digits", *overrides])
     changes = {entry.key: entry.value for entry in given.entries[1:]}
-    folder = Path(str(changes.get("storage", configuration.Config().storage)))
+    folder = Path(str(changes.get("storage", Config().storage)))
     place = _existing(names[0], folder) if len(names) == 1 else None
     target = None if arguments.logits is None else Path(arguments.logits)
     if place is None:
         for name in names:
             try:
-                configuration.find_layer(name)
+                find_layer(name)
             except ConfigError as error:
                 raise ConfigError(
                     f"evaluate takes a run, a sweep, a checkpoint or layers but {name} is none: no folder here or in {folder}/, "
@@ -159,9 +159,9 @@ def evaluate(arguments: argparse.Namespace) -> Done:
             "config.yaml."
         )
     for key in changes:
-        if key not in configuration.UNHASHED:
+        if key not in UNHASHED:
             raise ConfigError(
-                f"of a run only where things lie can be said, {', '.join(configuration.UNHASHED)}, but got {key}; what it "
+                f"of a run only where things lie can be said, {', '.join(UNHASHED)}, but got {key}; what it "
                 "is, is settled."
             )
     from richkd import distill as training
@@ -198,7 +198,7 @@ def _existing(name: str, storage: Path) -> Path | None:
         made_by_us = any(
             (path / file).exists() for file in ("run.json", "sweep.json", "manifest.json")
         )
-        layers = (configuration.CONF / f"{name}{end}" for end in ("", ".yaml"))
+        layers = (CONF / f"{name}{end}" for end in ("", ".yaml"))
         if path.is_dir() and (made_by_us or not any(layer.is_file() for layer in layers)):
             return path
     return None
@@ -283,7 +283,7 @@ def cache(arguments: argparse.Namespace) -> Done:
 def _model(words: list[str]) -> tuple[Path, list[str]]:
     """Return the folder of the model that the first word calls, and the words behind it; `storage=FOLDER` is where runs lie."""
     wanted = [word for word in words if word.startswith("storage=")]
-    storage = Path(configuration.build(configuration.read(["data.source=digits", *wanted])).storage)
+    storage = Path(build(read(["data.source=digits", *wanted])).storage)
     names = [word for word in words if word not in wanted]
     if not names:
         raise ConfigError(

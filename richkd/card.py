@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 
 from richkd.checkpoint import Checkpoint
-from richkd.config import Config, command_of, dump, from_dict
+from richkd.config import Config
 from richkd.escape import markdown
 from richkd.files import read_record
+from richkd.layers import command_of, dump, from_dict
 from richkd.student import best_of
 
 CONTROLS = {

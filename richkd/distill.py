@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 from richkd import cache, checkpoint, fusion, models, teachers
 from richkd.banks import Banks
-from richkd.config import Config, Layers, Teacher, build, digest, flatten
+from richkd.config import Config, Teacher
 from richkd.data import Batches, Dataset, Split, Stream, Views, load, split, views_of
 from richkd.data.batches import stream_seed
 from richkd.errors import ConfigError, NonFiniteError
 from richkd.evaluate import accuracy, accuracy_of, by_frequency, by_teacher, evaluate
 from richkd.evaluate.accuracy import network_logits
 from richkd.files import read_record, write_json
+from richkd.layers import Layers, build, digest, flatten
 from richkd.learner import Contrast, Learner, Maps
 from richkd.progress import Progress, stoppable
 from richkd.record import TESTED, Record, held, optimizer_state, seed_folders, set_state

@@ -19,10 +19,11 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from richkd import checkpoint
-from richkd.config import Config, digest, dump, to_dict
+from richkd.config import Config
 from richkd.data import Dataset, Split
 from richkd.errors import ConfigError, CorruptError
 from richkd.files import check_writable, make_folder, read_record, write_atomic, write_json
+from richkd.layers import digest, dump, to_dict
 from richkd.learner import Learner
 from richkd.teachers import FusedTeacher
 

@@ -8,7 +8,7 @@ import optuna
 from mlflow.tracking import MlflowClient
 
 from richkd import distill
-from richkd.config import build, read_layer
+from richkd.layers import build, read_layer
 
 LABELS = {"richkd": "", "kd": "kd-"}
 STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}

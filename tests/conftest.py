@@ -59,7 +59,7 @@ def swept(cluster, miniature, cache_root, tmp_path_factory):
     """The answer of one small sweep, and the client of the MLflow that it wrote to."""
     from mlflow.tracking import MlflowClient
 
-    from richkd.config import read
+    from richkd.layers import read
     from tune import launch as sweeps
 
     folder = tmp_path_factory.mktemp("sweep")

@@ -9,8 +9,8 @@ import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from richkd.config import digest, dump, read
 from richkd.files import write_json
+from richkd.layers import digest, dump, read
 from tune.agenda import Refits
 from tune.sweep import Sweep
 from tune.warmstart import printed

@@ -13,9 +13,10 @@ from richkd.bench import floors, show
 from richkd.bench.reference import Reference
 from richkd.bench.variants import Variant, open_loops, wanted
 from richkd.command import main
-from richkd.config import Config, build, read
+from richkd.config import Config
 from richkd.data import load
 from richkd.errors import ConfigError, Interrupted
+from richkd.layers import build, read
 from richkd.steps import LOSS, Slice, Steps
 
 NAMES = ["student", "kd", "richkd-l", "reference"]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from richkd import distill
-from richkd.config import build, read
 from richkd.errors import ConfigError
 from richkd.evaluate import accuracy, accuracy_of, by_frequency, by_teacher
+from richkd.layers import build, read
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ import torchvision
 from richkd import __main__ as command_line
 from richkd import distill
 from richkd.command import main
-from richkd.config import Data, build, read
+from richkd.config import Data
 from richkd.data.cifar import FOLDER, cifar100
 from richkd.errors import ConfigError, CorruptError
+from richkd.layers import build, read
 
 REAL = os.environ.get("RICHKD_DATA")
 

@@ -27,8 +27,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from serving import Server, served
 
 from richkd.command import Stop, main
-from richkd.config import CONF, build, digest, find_layer, read, read_layer
 from richkd.errors import ConfigError
+from richkd.layers import CONF, build, digest, find_layer, read, read_layer
 from tune import runner
 from tune.__main__ import ABOUT, VERBS
 from tune.settings import Resources, Settings, fit

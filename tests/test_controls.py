@@ -11,9 +11,10 @@ import torch
 from richkd import distill, logits
 from richkd.__main__ import ABOUT, VERBS
 from richkd.command import main
-from richkd.config import CONF, Config, build, read
+from richkd.config import Config
 from richkd.data import Split, load
 from richkd.errors import ConfigError
+from richkd.layers import CONF, build, read
 from richkd.teachers import ClipTeacher, FusedTeacher, TaskTeacher
 
 ROWS, CLASSES, ALPHA, T = 60, 4, 0.7, 3.0

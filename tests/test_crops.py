@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from richkd import cache, distill, fusion, teachers, zeroshot
-from richkd.config import Config, build, read
+from richkd.config import Config
 from richkd.data import load
 from richkd.errors import ConfigError
+from richkd.layers import build, read
 from richkd.zeroshot import crops
 
 ALL = [(0, 1), (1, 1), (1, 2), (2, 2), (4, 2)]  # pad and flips

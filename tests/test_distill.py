@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from richkd import checkpoint, distill, load_student
-from richkd.config import Config, build, read
+from richkd.config import Config
 from richkd.data import load
 from richkd.errors import ConfigError, CorruptError, DataError, Interrupted, NonFiniteError
 from richkd.evaluate import accuracy
+from richkd.layers import build, read
 from richkd.record import newest
 from richkd.teachers import teacher_recipe
 

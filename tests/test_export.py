@@ -22,11 +22,11 @@ from richkd import checkpoint, export, load_student, models
 from richkd.__main__ import ABOUT, VERBS, _called
 from richkd.card import card
 from richkd.command import main
-from richkd.config import Layers, build, digest, read, to_dict
 from richkd.data import load
 from richkd.errors import ConfigError, CorruptError, Interrupted, RichkdError
 from richkd.evaluate import accuracy
 from richkd.files import read_json
+from richkd.layers import Layers, build, digest, read, to_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 TRANSFORMERS = ("deit_ti", "pit_ti", "t2t_vit_7", "pvt_ti")

@@ -13,7 +13,7 @@ from small import Script, holder
 
 from richkd import checkpoint, distill
 from richkd.command import Stop
-from richkd.config import build, read
+from richkd.layers import build, read
 from tune import runner
 from tune.settings import Resources
 

@@ -11,8 +11,9 @@ from torch.fx.experimental.optimization import fuse
 
 from richkd import bench, checkpoint, distill, estimate, fusion, load_student, models, teachers
 from richkd.banks import Banks
-from richkd.config import Config, build, read
+from richkd.config import Config
 from richkd.errors import ConfigError
+from richkd.layers import build, read
 from richkd.learner import Contrast, Learner
 from richkd.record import seed_folders
 from richkd.steps import LOSS, TERMS

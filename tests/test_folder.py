@@ -23,13 +23,14 @@ from torchvision.transforms import v2
 from richkd import __main__ as command_line
 from richkd import distill, load_student
 from richkd.command import main
-from richkd.config import Data, build, read
+from richkd.config import Data
 from richkd.data import Batches, Dataset, Images, Views, rows, split
 from richkd.data.dataset import moments
 from richkd.data.digits import digits
 from richkd.data.folder import CARD, PIXELS, folder
 from richkd.data.pictures import decode, pixels, suffixes
 from richkd.errors import ConfigError, DataError, Interrupted
+from richkd.layers import build, read
 
 SIZE = 8
 

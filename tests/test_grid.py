@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from richkd import load_student
-from richkd.config import read
 from richkd.errors import ConfigError
 from richkd.files import read_json, write_json
+from richkd.layers import read
 from tune import launch
 from tune.best import best
 from tune.costs import runs_of

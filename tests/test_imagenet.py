@@ -8,11 +8,12 @@ from torchvision import models
 from torchvision.transforms import v2
 
 from richkd import checkpoint, distill, load_student, zeroshot
-from richkd.config import Data, build, read
+from richkd.config import Data
 from richkd.data import Stream, load, rows
 from richkd.data.imagenet import names_of
 from richkd.errors import ConfigError, DataError
 from richkd.export import config_of
+from richkd.layers import build, read
 
 WNIDS = {  # known to everybody
     "n01440764": "tench",

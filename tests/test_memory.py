@@ -6,7 +6,7 @@ from torch import nn
 from richkd import distill
 from richkd.bench import memory
 from richkd.bench.variants import Ours, Variant
-from richkd.config import build, read
+from richkd.layers import build, read
 
 CPU = torch.device("cpu")
 

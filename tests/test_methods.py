@@ -3,8 +3,9 @@
 import pytest
 
 from richkd import methods
-from richkd.config import Config, Layers, build, flatten, to_dict
+from richkd.config import Config
 from richkd.errors import ConfigError
+from richkd.layers import Layers, build, flatten, to_dict
 
 # loss.ce, loss.logit, loss.feature, loss.temperature, fusion.alpha; where no logits are learnt T is the default
 PRINTED = {

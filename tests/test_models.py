@@ -193,7 +193,9 @@ def test_every_parameter_of_a_transformer_gets_a_gradient_in_bf16(name):
 
 @pytest.mark.parametrize("name", ["deit_ti", "pit_ti"])
 def test_a_transformer_that_sees_less_than_a_patch_is_refused(name):
-    with pytest.raises(ConfigError, match="at least 16 x 16 pixels, a patch, but these have 4 x 20"):
+    with pytest.raises(
+        ConfigError, match="at least 16 x 16 pixels, a patch, but these have 4 x 20"
+    ):
         models.build(name, 5, size=(4, 20))
 
 

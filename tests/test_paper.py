@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from richkd.config import CONF, build, read
 from richkd.errors import ConfigError
+from richkd.layers import CONF, build, read
 from tune.settings import Settings
 from tune.sweep import Sweep
 from tune.table import Cell, Layer, Paper, lines, of_grid, rows_judged, shown, table

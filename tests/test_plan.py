@@ -17,9 +17,9 @@ import ray
 
 from richkd import distill, estimate
 from richkd.command import main
-from richkd.config import build, read
 from richkd.data import load
 from richkd.errors import ConfigError
+from richkd.layers import build, read
 from tune import costs, places, sharing
 from tune import plan as plans
 from tune.__main__ import VERBS

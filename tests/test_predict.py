@@ -14,10 +14,10 @@ from PIL import Image
 from richkd import checkpoint, distill, load_student, predict
 from richkd.__main__ import ABOUT, VERBS
 from richkd.command import main
-from richkd.config import build, read
 from richkd.data import load
 from richkd.errors import ConfigError
 from richkd.files import read_json
+from richkd.layers import build, read
 
 NAMES = ("=zero", "o|ne", "t\u202ewo", "three, 3", 'fo"ur', "five", "six", "seven", "eight", "nine")
 BYTES = b"\xff\x1b[31m\n.png"  # no UTF-8, and would colour a terminal

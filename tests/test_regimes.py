@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from richkd import distill
-from richkd.config import Data, build, read
+from richkd.config import Data
 from richkd.data import Dataset, Images, load, split
 from richkd.data.subsets import TABLE14, long_tail
 from richkd.errors import ConfigError, DataError
+from richkd.layers import build, read
 from richkd.teachers import teacher_recipe
 
 

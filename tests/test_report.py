@@ -33,9 +33,9 @@ from optuna.distributions import (
 from optuna.trial import TrialState
 from small import ROOT, command
 
-from richkd.config import build, digest, read
 from richkd.errors import Interrupted
 from richkd.files import read_json, write_json
+from richkd.layers import build, digest, read
 from tune import draw, launch, plots, report
 from tune.budget import Budget
 from tune.driver import locked

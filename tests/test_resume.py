@@ -10,9 +10,9 @@ from audit import audit, rows_of, trials_of
 from mlflow.tracking import MlflowClient
 from small import SMALL
 
-from richkd.config import Layers, read
 from richkd.errors import ConfigError, Stopped
 from richkd.files import read_json, write_json
+from richkd.layers import Layers, read
 from tune import launch as sweeps
 from tune.driver import locked
 from tune.launch import More

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from richkd import checkpoint, distill
-from richkd.config import CONF, Train, build, read
+from richkd.config import Train
 from richkd.errors import ConfigError
+from richkd.layers import CONF, build, read
 from richkd.learner import Learner
 from richkd.models import NAMES
 from richkd.record import optimizer_state, set_state

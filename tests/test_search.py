@@ -13,9 +13,9 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from richkd import estimate
-from richkd.config import CONF, build, flatten, read, to_dict
 from richkd.distill import initial_student, open_task
 from richkd.errors import ConfigError
+from richkd.layers import CONF, build, flatten, read, to_dict
 from tune import first
 from tune import launch as sweeps
 from tune.launch import More

@@ -11,10 +11,10 @@ from small import SMALL
 from richkd import checkpoint, distill
 from richkd.__main__ import ABOUT, VERBS
 from richkd.command import main
-from richkd.config import build, read
 from richkd.data import load, split
 from richkd.errors import ConfigError
 from richkd.evaluate import evaluate
+from richkd.layers import build, read
 from richkd.student import network_of
 from richkd.teachers import teacher_recipe
 

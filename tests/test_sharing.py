@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from richkd.config import build, read
 from richkd.errors import ConfigError, RichkdError
 from richkd.files import write_json
+from richkd.layers import build, read
 from tune import sharing
 from tune.settings import Resources, fit
 from tune.sharing import Tried, at_most, chosen, line, settled, widen
@@ -26,7 +26,7 @@ from pathlib import Path
 import ray
 
 from richkd.command import Stop
-from richkd.config import build, read
+from richkd.layers import build, read
 from small import Script
 from tune import runner, sharing
 from tune.settings import Resources

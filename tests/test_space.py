@@ -7,8 +7,9 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from richkd.config import Config, Layers, build, read
+from richkd.config import Config
 from richkd.errors import ConfigError
+from richkd.layers import Layers, build, read
 from tune.settings import Settings
 from tune.space import Space, read_space
 

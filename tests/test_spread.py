@@ -9,8 +9,8 @@ import pytest
 
 from richkd import cache, distill, estimate, zeroshot
 from richkd.command import Stop
-from richkd.config import build, read, to_dict
 from richkd.errors import ConfigError, Interrupted
+from richkd.layers import build, read, to_dict
 from tune import first, spread
 from tune.display import Display
 

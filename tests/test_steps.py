@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from richkd import checkpoint, distill, models
-from richkd.config import Train, build, read
+from richkd.config import Train
 from richkd.data import load
 from richkd.errors import ConfigError
+from richkd.layers import build, read
 from richkd.steps import BLOCK, EAGER, LOSS, TERMS, Graph, Steps
 
 

@@ -20,9 +20,10 @@ from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from richkd import checkpoint
-from richkd.config import build, read, run_folder, to_dict
+from richkd.config import run_folder
 from richkd.errors import ConfigError, CorruptError, Stopped
 from richkd.files import own_folder
+from richkd.layers import build, read, to_dict
 from tune import store as stores
 from tune.store import Store, bring, mirrored
 from tune.trial import trial

@@ -16,9 +16,10 @@ from timm.data import create_transform
 from torch import nn
 
 from richkd import bench, checkpoint, distill, load_student, threads
-from richkd.config import Data, build, read
+from richkd.config import Data
 from richkd.data import Stream, load, stream
 from richkd.errors import ConfigError
+from richkd.layers import build, read
 from richkd.steps import Steps
 from richkd.teachers import teacher_recipe
 

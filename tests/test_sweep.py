@@ -16,11 +16,11 @@ from mlflow.tracking import MlflowClient
 from small import SMALL, command
 
 from richkd import checkpoint, load_student
-from richkd.config import Layers, digest, from_dict, read, read_layer
 from richkd.data import load
 from richkd.errors import ConfigError, CorruptError, RichkdError
 from richkd.evaluate import accuracy
 from richkd.files import read_json, write_json
+from richkd.layers import Layers, digest, from_dict, read, read_layer
 from tune import launch as sweeps
 from tune.best import best, find_sweep
 from tune.tracking import Tracker
@@ -108,7 +108,7 @@ def test_every_run_in_mlflow_has_its_config_and_each_epoch_once(swept, tmp_path)
 
 
 def from_config(folder: Path):
-    from richkd.config import build
+    from richkd.layers import build
 
     return build(read_layer(folder / "config.yaml"))
 

@@ -11,8 +11,9 @@ from mlflow.tracking import MlflowClient
 
 from richkd import checkpoint
 from richkd.command import main
-from richkd.config import Config, read
+from richkd.config import Config
 from richkd.errors import ConfigError
+from richkd.layers import read
 from tune import tracking
 from tune.__main__ import ABOUT, VERBS
 from tune.logbook import Logbook

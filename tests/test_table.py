@@ -18,10 +18,11 @@ from torchvision import transforms
 from richkd import checkpoint, distill, models, teachers
 from richkd.__main__ import ABOUT, VERBS
 from richkd.command import main
-from richkd.config import Teacher, build, read
+from richkd.config import Teacher
 from richkd.data import Dataset, Images, Views
 from richkd.data.pictures import picture
 from richkd.errors import ConfigError, DataError
+from richkd.layers import build, read
 from richkd.table import ROWS, Table
 from richkd.threads import threads
 

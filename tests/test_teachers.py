@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import normalize
 
 from richkd import checkpoint, distill, fusion, losses, models, teachers, zeroshot
-from richkd.config import Clip, Config, Extra, Fusion, Loss, Teacher, Train, digest, to_dict
+from richkd.config import Clip, Config, Extra, Fusion, Loss, Teacher, Train
 from richkd.data import Dataset, Images, Split, Views
 from richkd.errors import ConfigError, DataError
 from richkd.evaluate.accuracy import network_logits
+from richkd.layers import digest, to_dict
 from richkd.models.library import Preprocessing
 from richkd.teachers import ClipTeacher, FusedTeacher, TaskTeacher
 
@@ -566,8 +567,8 @@ def test_a_published_teacher_sees_what_it_was_trained_on(monkeypatch, tag, name)
     torch.manual_seed(0)
     network = models.build(name, CLASSES)
     wanted = Preprocessing(mean=MEAN, std=STD, size=24)
-    fake = create_autospec(teachers.library.pretrained, return_value=(network, wanted))
-    monkeypatch.setattr(teachers.library, "pretrained", fake)
+    fake = create_autospec(models.library.pretrained, return_value=(network, wanted))
+    monkeypatch.setattr(models.library, "pretrained", fake)
     task = open_foreign(Teacher(name=name, pretrained=tag))
     fake.assert_called_once_with(name, "" if tag == "default" else tag)
     pixels = torch.from_numpy(COLOURS.train.pixels[:5]).permute(0, 3, 1, 2) / 255
@@ -588,9 +589,9 @@ def test_a_published_teacher_sees_what_it_was_trained_on(monkeypatch, tag, name)
 def test_a_published_teacher_of_other_classes_is_refused(monkeypatch):
     network = models.build("timm/resnet18", 1000)
     fake = create_autospec(
-        teachers.library.pretrained, return_value=(network, Preprocessing(mean=MEAN, std=STD))
+        models.library.pretrained, return_value=(network, Preprocessing(mean=MEAN, std=STD))
     )
-    monkeypatch.setattr(teachers.library, "pretrained", fake)
+    monkeypatch.setattr(models.library, "pretrained", fake)
     message = "teacher.pretrained=default of timm/resnet18 knows 1000 classes but colours has 4"
     with pytest.raises(DataError, match=message):
         open_foreign(Teacher(name="timm/resnet18", pretrained="default"))

@@ -19,8 +19,8 @@ from small import Script
 
 from richkd import load_student
 from richkd.command import Stop
-from richkd.config import build, read
 from richkd.errors import ConfigError, CorruptError, Interrupted
+from richkd.layers import build, read
 from tune import runner
 from tune.agenda import Job
 from tune.settings import Resources

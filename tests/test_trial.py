@@ -21,8 +21,8 @@ from ray.train import ControllerError, WorkerGroupError
 from torch import distributed
 
 from richkd import checkpoint, distill, record
-from richkd.config import build, read, to_dict
 from richkd.errors import DataError, NonFiniteError
+from richkd.layers import build, read, to_dict
 from richkd.steps import Steps
 from tune import trial as trials
 from tune.trial import UNSURE, WORKER_RESTARTS, trial
@@ -64,7 +64,7 @@ import ctypes, json, resource, sys, tempfile, time
 from pathlib import Path
 import ray.tune
 from richkd import distill
-from richkd.config import build, read
+from richkd.layers import build, read
 from richkd.steps import Steps
 from tune.trial import trial
 

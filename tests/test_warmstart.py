@@ -12,8 +12,8 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from richkd.config import build, flatten, read, to_dict
 from richkd.errors import ConfigError
+from richkd.layers import build, flatten, read, to_dict
 from richkd.methods import METHODS
 from tune.first import as_printed
 from tune.space import Space

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from richkd import distill, models
-from richkd.config import build, read
 from richkd.data import load
+from richkd.layers import build, read
 from richkd.models import Network
 from richkd.steps import Steps
 from richkd.workers import Group

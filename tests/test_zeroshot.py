@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from richkd import fusion, zeroshot
-from richkd.config import build, read
 from richkd.data import Images, load
 from richkd.errors import ConfigError, DataError
 from richkd.evaluate import accuracy
+from richkd.layers import build, read
 from richkd.zeroshot import miniature as miniatures
 from richkd.zeroshot import openclip, prompts
 

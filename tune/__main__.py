@@ -32,9 +32,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from richkd import config
 from richkd.command import Done, Verb, main, say
+from richkd.config import CHOSEN_ON_TEST, run_folder
 from richkd.errors import ConfigError
+from richkd.layers import build, read
 
 if TYPE_CHECKING:
     from tune.launch import More
@@ -46,8 +47,8 @@ def _state(overrides: list[str]) -> Path:
     from tune.settings import Settings
     from tune.sweep import state_of
 
-    layers = config.read(overrides)
-    return state_of(config.build(layers, Settings), config.build(layers))
+    layers = read(overrides)
+    return state_of(build(layers, Settings), build(layers))
 
 
 def _named(words: list[str]) -> tuple[str | None, Path]:
@@ -107,8 +108,8 @@ def _cluster(arguments: argparse.Namespace) -> dict[str, str | None]:
 
 def sweep(arguments: argparse.Namespace) -> Done:
     """Search, refit, compare."""
-    layers = config.read(arguments.words)
-    config.build(layers)  # most mistakes are refused here, before the slow imports
+    layers = read(arguments.words)
+    build(layers)  # most mistakes are refused here, before the slow imports
     cluster = _cluster(arguments)
     from tune.launch import start
     from tune.tiny import TINY, scaled
@@ -143,8 +144,8 @@ def plan(arguments: argparse.Namespace) -> Done:
 
 def cache(arguments: argparse.Namespace) -> Done:
     """Compute what all runs share."""
-    layers = config.read(arguments.words)
-    source = config.build(layers).data.source
+    layers = read(arguments.words)
+    source = build(layers).data.source
     cluster = _cluster(arguments)
     from richkd.distill import prepared_lines
     from tune.first import compute
@@ -160,9 +161,9 @@ def cache(arguments: argparse.Namespace) -> Done:
 
 def train(arguments: argparse.Namespace) -> Done:
     """Distil one student over several workers."""
-    layers = config.read(arguments.words)
+    layers = read(arguments.words)
     # most mistakes are refused here, before the slow imports
-    folder = config.run_folder(config.build(layers), arguments.name, resume=arguments.resume)
+    folder = run_folder(build(layers), arguments.name, resume=arguments.resume)
     cluster = _cluster(arguments)
     from richkd.record import result_lines
     from tune.train import train as run
@@ -336,8 +337,8 @@ def _counts(words: list[str]) -> tuple[list[int], list[str]]:
 def scale(arguments: argparse.Namespace) -> Done:
     """Measure how speed grows with workers."""
     counts, words = _counts(arguments.words)
-    layers = config.read(words)
-    config.build(layers)  # most mistakes are refused here, before the slow imports
+    layers = read(words)
+    build(layers)  # most mistakes are refused here, before the slow imports
     epochs, cluster = arguments.epochs, _cluster(arguments)
     if epochs is not None and not (epochs.isdecimal() and int(epochs) > 1):
         raise ConfigError(
@@ -354,7 +355,7 @@ def best(arguments: argparse.Namespace) -> Done:
     """Verify the best checkpoint, and hand over a copy; of a run that is not here, the one that MLflow keeps."""
     names, overrides = _said(arguments.words, (*PLACES, "tracking.uri", *DATA))
     here = [word for word in overrides if word.partition("=")[0] in PLACES]
-    given = config.read(["data.source=digits", *overrides])
+    given = read(["data.source=digits", *overrides])
     changes = {entry.key: entry.value for entry in given.entries if entry.key in DATA}
     if arguments.copy_to is not None and not arguments.copy_to.strip():
         raise ConfigError("--copy-to must name a new folder but is empty.")
@@ -375,7 +376,7 @@ def best(arguments: argparse.Namespace) -> Done:
     say(f"checkpoint {answer['checkpoint']}")
     say("checksums  as recorded")
     if answer["selection"] == "paper":
-        say(f"val        is of test rows: {config.CHOSEN_ON_TEST}")
+        say(f"val        is of test rows: {CHOSEN_ON_TEST}")
     for part in ("val", "test"):
         key = f"{part}_top1"
         say(f"{part:<5}top1  recorded {recorded[key]:.2f} %, found {found[key]:.2f} %")
@@ -396,7 +397,7 @@ def _tracking(overrides: list[str]) -> str:
     from tune.tracking import Tracker
 
     given = [word for word in overrides if word.startswith("tracking.")]
-    return Tracker.address(config.build(config.read(given), Settings).tracking.uri)
+    return Tracker.address(build(read(given), Settings).tracking.uri)
 
 
 def promote(arguments: argparse.Namespace) -> Done:

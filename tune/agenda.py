@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 from optuna.trial import FrozenTrial, TrialState
 
-from richkd.config import Config, digest
+from richkd.config import Config
 from richkd.errors import ConfigError
+from richkd.layers import digest
 from tune.study import Failure, Search, settings_of
 
 OF_A_METHOD = ("loss.", "fusion.", "clip.", "contrast.")  # keys in which methods differ

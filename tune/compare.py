@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from richkd import escape
-from richkd.config import UNHASHED, flatten, to_dict
 from richkd.errors import ConfigError
 from richkd.files import make_folder, write_atomic
+from richkd.layers import UNHASHED, flatten, to_dict
 from tune.display import duration, say, short
 from tune.findings import Findings, found_in
 from tune.study import MAIN

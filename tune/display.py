@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from richkd.command import Stop, silence
-from richkd.config import Config, scalar
+from richkd.config import Config
+from richkd.layers import scalar
 from richkd.progress import lines
 from tune.agenda import Agenda, Job
 from tune.best import called

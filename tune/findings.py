@@ -17,8 +17,9 @@ from optuna.distributions import BaseDistribution
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from richkd.config import Config, build, digest, read_layer
+from richkd.config import Config
 from richkd.files import read_record
+from richkd.layers import build, digest, read_layer
 from richkd.record import seed_folders
 from tune.agenda import STATES
 from tune.budget import spent

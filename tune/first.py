@@ -6,9 +6,10 @@ from typing import Any
 
 from richkd import cache, distill, estimate
 from richkd.command import Stop
-from richkd.config import Config, Data, Layers, flatten, to_dict
+from richkd.config import Config, Data
 from richkd.errors import ConfigError, Stopped
 from richkd.files import read_record
+from richkd.layers import Layers, flatten, to_dict
 from richkd.progress import Progress, stoppable
 from richkd.teachers import FusedTeacher
 from tune.best import find_sweep

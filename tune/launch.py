@@ -18,10 +18,11 @@ from typing import Any, get_args
 
 from richkd import cache
 from richkd.command import Stop, say
-from richkd.config import UNHASHED, Layers, build, digest, dump, flatten, in_range, one_of, to_dict
+from richkd.config import in_range, one_of
 from richkd.data import load
 from richkd.errors import ConfigError, RichkdError, Stopped
 from richkd.files import check_writable, make_folder, read_record, write_atomic, write_json
+from richkd.layers import UNHASHED, Layers, build, digest, dump, flatten, to_dict
 from richkd.progress import stoppable
 from richkd.record import is_tested, seed_folders
 from tune.agenda import OF_A_METHOD, Agenda, Job, Refits

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from richkd import escape
-from richkd.config import Config, digest, dump, flatten, to_dict
+from richkd.config import Config
 from richkd.data import Dataset
+from richkd.layers import digest, dump, flatten, to_dict
 from richkd.record import TESTED
 from tune.agenda import Job
 from tune.best import called

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from richkd import estimate
-from richkd.config import Config, to_dict
+from richkd.config import Config
 from richkd.errors import ConfigError
 from richkd.files import nearest
+from richkd.layers import to_dict
 from tune.environment import PROJECT
 from tune.settings import Resources
 from tune.sharing import Tried
@@ -32,7 +33,7 @@ ASKED = """
 import json, sys, ray
 from pathlib import Path
 from dataclasses import asdict
-from richkd.config import from_dict
+from richkd.layers import from_dict
 from tune import nodes, sharing
 from tune.settings import Resources
 from tune.runner import runtime_env

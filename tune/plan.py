@@ -17,9 +17,10 @@ from typing import Any
 
 from richkd import distill, estimate
 from richkd.command import Stop
-from richkd.config import Config, Layers, build, mistakes, read
+from richkd.config import Config
 from richkd.errors import ConfigError, Interrupted, RichkdError
 from richkd.files import NO_SPACE, check_writable, nearest
+from richkd.layers import Layers, build, mistakes, read
 from richkd.progress import Progress, stoppable
 from tune.best import called
 from tune.costs import cramped, folders_of, in_bytes, measured, side_by_side

@@ -24,10 +24,11 @@ from typing import Any, Self
 import numpy as np
 
 from richkd import cache, checkpoint
-from richkd.config import Config, Data, Layers, build, flatten
+from richkd.config import Config, Data
 from richkd.data import load, split
 from richkd.errors import ConfigError, RichkdError
 from richkd.files import read_record
+from richkd.layers import Layers, build, flatten
 from richkd.student import load_student
 from tune import names
 from tune.best import best, called

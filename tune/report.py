@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from richkd import escape
-from richkd.config import command_of, dump, flatten, to_dict
 from richkd.files import write_atomic
+from richkd.layers import command_of, dump, flatten, to_dict
 from tune import plots
 from tune.best import called
 from tune.display import describe, duration, say, short

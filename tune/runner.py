@@ -26,8 +26,8 @@ from ray.util.placement_group import PlacementGroup
 
 from richkd import cache
 from richkd.command import Stop, say
-from richkd.config import to_dict
 from richkd.errors import ConfigError, Interrupted, Stopped
+from richkd.layers import to_dict
 from richkd.progress import Progress
 from tune.agenda import Agenda, Job
 from tune.budget import Budget

@@ -19,9 +19,10 @@ from typing import Any
 
 from richkd import distill
 from richkd.command import Stop
-from richkd.config import Config, Layers, build, is_url
+from richkd.config import Config, is_url
 from richkd.errors import RichkdError
 from richkd.files import make_folder
+from richkd.layers import Layers, build
 from richkd.progress import stoppable
 from tune.agenda import Agenda, Job, Refits
 from tune.display import Display

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from richkd import cache
-from richkd.config import Config, Layers, build, check_name, expand, flatten, in_range, one_of
-from richkd.config import digest as config_digest
+from richkd.config import Config, check_name, expand, in_range, one_of
 from richkd.errors import ConfigError
+from richkd.layers import Layers, build, flatten
+from richkd.layers import digest as config_digest
 
 MANY = 1_000_000
 OBJECTIVES = ("top1", "parameters", "latency")  # validation accuracy goes up, the others down

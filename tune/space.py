@@ -28,8 +28,9 @@ from optuna.distributions import (
 from optuna.trial import Trial
 
 from richkd import methods
-from richkd.config import Config, flatten, to_dict
+from richkd.config import Config
 from richkd.errors import ConfigError
+from richkd.layers import flatten, to_dict
 
 DISTRIBUTIONS: dict[str, Callable[..., BaseDistribution]] = {
     "uniform": lambda low, high, step=None: FloatDistribution(

@@ -17,10 +17,11 @@ from ray.exceptions import RayError, RayTaskError
 
 from richkd import cache, distill, errors, estimate, teachers, zeroshot
 from richkd.command import Stop
-from richkd.config import Config, from_dict, to_dict
+from richkd.config import Config
 from richkd.data import load
 from richkd.distill import Task
 from richkd.errors import RichkdError, Stopped
+from richkd.layers import from_dict, to_dict
 from richkd.progress import Progress, stoppable
 from richkd.threads import one_thread
 from tune.nodes import alive, on, share

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from richkd import cache, methods
-from richkd.config import Config, Layers, build, digest, flatten, is_url, to_dict
+from richkd.config import Config, is_url
 from richkd.errors import ConfigError, CorruptError, Stopped
 from richkd.files import read_record
+from richkd.layers import Layers, build, digest, flatten, to_dict
 from tune.agenda import OF_A_METHOD, Job, Refits
 from tune.best import called
 from tune.budget import Budget

@@ -19,16 +19,10 @@ from rich.table import Table as Rows
 
 from richkd import escape
 from richkd.command import Stop
-from richkd.config import (
-    UNHASHED,
-    Layers,
-    build,
-    flatten,
-    one_of,
-    to_dict,
-)
+from richkd.config import one_of
 from richkd.errors import ConfigError, RichkdError
 from richkd.files import read_json, write_atomic
+from richkd.layers import UNHASHED, Layers, build, flatten, to_dict
 from richkd.progress import stoppable
 from tune.attach import attach
 from tune.best import called, find_sweep

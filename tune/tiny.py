@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from richkd import cache
-from richkd.config import Data, Entry, Layers, build, find_layer, one_of, read, read_layer
+from richkd.config import Data, one_of
 from richkd.data import load
 from richkd.files import make_folder, write_atomic
+from richkd.layers import Entry, Layers, build, find_layer, read, read_layer
 
 SCALES = ("full", "tiny")
 TINY = "Tiny scale: the numbers mean nothing beyond “it runs”."

@@ -15,9 +15,10 @@ from typing import Any
 
 from richkd import checkpoint, distill
 from richkd.command import Stop
-from richkd.config import Config, Layers, build, digest, dump, flatten, to_dict
+from richkd.config import Config
 from richkd.errors import RichkdError
 from richkd.files import make_folder
+from richkd.layers import Layers, build, digest, dump, flatten, to_dict
 from richkd.progress import epoch_line, stoppable
 from richkd.record import Metrics, Record, result_of, rows_of
 from tune.agenda import Agenda, Job, Refits

@@ -7,7 +7,7 @@ from typing import Any
 import ray.train
 from ray.util import get_current_placement_group
 
-from richkd.config import from_dict
+from richkd.layers import from_dict
 from tune.endings import ended
 from tune.store import mirrored
 from tune.watchdog import Watchdog
