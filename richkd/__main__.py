@@ -15,6 +15,7 @@ import contextlib
 import math
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from richkd.command import Done, Verb, main, say
 from richkd.config import Config, run_folder
 from richkd.errors import ConfigError, Interrupted, Stopped
 from richkd.files import NO_SPACE, write_atomic
+from richkd.idle import idle
 from richkd.layers import CONF, SWEEP_SECTIONS, UNHASHED, build, find_layer, read
 from richkd.progress import Progress, epoch_line, lines, stoppable
 
@@ -80,6 +82,8 @@ def distill(arguments: argparse.Namespace) -> Done:
     """Distil one student."""
     config = one_run(arguments.words)
     folder = run_folder(config, arguments.name, resume=arguments.resume)
+    for line in idle(config, read(arguments.words)):
+        warnings.warn(line, stacklevel=2)
 
     from richkd import distill as training
     from richkd.card import terms

@@ -390,10 +390,15 @@ class Loss:
         one_of("loss.feature_kind", self.feature_kind, ("contrast", "maps"))
         one_of("loss.transform", self.transform, ("attention", "channel", "projection"))
         one_of("loss.distance", self.distance, ("mse", "l1", "cosine", "kl"))
-        if self.ce == self.logit == self.feature == 0:
+        if self.ce == 0 and not self.distils:
             raise ConfigError(
                 "loss.ce, loss.logit and loss.feature cannot all be 0; nothing would be learnt."
             )
+
+    @property
+    def distils(self) -> bool:
+        """Whether anything is learnt from teachers."""
+        return self.logit > 0 or self.feature > 0
 
     @property
     def contrasts(self) -> bool:

@@ -139,8 +139,7 @@ def open_teacher(
     A task teacher that is neither a checkpoint nor a file of logits is trained on the labelled rows, once
     for each seed and recipe, and kept in the cache.
     """
-    loss = config.loss
-    if loss.logit == loss.feature == 0:
+    if not config.loss.distils:
         return None
     relative = config.clip.scale in ("match_std", "calibrated")
     relative |= config.loss.temperature_of == "task"

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, TypeVar
 from richkd.command import Done, Verb, main, say
 from richkd.config import CHOSEN_ON_TEST, run_folder
 from richkd.errors import ConfigError
+from richkd.idle import idle
 from richkd.layers import build, read
 
 if TYPE_CHECKING:
@@ -162,8 +163,10 @@ def cache(arguments: argparse.Namespace) -> Done:
 def train(arguments: argparse.Namespace) -> Done:
     """Distil one student over several workers."""
     layers = read(arguments.words)
-    # most mistakes are refused here, before the slow imports
-    folder = run_folder(build(layers), arguments.name, resume=arguments.resume)
+    config = build(layers)  # most mistakes are refused here, before the slow imports
+    folder = run_folder(config, arguments.name, resume=arguments.resume)
+    for line in idle(config, layers):
+        warnings.warn(line, stacklevel=2)
     cluster = _cluster(arguments)
     from richkd.record import result_lines
     from tune.train import train as run
