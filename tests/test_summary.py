@@ -195,7 +195,8 @@ def test_one_seed_is_shown_without_spread_and_none_without_rows():
     assert [len(cells) for cells in columns(summarise({}, STUDENTS)).values()] == [0, 0, 0, 0]
 
 
-def test_a_summary_speaks_of_the_method_that_was_searched():
-    clip = around_a_search("clip", {})
-    found = columns(summarise({name: {0: run(90.0)} for name in clip}, clip))
-    assert found[""][-2:] == ["clip, as printed", "clip, as found"]
+@pytest.mark.parametrize(("name", "preset"), [("richkd-lf", "as printed"), ("autokd", "untuned")])
+def test_a_summary_speaks_of_the_method_that_was_searched(name, preset):
+    students = around_a_search(name, {})
+    found = columns(summarise({each: {0: run(90.0)} for each in students}, students))
+    assert found[""][-2:] == [f"{name}, {preset}", f"{name}, as found"]

@@ -373,7 +373,8 @@ def remark(found: Findings, trial: Trial) -> str:
     if trial.duplicate_of is not None:
         said.append(f"the result of {trial.duplicate_of:03d}, whose settings are the same")
     if trial.settings.get("loss.temperature_of") == "fused" and found.temperature_of == "task":
-        said.append("as printed" if trial.shown().get("fusion.alpha") != 1 else "plain kd")
+        preset = found.students["richkd_paper"].title.rpartition(", ")[2]
+        said.append(preset if trial.shown().get("fusion.alpha") != 1 else "plain kd")
         if trial.shown().get("fusion.alpha", 1) != 1:
             said.append("T of the fused logits")
     if trial.source not in (None, PAPER):

@@ -41,6 +41,8 @@ def around_a_search(own: str, settings: dict[str, Any]) -> dict[str, Student]:
         own: Method.
         settings: What its trials have on top of the base config.
     """
+    # what the preset of another method has is no setting of a paper's
+    preset = "as printed" if own.startswith("richkd") else "untuned"
     return {
         "ce": Student(title="labels only", label="ce", method="ce", settings=printed("ce")),
         "kd": Student(
@@ -54,7 +56,7 @@ def around_a_search(own: str, settings: dict[str, Any]) -> dict[str, Student]:
             title="kd, tuned", label="kd-tuned", method="kd", settings=settings, search="kd"
         ),
         "richkd_paper": Student(
-            title=f"{own}, as printed", label=f"{own}-paper", method=own, settings=printed(own)
+            title=f"{own}, {preset}", label=f"{own}-paper", method=own, settings=printed(own)
         ),
         MAIN: Student(
             title=f"{own}, as found", label=own, method=own, settings=settings, search=MAIN
