@@ -9,12 +9,13 @@ import pytest
 from richkd import load_student
 from richkd.errors import ConfigError
 from richkd.files import read_json, write_json
-from richkd.layers import read
+from richkd.layers import build, read
 from tune import launch
 from tune.best import best
 from tune.costs import runs_of
 from tune.findings import found_in
 from tune.first import prepare_cells
+from tune.settings import Settings
 from tune.status import lines, status
 from tune.sweep import Sweep
 from tune.table import lines as shown
@@ -197,6 +198,12 @@ def test_one_cell_of_a_grid_is_handed_over(ran, tmp_path):
 
 
 @pytest.mark.timeout(120)
+def test_a_grid_is_called_by_its_table_and_a_search_by_its_student(layer):
+    for words, name in (([str(layer)], "digits-digits-table-"), ([], "digits-cnn8-")):
+        layers = read(words)
+        assert launch.named(layers, build(layers, Settings), build(layers)).startswith(name)
+
+
 def test_a_table_lays_ours_beside_the_papers_and_says_what_is_missing(ran, words):
     answer = table([*words[:3], "refit.seeds=3"])
     runs = found_in(ran).refits["small-richkd"]

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from richkd import cache
 from richkd.command import Stop, say
-from richkd.config import in_range, one_of
+from richkd.config import Config, in_range, one_of
 from richkd.data import load
 from richkd.errors import ConfigError, RichkdError, Stopped
 from richkd.files import check_writable, make_folder, read_record, write_atomic, write_json
@@ -75,8 +75,7 @@ def start(
     settings, base = build(layers, Settings), build(layers)
     if resume and settings.sweep.name is None:
         raise ConfigError("--resume goes on with a sweep by its name but sweep.name is not given.")
-    what = "grid" if settings.sweep.grid.rows else base.student.name
-    name = settings.sweep.name or time.strftime(f"{base.data.source}-{what}-%y%m%d-%H%M%S")
+    name = settings.sweep.name or named(layers, settings, base)
     folder = state_of(settings, base) / name
     if (folder / "sweep.json").exists():
         if resume:
@@ -92,6 +91,14 @@ def start(
         "fingerprint": fingerprint(),
     }
     return carry_out(sweep, asked, tracking, new=True, **launch)
+
+
+def named(layers: Layers, settings: Settings, base: Config) -> str:
+    """Return the name of a sweep that is given none: its data, its student, or the layer that holds its table, and the time."""
+    tables = [entry.origin for entry in layers.entries if entry.key == "paper.title"]
+    grid = Path(tables[-1].rpartition(":")[0]).stem if tables else ""
+    what = (grid or "grid") if settings.sweep.grid.rows else base.student.name
+    return time.strftime(f"{base.data.source}-{what}-%y%m%d-%H%M%S")
 
 
 def _written(layers: Layers) -> list[list]:
