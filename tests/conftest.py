@@ -1,16 +1,14 @@
 """What several tests share: one cache, and the miniature CLIP in it, built once."""
 
-import contextlib
 import os
 import shutil
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from serving import launched
-from small import SMALL
+from small import SMALL, copy_of
 
 from richkd import zeroshot
 
@@ -81,20 +79,5 @@ def server(swept, tmp_path_factory) -> Iterator[str]:
 @pytest.fixture
 def copied(swept, tmp_path) -> Iterator[Path]:
     """A copy of the finished sweep with an MLflow of its own, to be damaged and gone on with."""
-    source = Path(swept[0]["sweep"]).parent.parent
-    target = tmp_path / "copy"
-    shutil.copytree(source, target)
-    folder = target / "runs" / "small"
-    with contextlib.closing(sqlite3.connect(target / "mlflow.db")) as database, database:
-        for table, column in (("runs", "artifact_uri"), ("experiments", "artifact_location")):
-            database.execute(
-                f"update {table} set {column} = replace({column}, ?, ?)", (str(source), str(target))
-            )
-    asked = (folder / "sweep.json").read_text()
-    (folder / "sweep.json").write_text(asked.replace(str(source), str(target)))
-    # a process knows the place of a run's artifacts by the run's id, which the copy shares
-    from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
-
-    _artifact_repos_cache.clear()
-    yield folder
-    _artifact_repos_cache.clear()
+    with copy_of(Path(swept[0]["sweep"]), tmp_path / "copy") as folder:
+        yield folder

@@ -1,8 +1,12 @@
 """What tests run: a sweep that is over in half a minute, how the command line runs one, and an agenda by hand."""
 
+import contextlib
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from richkd.config import Config
@@ -40,6 +44,27 @@ def holder(folder: Path) -> int | None:
         if lock in links:
             return int(handles.parent.name)
     return None
+
+
+@contextlib.contextmanager
+def copy_of(sweep: Path, target: Path) -> Iterator[Path]:
+    """Copy a sweep, and the `mlflow.db` beside its runs, into `target`, and yield its folder there."""
+    source = sweep.parent.parent
+    shutil.copytree(source, target)
+    folder = target / "runs" / sweep.name
+    with contextlib.closing(sqlite3.connect(target / "mlflow.db")) as database, database:
+        for table, column in (("runs", "artifact_uri"), ("experiments", "artifact_location")):
+            database.execute(
+                f"update {table} set {column} = replace({column}, ?, ?)", (str(source), str(target))
+            )
+    asked = (folder / "sweep.json").read_text()
+    (folder / "sweep.json").write_text(asked.replace(str(source), str(target)))
+    # a process knows the place of a run's artifacts by the run's id, which the copy shares
+    from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
+
+    _artifact_repos_cache.clear()
+    yield folder
+    _artifact_repos_cache.clear()
 
 
 class Script:

@@ -210,7 +210,7 @@ VALUES = {
 }
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None)
 @given(st.fixed_dictionaries({}, optional=VALUES))
 def test_a_config_survives_yaml_json_and_layers(tmp_path_factory, found):
     made = build(read([]).over("here", found))
@@ -241,7 +241,7 @@ JUNK = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(st.sampled_from(sorted(flatten(to_dict(Config())))), JUNK)
 def test_any_value_is_taken_or_refused_by_our_own_error(key, value):
     try:
@@ -354,7 +354,7 @@ SAID |= {
 }
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(st.fixed_dictionaries({}, optional=SAID), st.integers(1, 3))
 def test_a_command_runs_its_config_again(found, workers):
     try:

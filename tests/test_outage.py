@@ -194,6 +194,7 @@ for epoch in itertools.count(1):
 """
 
 
+@pytest.mark.soak
 def test_drivers_that_are_killed_lose_and_double_no_point(server, folder, tmp_path):
     rng = random.Random(4)
     reported, waited, ids = set(), 0, folder / "mlflow.json"

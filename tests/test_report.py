@@ -595,6 +595,7 @@ def test_text_and_code_are_shown_as_they_are():
     assert "    a <b>\n      c" in to_markdown("x", blocks)
 
 
+@pytest.mark.soak
 def test_a_study_of_200_trials_is_reported_in_under_a_minute(tmp_path):
     folder = fake(tmp_path / "large", 200, seeds=8)
     began = time.monotonic()

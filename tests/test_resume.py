@@ -2,13 +2,14 @@
 
 import json
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
 import pytest
 from audit import audit, rows_of, trials_of
 from mlflow.tracking import MlflowClient
-from small import SMALL
+from small import SMALL, copy_of
 
 from richkd.errors import ConfigError, Stopped
 from richkd.files import read_json, write_json
@@ -171,52 +172,59 @@ def test_seeds_of_a_trial_run_side_by_side_and_the_trial_is_their_mean(
     assert answer["summary"]["richkd"]["n"] == 1
 
 
+@pytest.fixture(scope="module")
+def ended(cluster, miniature, cache_root, tmp_path_factory) -> Path:
+    """The folder of a sweep whose hours are used up, beside its MLflow."""
+    folder = tmp_path_factory.mktemp("hours")
+    words = ("sweep.hours=0.001", "train.epochs=12", "sweep.scheduler=none", "refit.seeds=1")
+    with pytest.raises(Stopped, match=r"sweep.hours=0.001.*resume .*own --add-hours 1$") as said:
+        start(folder, cache_root, *words, "sweep.trials=2")
+    assert said.value.exit_code == 75
+    return folder / "runs" / "own"
+
+
+@pytest.fixture
+def stopped(ended, tmp_path) -> Iterator[Path]:
+    """A copy of it."""
+    with copy_of(ended, tmp_path / "copy") as folder:
+        yield folder
+
+
 @pytest.mark.timeout(240)
-def test_a_sweep_ends_when_its_hours_are_used_up_and_goes_on_with_more(
-    cluster, miniature, cache_root, tmp_path
-):
-    words = ("sweep.hours=0.001", "train.epochs=30", "sweep.scheduler=none", "refit.seeds=1")
-    words += ("sweep.trials=2",)
-    with pytest.raises(Stopped, match=r"sweep.hours=0.001.*resume .*own --add-hours 1$") as ended:
-        start(tmp_path, cache_root, *words)
-    assert ended.value.exit_code == 75
-    folder, uri = tmp_path / "runs" / "own", f"sqlite:///{tmp_path / 'mlflow.db'}"
-    found = status(folder)
+def test_a_sweep_ends_when_its_hours_are_used_up_and_goes_on_with_more(stopped):
+    found = status(stopped)
     assert found["state"] == "stopped"
-    assert 0.001 <= found["hours"] < 0.01  # it was kept to: 30 epochs of 9 runs take longer
-    for path in folder.glob("trials/*"):
-        assert len(rows_of(path)) < 30
+    assert 0.001 <= found["hours"] < 0.01  # it was kept to: 12 epochs of 9 runs take longer
+    for path in stopped.glob("trials/*"):
+        assert len(rows_of(path)) < 12
     with pytest.raises(ConfigError, match="--add-gpu-hours adds to sweep.gpu_hours but"):
-        sweeps.go_on(folder, more=More(gpu_hours=1))
-    answer = sweeps.go_on(folder, more=More(hours=1))
+        sweeps.go_on(stopped, more=More(gpu_hours=1))
+    answer = sweeps.go_on(stopped, more=More(hours=1))
     assert answer["failed"] == 0
-    assert audit(folder, uri) == {"trials": 4, "refits": 5}
+    assert audit(stopped, read_json(stopped / "sweep.json")["tracking"]) == {
+        "trials": 4,
+        "refits": 5,
+    }
 
 
 @pytest.mark.timeout(240)
-def test_with_other_settings_trials_that_ran_begin_anew_and_the_record_agrees(
-    cluster, miniature, cache_root, tmp_path
-):
-    words = ("sweep.hours=0.001", "train.epochs=30", "sweep.scheduler=none", "refit.seeds=1")
-    words += ("sweep.trials=2",)
-    with pytest.raises(Stopped, match="sweep.hours=0.001"):
-        start(tmp_path, cache_root, *words)
-    folder, uri = tmp_path / "runs" / "own", f"sqlite:///{tmp_path / 'mlflow.db'}"
+def test_with_other_settings_trials_that_ran_begin_anew_and_the_record_agrees(stopped):
+    uri = read_json(stopped / "sweep.json")["tracking"]
     before = {
-        name for name, (trial, _) in trials_of(folder).items() if trial.state.name == "RUNNING"
+        name for name, (trial, _) in trials_of(stopped).items() if trial.state.name == "RUNNING"
     }
     assert before
-    layers = Layers.from_list(read_json(folder / "sweep.json")["layers"])
+    layers = Layers.from_list(read_json(stopped / "sweep.json")["layers"])
     other = layers.over("", {"train.epochs": 3, "sweep.hours": 1.0})
     answer = sweeps.start(other, resume=True, changed=True)
     assert answer["failed"] == 0
-    trials = trials_of(folder)
+    trials = trials_of(stopped)
     failed = {name for name, (trial, _) in trials.items() if trial.state.name == "FAIL"}
     assert failed == before
     again = {trial.user_attrs.get("retry_of") for trial, _ in trials.values()} - {None}
     assert again == {trials[name][0].number for name in failed}
-    assert audit(folder, uri) == {"trials": 4 + len(failed), "refits": 5}
-    assert read_json(folder / "sweep.json")["changes"][0]["found"] == ["train.epochs: 30 -> 3"]
+    assert audit(stopped, uri) == {"trials": 4 + len(failed), "refits": 5}
+    assert read_json(stopped / "sweep.json")["changes"][0]["found"] == ["train.epochs: 12 -> 3"]
 
 
 def test_a_name_that_a_run_has_is_no_sweeps(cluster, miniature, cache_root, tmp_path):

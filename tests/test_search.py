@@ -127,6 +127,7 @@ def test_all_methods_are_compared_on_the_student_that_was_found(searched):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.soak
 def test_a_sweep_given_more_keeps_what_it_measured(searched):
     _, answer = searched
     before = (Path(answer["sweep"]) / "students.json").read_bytes()

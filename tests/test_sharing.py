@@ -159,6 +159,7 @@ def test_where_nothing_can_be_measured_it_is_a_trial_a_gpu_with_a_warning(tmp_pa
     assert not (tmp_path / "sharing.json").exists()
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(120)
 def test_trainings_side_by_side_are_measured_and_then_the_runs_share_the_gpu(tmp_path):
     """The GPU is one that Ray is told of; the processes find none, and train on the CPU."""

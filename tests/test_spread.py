@@ -41,6 +41,7 @@ def rows_of(root: Path) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(240)
 def test_workers_fill_a_table_with_the_bytes_of_a_straight_fill_which_goes_on_where_they_were_cut(
     cluster, miniature, fresh, shards, tmp_path

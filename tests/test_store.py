@@ -306,6 +306,7 @@ def refused(store: Store, tmp_path: Path, words: list[str]) -> None:
         assert all(word in str(caught.value) for word in ["storage", store.url, *words])
 
 
+@pytest.mark.soak
 def test_dead_server_is_an_error_within_a_bounded_time(server, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as one:
         port = one.getsockname()[1]

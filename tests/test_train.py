@@ -78,6 +78,7 @@ def kill_a_worker(folder: Path, killed: list[int]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore:.*a worker died")
 def test_a_run_whose_worker_is_killed_ends_as_the_straight_one(straight, overrides, tmp_path):
     folder, killed = tmp_path / "killed", []

@@ -67,7 +67,7 @@ def overrides(tmp_path_factory) -> list[str]:
 
 CONTRAST = [
     *("method.name=crd", "contrast.negatives=200", "contrast.width=8"),
-    *("teacher.name=cnn8", "train.epochs=2"),
+    *("teacher.name=cnn8", "train.epochs=2", "train.batch_size=64"),
 ]
 
 
