@@ -27,7 +27,7 @@ from richkd.config import Config, run_folder
 from richkd.errors import ConfigError, Interrupted, Stopped
 from richkd.files import NO_SPACE, write_atomic
 from richkd.idle import idle
-from richkd.layers import CONF, SWEEP_SECTIONS, UNHASHED, build, find_layer, read
+from richkd.layers import CONF, SWEEP_SECTIONS, UNHASHED, Layers, build, find_layer, read
 from richkd.progress import Progress, epoch_line, lines, stoppable
 
 
@@ -52,9 +52,8 @@ def progress_bar() -> Iterator[Progress]:
         yield progress
 
 
-def one_run(words: list[str]) -> Config:
+def one_run(layers: Layers) -> Config:
     """Return the config of a single run; a sweep's sections may be in its layers, but are no overrides."""
-    layers = read(words)
     for entry in layers.entries:
         section = entry.key.split(".")[0]
         if not entry.origin and section in SWEEP_SECTIONS:
@@ -80,9 +79,10 @@ def mean_over_classes(config: Config) -> list[str]:
 
 def distill(arguments: argparse.Namespace) -> Done:
     """Distil one student."""
-    config = one_run(arguments.words)
+    layers = read(arguments.words)
+    config = one_run(layers)
     folder = run_folder(config, arguments.name, resume=arguments.resume)
-    for line in idle(config, read(arguments.words)):
+    for line in idle(config, layers):
         warnings.warn(line, stacklevel=2)
 
     from richkd import distill as training
@@ -213,7 +213,7 @@ def _evaluate_teachers(arguments: argparse.Namespace, target: Path | None) -> Do
 
     They are taken as they are, whatever `clip.control` says. What the task teacher says goes into `target`, if one is named.
     """
-    config = one_run(arguments.words)
+    config = one_run(read(arguments.words))
     # a control is of what the student hears: some rows would show it, and others not
     config = replace(config, clip=replace(config.clip, control="none"))
     from richkd import distill as training
@@ -263,7 +263,7 @@ def _evaluate_teachers(arguments: argparse.Namespace, target: Path | None) -> Do
 
 def cache(arguments: argparse.Namespace) -> Done:
     """Compute and keep what all runs of a config share: the teacher, CLIP's features."""
-    config = one_run(arguments.words)
+    config = one_run(read(arguments.words))
     from richkd import data
     from richkd import distill as training
 
@@ -412,7 +412,7 @@ def seconds_of(text: str) -> float:
 def bench(arguments: argparse.Namespace) -> Done:
     """Measure how fast this machine trains with a config, beside a loop as it is usually written."""
     given = {} if arguments.seconds is None else {"seconds": seconds_of(arguments.seconds)}
-    config = one_run(arguments.words)
+    config = one_run(read(arguments.words))
     from richkd import bench as benchmark
     from richkd.bench import show, variants
 
