@@ -15,7 +15,6 @@ import contextlib
 import math
 import shlex
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +23,9 @@ from typing import Any
 from richkd import escape
 from richkd.command import Done, Verb, main, say
 from richkd.config import Config, run_folder
+from richkd.effects import check_effects
 from richkd.errors import ConfigError, Interrupted, Stopped
 from richkd.files import NO_SPACE, write_atomic
-from richkd.idle import idle
 from richkd.layers import CONF, SWEEP_SECTIONS, UNHASHED, Layers, build, find_layer, read
 from richkd.progress import Progress, epoch_line, lines, stoppable
 
@@ -82,8 +81,7 @@ def distill(arguments: argparse.Namespace) -> Done:
     layers = read(arguments.words)
     config = one_run(layers)
     folder = run_folder(config, arguments.name, resume=arguments.resume)
-    for line in idle(config, layers):
-        warnings.warn(line, stacklevel=2)
+    check_effects(config, layers)
 
     from richkd import distill as training
     from richkd.card import terms

@@ -34,8 +34,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from richkd.command import Done, Verb, main, say
 from richkd.config import CHOSEN_ON_TEST, run_folder
+from richkd.effects import check_effects
 from richkd.errors import ConfigError
-from richkd.idle import idle
 from richkd.layers import build, read
 
 if TYPE_CHECKING:
@@ -165,8 +165,7 @@ def train(arguments: argparse.Namespace) -> Done:
     layers = read(arguments.words)
     config = build(layers)  # most mistakes are refused here, before the slow imports
     folder = run_folder(config, arguments.name, resume=arguments.resume)
-    for line in idle(config, layers):
-        warnings.warn(line, stacklevel=2)
+    check_effects(config, layers)
     cluster = _cluster(arguments)
     from richkd.record import result_lines
     from tune.train import train as run

@@ -31,6 +31,7 @@ from tune.page import (
     to_html,
     to_markdown,
 )
+from tune.students import of_preset
 from tune.study import MAIN
 from tune.summary import TEACHERS, columns, top1_of
 from tune.warmstart import PAPER
@@ -373,8 +374,8 @@ def remark(found: Findings, trial: Trial) -> str:
     if trial.duplicate_of is not None:
         said.append(f"the result of {trial.duplicate_of:03d}, whose settings are the same")
     if trial.settings.get("loss.temperature_of") == "fused" and found.temperature_of == "task":
-        preset = found.students["richkd_paper"].title.rpartition(", ")[2]
-        said.append(preset if trial.shown().get("fusion.alpha") != 1 else "plain kd")
+        own = of_preset(found.base.method.name)
+        said.append(own if trial.shown().get("fusion.alpha") != 1 else "plain kd")
         if trial.shown().get("fusion.alpha", 1) != 1:
             said.append("T of the fused logits")
     if trial.source not in (None, PAPER):

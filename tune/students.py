@@ -34,6 +34,11 @@ class Student:
     params: dict[str, str] = field(default_factory=dict)
 
 
+def of_preset(method: str) -> str:
+    """Return what the students of a method's preset are called: of others than RichKD it is no setting of the paper's."""
+    return "as printed" if method.startswith("richkd") else "untuned"
+
+
 def around_a_search(own: str, settings: dict[str, Any]) -> dict[str, Student]:
     """Return the students that a search of the method `own` compares, by name.
 
@@ -41,8 +46,6 @@ def around_a_search(own: str, settings: dict[str, Any]) -> dict[str, Student]:
         own: Method.
         settings: What its trials have on top of the base config.
     """
-    # what the preset of another method has is no setting of a paper's
-    preset = "as printed" if own.startswith("richkd") else "untuned"
     return {
         "ce": Student(title="labels only", label="ce", method="ce", settings=printed("ce")),
         "kd": Student(
@@ -56,7 +59,10 @@ def around_a_search(own: str, settings: dict[str, Any]) -> dict[str, Student]:
             title="kd, tuned", label="kd-tuned", method="kd", settings=settings, search="kd"
         ),
         "richkd_paper": Student(
-            title=f"{own}, {preset}", label=f"{own}-paper", method=own, settings=printed(own)
+            title=f"{own}, {of_preset(own)}",
+            label=f"{own}-paper",
+            method=own,
+            settings=printed(own),
         ),
         MAIN: Student(
             title=f"{own}, as found", label=own, method=own, settings=settings, search=MAIN

@@ -1,6 +1,7 @@
-"""Keys that a run was given and will not hear, so that nobody waits for an effect of them."""
+"""Keys that have no effect on the run that they were given to, so that nobody waits for one."""
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 
 from richkd.config import Config
 from richkd.layers import Layers
@@ -30,8 +31,8 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
 )
 
 
-def idle(config: Config, layers: Layers) -> Iterator[str]:
-    """Yield a line for each key of the command line that has no effect on the run that it makes.
+def check_effects(config: Config, layers: Layers) -> None:
+    """Warn of each key of the command line that has no effect on the run that it makes.
 
     Layers are written for many methods, so what they set for others is no mistake.
 
@@ -43,5 +44,7 @@ def idle(config: Config, layers: Layers) -> Iterator[str]:
     for key in own:
         for starts, heard, why in RULES:
             if key.startswith(starts) and not heard(config):
-                yield f"{key} has no effect on method.name={config.method.name}: {why}."
+                warnings.warn(
+                    f"{key} has no effect on method.name={config.method.name}: {why}.", stacklevel=2
+                )
                 break

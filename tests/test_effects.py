@@ -1,12 +1,13 @@
 """A key of the command line that has no effect is named, and one that has is not."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
 
 from richkd import distill
-from richkd.idle import idle
+from richkd.effects import check_effects
 from richkd.layers import build, flatten, read, to_dict
 
 SILENT = {
@@ -30,7 +31,9 @@ HEARD = [
 
 def told(words: str) -> list[str]:
     layers = read(words.split())
-    return list(idle(build(layers), layers))
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        check_effects(build(layers), layers)
+    return [str(each.message) for each in caught]
 
 
 @pytest.mark.parametrize("words", SILENT)
