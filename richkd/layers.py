@@ -482,6 +482,15 @@ def scalar(value: Any) -> str:
     return text[1:-2]  # in a list, since by itself text would be followed by the end of a document
 
 
+def brief(value: Any, digits: int = 3) -> str:
+    """Return a setting in few characters: a fraction with so many digits, what is whole with all of its own."""
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.{digits}g}"
+    if isinstance(value, dict | list | tuple):
+        return scalar(list(value) if isinstance(value, tuple) else value)
+    return "-" if value is None else str(value)
+
+
 def command_of(
     config: Config, *, threads: int | None = None, workers: int = 1, name: str | None = None
 ) -> str:

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from richkd.command import Stop
 from richkd.config import Config, Fusion, Loss, Train
+from richkd.layers import brief
 from tune.agenda import Job
-from tune.display import Display, describe, describe_job, say, show
+from tune.display import Display, describe, describe_job, show
 
 PARAMS = {
     "fusion.alpha": 0.123456789,
@@ -184,7 +185,7 @@ def test_settings_are_told_in_few_characters(params, text):
     ],
 )
 def test_a_value_is_said_shortly(value, text):
-    assert say(value) == text
+    assert brief(value) == text
 
 
 def test_a_temperature_says_what_it_is_relative_to():

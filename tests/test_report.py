@@ -33,14 +33,15 @@ from optuna.distributions import (
 from optuna.trial import TrialState
 from small import ROOT, command
 
+from richkd import draw
 from richkd.errors import Interrupted
 from richkd.files import read_json, write_json
 from richkd.layers import build, digest, read
-from tune import draw, launch, plots, report
+from richkd.page import Code, Text, to_html, to_markdown
+from tune import launch, plots, report
 from tune.budget import Budget
 from tune.driver import locked
 from tune.findings import Trial, comparable, found_in, importance, ranked, read_trial
-from tune.page import Code, Text, to_html, to_markdown
 from tune.sweep import Sweep, asked_of, open_searches
 
 PICTURES = ["students", "alpha", "heat", "importance", "prompts", "parallel", "history", "curves"]

@@ -12,8 +12,8 @@ from rich.text import Text
 from richkd import escape
 from richkd.errors import ConfigError
 from richkd.files import make_folder, write_atomic
-from richkd.layers import UNHASHED, flatten, to_dict
-from tune.display import duration, say, short
+from richkd.layers import UNHASHED, brief, flatten, to_dict
+from tune.display import duration, short
 from tune.findings import Findings, found_in
 from tune.study import MAIN
 from tune.summary import difference
@@ -168,7 +168,7 @@ def _other_data(one: Findings, other: Findings) -> list[str]:
 def _values(one: Findings, other: Findings) -> list[str]:
     ours, theirs = _settings(one), _settings(other)
     return [
-        f"{key} {say(ours.get(key), EXACT)} and {say(theirs.get(key), EXACT)}"
+        f"{key} {brief(ours.get(key), EXACT)} and {brief(theirs.get(key), EXACT)}"
         for key in settings_that_differ([one, other])
         if key.startswith(DECISIVE)
     ]
@@ -240,7 +240,7 @@ def _shown(row: dict[str, Any], titles: dict[str, str]) -> dict[str, str]:
             shown["best val"] += " (test rows)"
     for key, value in row.items():
         if key.startswith("found "):
-            shown[key] = escape.line(say(value))
+            shown[key] = escape.line(brief(value))
     for student in reversed(titles):
         if (mean := row.get(f"test {student}")) is not None:
             sd, n = row[f"test {student} sd"], row[f"test {student} n"]
@@ -264,7 +264,7 @@ def _shown(row: dict[str, Any], titles: dict[str, str]) -> dict[str, str]:
     )
     for key, value in row.items():
         if key not in known and not key.startswith(("found ", "test ", *GAPS)):
-            shown[key] = escape.line(say(value, EXACT))
+            shown[key] = escape.line(brief(value, EXACT))
     return shown
 
 

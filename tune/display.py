@@ -12,7 +12,7 @@ from rich.text import Text
 
 from richkd.command import Stop, silence
 from richkd.config import Config
-from richkd.layers import scalar
+from richkd.layers import brief
 from richkd.progress import lines
 from tune.agenda import Agenda, Job
 from tune.best import called
@@ -38,15 +38,6 @@ STYLES = {
 }
 
 
-def say(value: Any, digits: int = 3) -> str:
-    """Return a setting in few characters: a fraction with so many digits, what is whole with all of its own."""
-    if isinstance(value, float):
-        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.{digits}g}"
-    if isinstance(value, dict | list | tuple):
-        return scalar(list(value) if isinstance(value, tuple) else value)
-    return "-" if value is None else str(value)
-
-
 def duration(seconds: float) -> str:
     """Return a time in the unit that suits it."""
     for size, name in ((3600, "h"), (60, "min")):
@@ -60,7 +51,7 @@ def describe(params: dict[str, Any]) -> str:
     parts = []
     for key, value in params.items():
         if key not in ("seed", "loss.temperature_of"):
-            shown = Path(value).name if key == "clip.logits" else say(value)
+            shown = Path(value).name if key == "clip.logits" else brief(value)
             parts.append(f"{SHORT.get(key, key.rpartition('.')[2])} {shown}".strip())
         if key == "loss.temperature" and "loss.temperature_of" in params:
             parts.append(f"of {params['loss.temperature_of']}")

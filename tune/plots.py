@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.ticker import MaxNLocator
 
-from tune.draw import (
+from richkd.draw import (
     COLOURS,
     EMPTY,
     GREY,

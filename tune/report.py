@@ -10,15 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from richkd import escape
-from richkd.files import write_atomic
-from richkd.layers import command_of, dump, flatten, to_dict
-from tune import plots
-from tune.best import called
-from tune.display import describe, duration, say, short
-from tune.draw import Picture, number, parameter
-from tune.findings import Findings, Trial, ranked
-from tune.page import (
+from richkd import escape, page
+from richkd.draw import Picture, number, parameter
+from richkd.layers import brief, command_of, dump, flatten, to_dict
+from richkd.page import (
     Beside,
     Block,
     Code,
@@ -28,9 +23,11 @@ from tune.page import (
     Table,
     Text,
     Tiles,
-    to_html,
-    to_markdown,
 )
+from tune import plots
+from tune.best import called
+from tune.display import describe, duration, short
+from tune.findings import Findings, Trial, ranked
 from tune.students import of_preset
 from tune.study import MAIN
 from tune.summary import TEACHERS, columns, top1_of
@@ -48,37 +45,9 @@ SECTIONS = (
 
 
 def write(found: Findings) -> Path:
-    """Write the report of a sweep into its folder.
-
-    Returns:
-        The HTML file.
-    """
-    folder, drawn = found.folder / "report", plots.pictures(found)
-    title, blocks = found.name, document(found, drawn)
-    files = {"report.html": to_html(title, blocks), "report.md": to_markdown(title, blocks)}
-    for name, text in files.items():
-        write_atomic(folder / name, text.encode())
-    for picture in drawn:
-        if picture.svg is not None:
-            for kind in ("svg", "png", "csv"):
-                write_atomic(folder / f"{picture.name}.{kind}", getattr(picture, kind))
-    for table in tables(blocks):
-        write_atomic(folder / f"{table.name}.csv", table.csv)
-    return folder / "report.html"
-
-
-def tables(blocks: Sequence[Block]) -> list[Table]:
-    """Return the tables of a document that have a file."""
-    found = []
-    for block in blocks:
-        match block:
-            case Table():
-                found += [block] if block.name else []
-            case Details(_, inner):
-                found += tables(inner)
-            case Beside(left, right):
-                found += tables([*left, *right])
-    return found
+    """Write the report of a sweep into its folder, and return the HTML file."""
+    blocks = document(found, plots.pictures(found))
+    return page.write(found.folder / "report", "report", found.name, blocks)
 
 
 def document(found: Findings, drawn: Sequence[Picture]) -> list[Block]:
@@ -262,7 +231,7 @@ def best(found: Findings) -> list[Block]:
     blocks: list[Block] = [
         Table(
             header=("key", "value"),
-            rows=[(key, say(ran[key], DIGITS)) for key in keys if key in ran],
+            rows=[(key, brief(ran[key], DIGITS)) for key in keys if key in ran],
         )
     ]
     if found.origin is not None:
@@ -318,8 +287,11 @@ def leaderboard(found: Findings) -> list[Block]:
                 trial.label,
                 trial.state,
                 f"{trial.top1:.2f}",
-                *(say(v, DIGITS) for v in (*trial.values[1:], *[None] * len(costs))[: len(costs)]),
-                *(say(trial.shown().get(key), DIGITS) for key in keys),
+                *(
+                    brief(v, DIGITS)
+                    for v in (*trial.values[1:], *[None] * len(costs))[: len(costs)]
+                ),
+                *(brief(trial.shown().get(key), DIGITS) for key in keys),
                 str(trial.epochs),
                 remark(found, trial),
             ]
@@ -463,10 +435,10 @@ def again(found: Findings) -> list[Block]:
     ]
 
 
-def lines(found: Findings, page: Path) -> list[str]:
+def lines(found: Findings, file: Path) -> list[str]:
     """Return what the terminal says of a report: where it is, and the leaders."""
     said = [
-        f"report     {short(page)}",
+        f"report     {short(file)}",
         *(block.text for block in unfinished(found)),
         *([] if found.grid else [verdict(found)]),
         *([found.base.caution] if found.base.caution else []),
@@ -481,15 +453,15 @@ def lines(found: Findings, page: Path) -> list[str]:
     return [*said, f"live       optuna-dashboard {study}"]
 
 
-def answer(found: Findings, page: Path) -> dict[str, Any]:
+def answer(found: Findings, file: Path) -> dict[str, Any]:
     """Return what `--json` says of a report: its files, and the leaders."""
     return {
         "sweep": found.name,
         "state": found.state,
         "selection": found.base.selection,
-        "html": str(page),
-        "markdown": str(page.with_suffix(".md")),
-        "csv": sorted(map(str, page.parent.glob("*.csv"))),
+        "html": str(file),
+        "markdown": str(file.with_suffix(".md")),
+        "csv": sorted(map(str, file.parent.glob("*.csv"))),
         "verdict": None if found.grid else verdict(found),
         "leading": [
             {

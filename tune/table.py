@@ -23,13 +23,13 @@ from richkd.config import one_of
 from richkd.errors import ConfigError, RichkdError
 from richkd.files import read_json, write_atomic
 from richkd.layers import UNHASHED, Layers, build, flatten, to_dict
+from richkd.page import Block, Table, Text, to_markdown
 from richkd.progress import stoppable
 from tune.attach import attach
 from tune.best import called, find_sweep
 from tune.display import Display, short
 from tune.findings import Findings, found_in
 from tune.launch import start
-from tune.page import Block, Table, Text, to_markdown
 from tune.settings import Settings
 from tune.study import MAIN
 from tune.summary import difference, said, spread

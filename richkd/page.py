@@ -5,11 +5,13 @@ What it says may come from outside, such as names of prompt sets: in neither for
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from richkd import escape
-from tune.draw import Picture
+from richkd.draw import Picture
+from richkd.files import write_atomic
 
 # nothing is fetched and nothing runs, whatever slipped into the page
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -149,6 +151,38 @@ def to_markdown(title: str, blocks: Sequence[Block]) -> str:
     return (
         "\n\n".join([f"# {escape.markdown(title)}", *filter(None, map(_markdown, blocks))]) + "\n"
     )
+
+
+def write(folder: Path, name: str, title: str, blocks: Sequence[Block]) -> Path:
+    """Write a document as `NAME.html` and `NAME.md`, and beside them its pictures and the tables that have a file.
+
+    Returns:
+        The HTML file.
+    """
+    files = {f"{name}.html": to_html(title, blocks), f"{name}.md": to_markdown(title, blocks)}
+    for file, text in files.items():
+        write_atomic(folder / file, text.encode())
+    for each in _filed(blocks):
+        if isinstance(each, Table):
+            write_atomic(folder / f"{each.name}.csv", each.csv)
+        else:
+            for kind in ("svg", "png", "csv"):
+                write_atomic(folder / f"{each.name}.{kind}", getattr(each, kind))
+    return folder / f"{name}.html"
+
+
+def _filed(blocks: Sequence[Block]) -> Iterator[Table | Picture]:
+    """Yield the pictures that were drawn, and the tables that have a file."""
+    for block in blocks:
+        match block:
+            case Table():
+                yield from [block] if block.name else []
+            case Pictures(pictures):
+                yield from (one for one in pictures if one.svg is not None)
+            case Details(_, inner):
+                yield from _filed(inner)
+            case Beside(left, right):
+                yield from _filed([*left, *right])
 
 
 def _safe(text: str) -> str:

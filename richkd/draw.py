@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
 from richkd import escape
-from tune.display import say
+from richkd.layers import brief
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; a student has the same in every picture
 COLOURS = {
@@ -143,7 +143,7 @@ def drawable(value: Any, most: int = 24) -> str:
     r"""Return a name as it can be drawn: on one line, short, and a sign that the font lacks as in Python, `\u6f22`."""
     text = "".join(
         each if ord(each) in _glyphs() else each.encode("unicode_escape").decode()
-        for each in escape.line(say(value))
+        for each in escape.line(brief(value))
     )
     return text if len(text) <= most else f"{text[: most - 9]}…{text[-8:]}"
 
