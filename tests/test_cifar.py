@@ -8,6 +8,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torchvision
+from real import CLIP, FILES, REAL, needs, needs_real_outputs
 
 from richkd import __main__ as command_line
 from richkd import distill
@@ -16,17 +17,6 @@ from richkd.config import Data
 from richkd.data.cifar import FOLDER, cifar100
 from richkd.errors import ConfigError, CorruptError
 from richkd.layers import build, read
-
-REAL = os.environ.get("RICHKD_DATA")
-
-
-def needs(*names):
-    """Skip a test unless RICHKD_DATA holds these files or folders."""
-    missing = [name for name in names if REAL is None or not (Path(REAL) / name).exists()]
-    return pytest.mark.skipif(
-        bool(missing), reason=f"set RICHKD_DATA to a folder that holds {', '.join(missing)}"
-    )
-
 
 needs_cifar100 = needs(FOLDER)
 
@@ -158,29 +148,23 @@ def test_a_student_learns_from_real_images(tmp_path):
     assert distill.test(outcome)["test/top1"] > 5  # a guess is right on 1 %
 
 
-RESNET20, RESNET56 = "cifar10_resnet20-12fca82f.th", "cifar10_resnet56-4bfd9763.th"
-CLIP = "clip/cifar10_test_clip_vitb32_logits.npz"
-
-
-@needs("cifar10_test.npz", f"teachers/{RESNET20}", f"teachers/{RESNET56}", CLIP)
+@needs_real_outputs
 @pytest.mark.parametrize(
-    ("name", "file", "expected"),
+    ("name", "expected"),
     [
-        ("resnet20", RESNET20, {"teacher": 91.73, "clip": 88.97, "fused": 93.43}),
-        pytest.param(
-            *("resnet56", RESNET56, {"teacher": 93.39, "clip": 88.97}), marks=pytest.mark.soak
-        ),
+        ("resnet20", {"teacher": 91.73, "clip": 88.97, "fused": 93.43}),
+        pytest.param(*("resnet56", {"teacher": 93.39, "clip": 88.97}), marks=pytest.mark.soak),
     ],
 )
 def test_published_teachers_and_real_clip_have_their_published_accuracy(
-    tmp_path, capsys, name, file, expected
+    tmp_path, capsys, name, expected
 ):
     words = [
         *("data.source=arrays", f"data.path={REAL}/cifar10_test.npz", f"cache={tmp_path}"),
         *(
             f"teacher.name={name}",
             "teacher.shortcut=A",
-            f"teacher.checkpoint={REAL}/teachers/{file}",
+            f"teacher.checkpoint={REAL}/{FILES[name]}",
         ),
         *("teacher.mean=[0.485, 0.456, 0.406]", "teacher.std=[0.229, 0.224, 0.225]"),
         *(f"clip.logits={REAL}/{CLIP}:english", "fusion.alpha=0.7", "device=cpu"),
