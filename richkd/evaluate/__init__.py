@@ -1,6 +1,15 @@
 """What a network or a table of logits gets right: one file a question."""
 
 from richkd.evaluate.accuracy import accuracy, accuracy_of, evaluate
+from richkd.evaluate.calibration import Calibration, calibration
 from richkd.evaluate.categories import by_frequency, by_teacher
 
-__all__ = ["accuracy", "accuracy_of", "by_frequency", "by_teacher", "evaluate"]
+__all__ = [
+    "Calibration",
+    "accuracy",
+    "accuracy_of",
+    "by_frequency",
+    "by_teacher",
+    "calibration",
+    "evaluate",
+]
