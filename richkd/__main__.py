@@ -4,6 +4,7 @@ python -m richkd distill                          # richkd-l on the embedded dig
 python -m richkd distill my.yaml method.name=kd seed=3 --name kd3
 python -m richkd evaluate runs/kd3
 python -m richkd evaluate my.yaml                 # its teachers, alone and fused
+python -m richkd diagnose my.yaml                 # whether fusing them helps, and with which weight
 python -m richkd export runs/kd3                  # ONNX, torch.export, safetensors and a model card
 python -m richkd predict runs/kd3 photos/ a.jpg   # its most probable classes
 python -m richkd cache my.yaml                    # CLIP over all images, once
@@ -15,6 +16,7 @@ import contextlib
 import math
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +24,10 @@ from typing import Any
 
 from richkd import escape
 from richkd.command import Done, Verb, main, say
-from richkd.config import Config, run_folder
+from richkd.config import Config, is_url, run_folder
 from richkd.effects import check_effects
 from richkd.errors import ConfigError, Interrupted, Stopped
-from richkd.files import NO_SPACE, write_atomic
+from richkd.files import NO_SPACE, check_writable, write_atomic
 from richkd.layers import CONF, SWEEP_SECTIONS, UNHASHED, Layers, build, find_layer, read
 from richkd.progress import Progress, epoch_line, lines, stoppable
 
@@ -259,6 +261,45 @@ def _evaluate_teachers(arguments: argparse.Namespace, target: Path | None) -> Do
     return Done(answer)
 
 
+def diagnose(arguments: argparse.Namespace) -> Done:
+    """Say whether the fused teacher is better than the task teacher, by how much, with which weight, and why."""
+    layers = read(arguments.words)
+    config = one_run(layers)
+    key = "clip.prompts" if config.clip.logits is None else "clip.logits"
+    folder = _new_folder(config, arguments.to, "diagnosis")
+    from richkd import diagnose as diagnosing
+    from richkd.diagnose import show
+
+    with progress_bar() as progress:
+        told = stoppable(progress, arguments.stop)
+        found = diagnosing.diagnose(config, searched(layers, key), told)
+    found = show.write(found, folder)
+    for line in [*show.lines(found), found["verdict"], "", f"page  {found['files']['page']}"]:
+        say(line)
+    return Done(found)
+
+
+def searched(layers: Layers, key: str) -> list[str]:
+    """Return the values of a key among which a sweep of these layers chooses, none if it does not."""
+    space = [entry.value for entry in layers.entries if entry.key == f"sweep.space.{key}"]
+    return list(space[-1].get("choice", [])) if space and isinstance(space[-1], dict) else []
+
+
+def _new_folder(config: Config, wanted: str | None, what: str) -> Path:
+    """Return the folder that `--to` names, else a new one in `storage`, after what lies in it, the data and the time."""
+    if wanted is not None:
+        folder = Path(wanted)
+    elif is_url(config.storage):
+        raise ConfigError(
+            f"storage must be a folder here but got {config.storage}; say where to write: --to=DIR."
+        )
+    else:
+        name = f"{what}-{config.data.source}-{time.strftime('%y%m%d-%H%M%S')}"
+        folder = Path(config.storage) / name
+    check_writable(folder, "--to" if wanted else "storage")
+    return folder
+
+
 def cache(arguments: argparse.Namespace) -> Done:
     """Compute and keep what all runs of a config share: the teacher, CLIP's features."""
     config = one_run(read(arguments.words))
@@ -438,6 +479,11 @@ VERBS = {
         flags={
             "logits=FILE.npy": "write what the task teacher of a config says, for clip.logits or teacher.logits"
         },
+    ),
+    "diagnose": Verb(
+        run=diagnose,
+        help="say whether CLIP will help, by how much, and with which weight",
+        flags={"to=DIR": "folder for its page and files, a new one in storage if not given"},
     ),
     "export": Verb(
         run=export,

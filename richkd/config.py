@@ -521,6 +521,20 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Diagnose:
+    """On what teachers are judged before anything is distilled."""
+
+    rows: str = "validation"  # validation | test | all
+    # prompt sets that are compared with that of `clip`, or files of logits with clip.logits; None: those that a sweep would try
+    prompts: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        one_of("diagnose.rows", self.rows, ("validation", "test", "all"))
+        if self.prompts is not None:
+            object.__setattr__(self, "prompts", tuple(self.prompts))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """One run, fully resolved."""
 
@@ -534,6 +548,7 @@ class Config:
     contrast: Contrast = field(default_factory=Contrast)
     train: Train = field(default_factory=Train)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    diagnose: Diagnose = field(default_factory=Diagnose)
     seed: int = (
         0  # of initial weights, order, augmentation and (with data.seed) the labelled subset
     )

@@ -196,7 +196,7 @@ def likeliest(task: Tensor, clip: Tensor, labels: Tensor) -> float:
         return loss.item(), u.grad.tolist()
 
     found = minimize(nll, [1.0, 1.0], jac=True, method="L-BFGS-B", bounds=[(0, LOUDEST)] * 2)
-    u, v = found.x[0] / wide, found.x[1] / narrow
+    u, v = (float(x) for x in (found.x[0] / wide, found.x[1] / narrow))
     return u / (u + v) if u + v > 0 else 1.0
 
 

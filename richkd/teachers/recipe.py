@@ -2,7 +2,17 @@
 
 from dataclasses import replace
 
-from richkd.config import Clip, Config, Contrast, Evaluate, Fusion, Loss, Teacher, Train
+from richkd.config import (
+    Clip,
+    Config,
+    Contrast,
+    Diagnose,
+    Evaluate,
+    Fusion,
+    Loss,
+    Teacher,
+    Train,
+)
 from richkd.errors import ConfigError
 
 
@@ -37,6 +47,7 @@ def teacher_recipe(config: Config) -> Config:
         loss=Loss(ce=1.0, logit=0.0),
         contrast=Contrast(),
         evaluate=Evaluate(),
+        diagnose=Diagnose(),
         train=Train(
             precision="fp32",  # one teacher, whatever the student's layers and machine
             graphs=train.graphs,
