@@ -11,13 +11,14 @@ from richkd.errors import ConfigError
 from richkd.files import read_record
 from tune.best import called, find_sweep
 from tune.restore import KEPT, is_run_id
-from tune.sweep import asked_of
+from tune.sweep import DIAGNOSIS, asked_of
 from tune.tracking import Client, Tracker
 
 KINDS = {"trials": "trial", "refits": "refit"}
 # what runs keep by themselves: a checkpoint that was overwritten could not be restored
 OWN = {name for name, *_ in KEPT.values()} | {
     *("config.yaml", "environment.json", "summary.json", "summary_table.json", "report"),
+    DIAGNOSIS,
 }
 
 

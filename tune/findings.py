@@ -28,7 +28,7 @@ from tune.settings import Settings
 from tune.students import Student
 from tune.study import MAIN, Failure, Search, settings_of
 from tune.summary import read_refits, summarise, winner
-from tune.sweep import Sweep, asked_of, open_searches, trials_of
+from tune.sweep import DIAGNOSIS, Sweep, asked_of, open_searches, trials_of
 from tune.warmstart import is_own, plain
 
 ENVIRONMENT = "environment.json"
@@ -118,6 +118,7 @@ class Findings:
         seed: Of the best refit of its setting, None before there is one.
         config: Of that refit, or that the best trial ran.
         failures: Why runs failed, by job.
+        diagnosis: What was told of the teachers before the search, as `richkd.diagnose` returns it; None if it was not asked.
         environment: Code, packages and machine, as `environment.environment` returns them; empty of an older sweep.
         seconds: Of wall time over all drivers.
         gpu_seconds: Of GPUs held.
@@ -141,6 +142,7 @@ class Findings:
     seed: int | None
     config: Config | None
     failures: dict[str, Failure]
+    diagnosis: dict[str, Any] | None
     environment: dict[str, Any]
     seconds: float
     gpu_seconds: float
@@ -252,6 +254,7 @@ def gather(
         seed=seed,
         config=config,
         failures=failures,
+        diagnosis=read_record(before) if (before := sweep.folder / DIAGNOSIS).exists() else None,
         environment=read_record(told) if (told := sweep.folder / ENVIRONMENT).exists() else {},
         **spent(sweep.folder / "spent.json"),
     )

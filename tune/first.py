@@ -7,7 +7,8 @@ from typing import Any
 from richkd import cache, distill, estimate
 from richkd.command import Stop
 from richkd.config import Config, Data
-from richkd.errors import ConfigError, Stopped
+from richkd.diagnose import diagnose, of_target
+from richkd.errors import ConfigError, DataError, Stopped
 from richkd.files import read_record
 from richkd.layers import Layers, flatten, to_dict
 from richkd.progress import Progress, stoppable
@@ -22,6 +23,7 @@ from tune.sweep import Sweep, asked_of, open_searches, student_of, trials_of
 from tune.warmstart import (
     OF_FEATURES,
     PAPER,
+    THEORY,
     Outside,
     Point,
     holds_plain,
@@ -33,6 +35,7 @@ from tune.warmstart import (
     within,
 )
 
+ALPHA = "fusion.alpha"
 # names that are looked up when a run starts: each choice is tried before any trial
 NAMED = ("student.name", "teacher.name", "clip.prompts", "clip.logits", "clip.views")
 WARM = 5  # trials of each search that a sweep takes from one before it
@@ -58,7 +61,9 @@ def prepare(
         prepare_cells(sweep, progress, **launch)
         return {}
     sources = sweep.settings.warmstart.sources if new else ()
-    earlier = {source: earlier_points(sweep, source) for source in sources if source != PAPER}
+    earlier = {
+        source: earlier_points(sweep, source) for source in sources if source not in (PAPER, THEORY)
+    }
     config = sweep.typical
     task = distill.open_task(config)
     distill.initial_student(config, task.dataset)
@@ -73,7 +78,13 @@ def prepare(
     sweep.costs = costs_of(sweep, task, progress)
     first: dict[str, list[Point]] = {MAIN: [], "kd": []}
     for source in sources:
-        found = paper_points(sweep, task, teacher) if source == PAPER else earlier[source]
+        match source:
+            case "paper":
+                found = paper_points(sweep, task, teacher)
+            case "theory":
+                found = theory_points(sweep, task, progress)
+            case _:
+                found = earlier[source]
         for label, points in found.items():
             known = [point.settings for point in first[label]]
             first[label] += [point for point in points if point.settings not in known]
@@ -167,6 +178,36 @@ def paper_points(sweep: Sweep, task: distill.Task, teacher: FusedTeacher) -> dic
         MAIN: main,
         "kd": [as_printed(printed("kd"), sweep.space.of_baseline(), base | plain(), 1.0)],
     }
+
+
+def theory_points(sweep: Sweep, task: distill.Task, progress: Progress) -> dict[str, list[Point]]:
+    """Return the weight that the teachers' errors on the held-out rows call for, with the prompts that fuse best.
+
+    The temperature keeps the target as sharp as plain distillation's as printed, and the rest is as printed. The sweep keeps
+    the diagnosis, for its report. Nothing is returned, and a warning says why, where these rows cannot tell; nothing where
+    no weight is searched, or no row is held out.
+    """
+    config, own = sweep.typical, sweep.base.method.name
+    if ALPHA not in sweep.space or not config.asks_logits or config.selection == "paper":
+        return {}
+    key = "clip.prompts" if config.clip.logits is None else "clip.logits"
+    try:
+        found = diagnose(config, sweep.space.choices(key), progress, task=task)
+    except (ConfigError, DataError) as error:
+        warnings.warn(f"warmstart.sources: theory is left out: {error}", stacklevel=2)
+        return {}
+    sweep.diagnosis, weight = found, found["alpha_star"]["full"]
+    if weight is None:
+        warnings.warn(f"warmstart.sources: theory is left out: {found['caution']}.", stacklevel=2)
+        return {}
+    settings = printed(own) | {ALPHA: weight, key: found["prompts"]}
+    of = sweep.resolve(sweep.settings.sweep.settings).loss.temperature_of
+    if of == "fused":
+        settings["loss.temperature"] *= of_target(found, "sharpness", weight)
+    settings["loss.temperature_of"] = of
+    base = flatten(to_dict(sweep.base))
+    params = place(settings, sweep.space, base, 1.0)
+    return {MAIN: [Point(params=params, settings=settings | params, source=THEORY)]}
 
 
 def as_printed(settings: dict[str, Any], space: Space, base: dict[str, Any], ratio: float) -> Point:

@@ -42,7 +42,16 @@ from tune.sharing import SHARING_FILE, settled
 from tune.store import bring
 from tune.study import MAIN, Kind, Search
 from tune.summary import columns, winner
-from tune.sweep import Sweep, asked_of, budget_of, going_on, open_searches, state_of, trials_of
+from tune.sweep import (
+    DIAGNOSIS,
+    Sweep,
+    asked_of,
+    budget_of,
+    going_on,
+    open_searches,
+    state_of,
+    trials_of,
+)
 from tune.tracking import Tracker, public
 
 LEADING = 5  # trials that the link to MLflow's comparison shows; more would make it very long
@@ -295,6 +304,8 @@ def carry_out(
                 )
             if sweep.costs:
                 write_json(folder / STUDENTS_FILE, sweep.costs)
+            if sweep.diagnosis:
+                write_json(folder / DIAGNOSIS, sweep.diagnosis)
             write_atomic(folder / "config.yaml", dump(sweep.base).encode())
             write_json(folder / "sweep.json", asked)
             (folder / "summary.json").unlink(missing_ok=True)

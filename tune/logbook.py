@@ -11,6 +11,7 @@ from typing import Any
 from richkd import escape
 from richkd.config import Config
 from richkd.data import Dataset
+from richkd.files import read_record
 from richkd.layers import digest, dump, flatten, to_dict
 from richkd.record import TESTED
 from tune.agenda import Job
@@ -19,6 +20,7 @@ from tune.settings import Settings
 from tune.settings import digest as sweep_digest
 from tune.space import Space
 from tune.summary import top1_of
+from tune.sweep import DIAGNOSIS
 from tune.tracking import Tracker
 
 STATUS = {"finished": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
@@ -80,8 +82,23 @@ class Logbook:
         )
         self.tracker.text(self.name, dump(base), "config.yaml")
         self.tracker.text(self.name, json.dumps(environment, indent=2), "environment.json")
+        if (told := self.folder / DIAGNOSIS).exists():
+            self._diagnosed(read_record(told))
         for part, images in (("training", dataset.train), ("test", dataset.test)):
             self.tracker.dataset(self.name, dataset.name, images.digest, part)
+
+    def _diagnosed(self, found: dict[str, Any]) -> None:
+        """Keep what was told of the teachers before anything was distilled; of a weight that cannot be told nothing."""
+        weights = {f"alpha_{form}": weight for form, weight in found["alpha_star"].items()}
+        gains = {f"gain_{name}": value for name, value in found["gain"].items()}
+        top1 = {"teacher_top1": found["teacher"]["top1"], "best_top1": found["best"]["top1"]}
+        values = {
+            f"diagnosis/{name}": value
+            for name, value in (weights | gains | top1).items()
+            if value is not None
+        }
+        self.tracker.log(self.name, values, 0)
+        self.tracker.text(self.name, json.dumps(found, indent=2), DIAGNOSIS)
 
     def started(self, job: Job) -> None:
         """Begin, or go on with, a child run."""

@@ -31,7 +31,7 @@ from tune.settings import Settings
 from tune.sharing import Tried, at_most, chosen, line, slower
 from tune.sweep import Sweep, state_of
 from tune.tracking import Tracker, public
-from tune.warmstart import PAPER
+from tune.warmstart import PAPER, THEORY
 
 WIDTH = 80
 
@@ -175,7 +175,7 @@ def unanswered(sweep: Sweep, tracking: str) -> list[str]:
             "or choose another."
         )
     for source in () if sweep.grid else sweep.settings.warmstart.sources:
-        if source != PAPER:
+        if source not in (PAPER, THEORY):
             with _into(told):
                 earlier_points(sweep, source)
     for field, path in folders_of(sweep).items():

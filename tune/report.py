@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from richkd import escape, page
+from richkd.diagnose.document import document as document_of
 from richkd.draw import Picture, number, parameter
 from richkd.layers import brief, command_of, dump, flatten, to_dict
 from richkd.page import (
@@ -31,7 +32,7 @@ from tune.findings import Findings, Trial, ranked
 from tune.students import of_preset
 from tune.study import MAIN
 from tune.summary import TEACHERS, columns, top1_of
-from tune.warmstart import PAPER
+from tune.warmstart import PAPER, THEORY
 
 LEADING = 20  # trials of the leaderboard; the table behind it has all
 DIGITS = 4  # of settings in tables
@@ -71,6 +72,7 @@ def document(found: Findings, drawn: Sequence[Picture]) -> list[Block]:
         Beside(summary(found), [Pictures(drawn[:1])]),
         Heading("Best setting"),
         *best(found),
+        *diagnosed(found),
         Heading("Pictures"),
         Pictures(drawn[1:]),
         Heading("Leaderboard"),
@@ -261,6 +263,44 @@ def best(found: Findings) -> list[Block]:
     return blocks
 
 
+def diagnosed(found: Findings) -> list[Block]:
+    """Return what was told of the teachers before the search, and how close it came."""
+    if found.diagnosis is None:
+        return []
+    return [
+        Heading("What was told before"),
+        Text(found.diagnosis["verdict"]),
+        *(Text(line) for line in closeness(found)),
+        Details("The diagnosis of the teachers", document_of(found.diagnosis)),
+    ]
+
+
+def closeness(found: Findings) -> list[str]:
+    """Return how close the theory's weight came to what the search found; nothing where no weight was recommended."""
+    told = found.diagnosis or {}
+    weight = told.get("alpha_star", {}).get("full")
+    if weight is None or found.best is None:
+        return []
+    alpha, scale = flatten(to_dict(found.config))["fusion.alpha"], told["scale"]
+    said = (
+        f"The theory's weight is alpha {weight:.2f} at clip.scale {scale}, of the fused teacher's errors; the search found "
+        f"{alpha:.2f}, of the student's accuracy."
+    )
+    start = next((trial for trial in found.main if trial.source == THEORY), None)
+    if start is None or start.top1 is None:
+        return [said]
+    reached = f"{start.top1:.2f} % on {found.base.judged} rows"
+    if start.state != "finished":
+        reached += f" until it was stopped after {start.epochs} epochs"
+    gap = found.best.top1 - start.top1
+    best = (
+        "that is the best trial"
+        if start.number == found.best.number
+        else f"the best trial {gap:.2f} points more"
+    )
+    return [said, f"The trial that began there reached {reached}, {best}."]
+
+
 def leaderboard(found: Findings) -> list[Block]:
     """Return the best trials of each search."""
     blocks: list[Block] = []
@@ -442,6 +482,7 @@ def lines(found: Findings, file: Path) -> list[str]:
         *(block.text for block in unfinished(found)),
         *([] if found.grid else [verdict(found)]),
         *([found.base.caution] if found.base.caution else []),
+        *closeness(found)[:1],
     ]
     for trial in ranked(found.main)[:5]:
         shown = escape.line(describe(trial.told()))

@@ -120,9 +120,9 @@ class Refit:
 class Warmstart:
     """Where the first trials come from."""
 
-    sources: tuple[str, ...] = (
-        "paper",
-    )  # `paper`, and sweeps: a name, a folder or an MLflow run id
+    # `paper`; `theory`, the weight that the teachers' errors on the held-out rows call for; and sweeps: a name, a folder or an
+    # MLflow run id
+    sources: tuple[str, ...] = ("paper", "theory")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,6 +27,7 @@ from tune.students import around_a_search, cells
 from tune.study import MAIN, Search
 from tune.warmstart import BARE, Point, printed
 
+DIAGNOSIS = "diagnosis.json"  # what was told of the teachers before the search
 BASELINES = ("ce", "kd", "kd-crd", "kd-lskd")  # the labels alone, and plain distillation
 
 
@@ -53,6 +54,7 @@ class Sweep:
         own, wanted = self.base.method.name, self.settings.sweep
         self.students = cells(own, wanted.grid) or around_a_search(own, wanted.settings)
         self.costs: dict[str, dict[str, float]] = {}  # of each student, by objective
+        self.diagnosis: dict[str, Any] | None = None  # of its teachers, if it began with one
         self.space = Space({})
         if not self.grid:
             self._open_search()

@@ -1,4 +1,4 @@
-"""The first trials of a search: settings known to be worth a try, as printed, or from a sweep before it."""
+"""The first trials of a search: settings known to be worth a try, as printed, by theory, or from a sweep before it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from richkd import escape
 from richkd.methods import METHODS
 from tune.space import Space
 
-PAPER = "paper"
+PAPER, THEORY = "paper", "theory"
 OF_FEATURES = "fusion.feature_alpha"
 # what plain distillation is without, whatever a sweep has in all its runs
 BARE = {

@@ -50,7 +50,11 @@ class Rows:
 
 
 def diagnose(
-    config: Config, prompts: Sequence[str] = (), progress: Progress | None = None
+    config: Config,
+    prompts: Sequence[str] = (),
+    progress: Progress | None = None,
+    *,
+    task: distill.Task | None = None,
 ) -> dict[str, Any]:
     """Return whether the fused teacher is better than the task teacher, by how much, with which weight, and why.
 
@@ -59,6 +63,7 @@ def diagnose(
         prompts: Prompt sets, or files of logits where `clip.logits` is given, that are compared with that of `clip`, unless
             `diagnose.prompts` says which.
         progress: Told how far it is.
+        task: What `distill.open_task` gives for `config`, if it is open already.
 
     Returns:
         Plain JSON. All accuracies are in percent and on the rows of `diagnose.rows`; weights are of the task teacher, on
@@ -72,7 +77,7 @@ def diagnose(
         DataError: If a teacher is constant, or does not know the rows.
     """
     config = of_teachers(config)
-    task = distill.open_task(config, progress)
+    task = task or distill.open_task(config, progress)
     opened = dict(each_fused(config, task, prompts, progress))
     first = next(iter(opened.values()))
     parts = rows_of(config, task)
@@ -330,6 +335,13 @@ def learnt_from(config: Config, task: distill.Task) -> np.ndarray | None:
     return seen.transfer if before.loss.distils else seen.labelled
 
 
+def of_target(found: dict[str, Any], name: str, alpha: float) -> float:
+    """Return what a diagnosis found of the target at a weight, between two of the grid; as `measure.targets` names it."""
+    curve = found["target"]["curve"]
+    along = ([each[key] for each in curve] for key in ("alpha", name))
+    return float(np.interp(alpha, *along))
+
+
 def called(prompts: str) -> str:
     """Return what a prompt set is called: of a file of logits its key, or its name."""
     path, _, key = prompts.rpartition(":")
@@ -358,15 +370,11 @@ def judged(found: dict[str, Any], config: Config, caution: str | None) -> dict[s
         )
         return found
     alpha = found["alpha_star"]["full"]
-    kept = np.interp(
-        alpha,
-        [each["alpha"] for each in found["target"]["curve"]],
-        [each["kept"] for each in found["target"]["curve"]],
-    )
+    kept = of_target(found, "kept", alpha)
     key = "clip.prompts" if config.clip.logits is None else "clip.logits"
     found["start"] = {
         "fusion.alpha": alpha,
-        "loss.temperature": float(kept),
+        "loss.temperature": kept,
         "loss.temperature_of": "fused",
         key: found["prompts"],
         "clip.scale": found["scale"],
