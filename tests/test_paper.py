@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from richkd.errors import ConfigError
+from richkd.errors import ConfigError, CorruptError
 from richkd.layers import CONF, build, read
 from tune.settings import Settings
 from tune.sweep import Sweep
@@ -59,7 +59,7 @@ def test_the_printed_gains_over_kd_are_those_of_the_printed_accuracies():
     assert shares == pytest.approx(counts, abs=0.5)
 
 
-@pytest.mark.parametrize("name", [n for n in TABLES if n != "table12"])
+@pytest.mark.parametrize("name", GRIDS)
 def test_a_table_of_nothing_shows_the_papers_figures_within_80_columns(name, tmp_path):
     answer = told(name, f"storage={tmp_path}")
     said = lines(answer)
@@ -69,14 +69,29 @@ def test_a_table_of_nothing_shows_the_papers_figures_within_80_columns(name, tmp
     assert answer["missing"]
     assert (answer["file"], answer["link"], answer["heading"]) == (None, None, None)
     again = f"python -m tune sweep paper/{name} storage={tmp_path}"
-    goes = None if name == "table10" else again
-    assert answer["go_on"] == goes
+    assert answer["go_on"] == again
     assert not list(tmp_path.iterdir())
 
 
-def test_a_table_without_a_way_to_ours_says_so(tmp_path):
-    said = " ".join(lines(told("table10", f"storage={tmp_path}")))
-    assert "`python -m richkd diagnose`, which is not there yet" in said
+def test_what_fusing_does_is_laid_beside_the_papers_counts(tmp_path):
+    outcomes = {"fixed": 178, "teacher_wrong": 827, "harmed": 8, "teacher_right": 9173}
+    outcomes |= {"top5_fixed": 0, "top5_base": 0, "top5_lost": 2}
+    found = {"outcomes": outcomes, "rows": {"n": 10_000, "of": "test"}, "data": "mine"}
+    found |= {"teacher": {"top1": 91.73}, "fused": {"alpha": 0.7, "top1": 93.43}, "scale": "model"}
+    (tmp_path / "diagnosis.json").write_text(json.dumps(found))
+    answer = told("table10", diagnosis=tmp_path / "diagnosis.json")
+    said = lines(answer)
+    rows = [line.rsplit(maxsplit=2) for line in said if line.startswith("  ")]
+    assert ["  teacher wrong, fused right", "178", "1126"] in rows
+    assert ["  teacher wrong, fused right", "827", "2441"] in rows
+    assert ["  teacher wrong, fused right", "21.52", "46"] in rows
+    assert ["  teacher right, fused wrong", "0.09", "0.50"] in rows
+    assert ["  target outside the teacher's top 5, fused right", "-", "40"] in rows  # of none
+    assert "at alpha 0.7 and clip.scale model" in " ".join(said)
+    assert max(map(len, said)) <= 80
+    with pytest.raises(CorruptError, match=r"bench\.json"):
+        (tmp_path / "bench.json").write_text("{}")
+        told("table10", diagnosis=tmp_path / "bench.json")
 
 
 def test_times_are_laid_beside_the_papers(tmp_path):
@@ -133,11 +148,6 @@ def test_the_rows_that_epochs_were_chosen_on_are_those_of_what_ran():
     assert rows_judged(layers, []) == rows_judged(layers, [paper]) == "test rows"
     assert rows_judged(layers, [held_out]) == "validation rows"
     assert rows_judged(layers, [held_out, paper]) == "validation rows (a) or test rows (b)"
-
-
-def test_at_tiny_scale_nothing_is_said_of_numbers_that_are_not_there(cache_root, tmp_path):
-    answer = told("table10", f"storage={tmp_path}", f"cache={cache_root}", scale="tiny")
-    assert answer["heading"] is None
 
 
 def test_what_a_cell_has_not_is_no_number():

@@ -281,7 +281,14 @@ def table(arguments: argparse.Namespace) -> Done:
     from tune.table import table as look
 
     bench = None if arguments.bench is None else Path(arguments.bench)
-    found = look(arguments.words, scale=arguments.scale, bench=bench, stop=arguments.stop)
+    diagnosis = None if arguments.diagnosis is None else Path(arguments.diagnosis)
+    found = look(
+        arguments.words,
+        scale=arguments.scale,
+        bench=bench,
+        diagnosis=diagnosis,
+        stop=arguments.stop,
+    )
     for line in lines(found):
         say(line)
     return Done(found)
@@ -508,7 +515,10 @@ VERBS = {
         help="lay a table of the paper beside ours",
         words="LAYER.yaml [SWEEP ...] [key=value ...]",
         flags=SCALE
-        | {"bench=FILE": "what `richkd bench --table12 --json` printed; else it is measured now"},
+        | {
+            "bench=FILE": "what `richkd bench --table12 --json` printed; else it is measured now",
+            "diagnosis=FILE": "what `richkd diagnose` wrote, of table10; else it is measured now",
+        },
     ),
     "doctor": Verb(
         run=doctor,

@@ -21,7 +21,7 @@ from richkd import escape
 from richkd.command import Stop
 from richkd.config import one_of
 from richkd.errors import ConfigError, RichkdError
-from richkd.files import read_json, write_atomic
+from richkd.files import read_json, read_record, write_atomic
 from richkd.layers import UNHASHED, Layers, build, flatten, to_dict
 from richkd.page import Block, Table, Text, to_markdown
 from richkd.progress import stoppable
@@ -41,6 +41,14 @@ HEADER = ("", "ours", "last epoch", "n", "paper", "to kd (s.e.)", "paper's")
 LEGEND = "Ours are of the best epoch on {}: mean ± standard deviation over n seeds; differences to kd are paired by seed."
 COUNTS = "/n"  # how the key of a number of images ends
 VARIANTS = "variants"  # the row of figures that has those of a benchmark
+FUSION = "fusion"  # and those of a diagnosis
+OUTCOMES = {  # by the names of Table 10, and of what a share is taken
+    "teacher wrong, fused right": ("fixed", "teacher_wrong"),
+    "target outside the teacher's top 5, fused right": ("top5_fixed", "top5_base"),
+    "teacher right, fused wrong": ("harmed", "teacher_right"),
+    "teacher right, target outside the fused top 5": ("top5_lost", "teacher_right"),
+}
+DIAGNOSED = ("outcomes", "fused", "rows", "teacher", "data", "scale")  # what is read of one
 UNITS = {"memory": 2**30}  # bytes of what the paper gives in GiB
 OF_A_METHOD = ("method.", "loss.", "fusion.", "contrast.")
 WIDTH = 80
@@ -122,6 +130,7 @@ def table(
     *,
     scale: str | None = None,
     bench: Path | None = None,
+    diagnosis: Path | None = None,
     stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Return a table of the paper with what there is of ours, as plain JSON; beside its sweep and in MLflow it is Markdown.
@@ -132,6 +141,7 @@ def table(
         words: The layer, sweeps, and overrides of the layer.
         scale: In which ours were made.
         bench: File with what `richkd bench --table12 --json` printed; None: a table of times is measured now.
+        diagnosis: File that `richkd diagnose` wrote; None: a table of what fusing does is measured now.
         stop: Says whether a signal came.
 
     Returns:
@@ -170,9 +180,17 @@ def table(
         case "bench":
             cells = of_bench(paper, read_json(bench) if bench else measured(layers, stop or Stop()))
         case "diagnose":
-            cells = of_figures(paper)
-            notes.append(
-                "Ours would come from `python -m richkd diagnose`, which is not there yet."
+            own = (
+                read_record(diagnosis, *DIAGNOSED)
+                if diagnosis
+                else diagnosed(layers, stop or Stop())
+            )
+            cells = of_diagnosis(paper, own)
+            fused, rows = own["fused"], own["rows"]
+            notes.insert(
+                0,
+                f"Ours are of {rows['n']:,} rows ({rows['of']}) of {own['data']}, at alpha {fused['alpha']:g} and clip.scale "
+                f"{own['scale']}; the task teacher is right on {own['teacher']['top1']:.2f} %, the fused one on {fused['top1']:.2f} %.",
             )
     answer = {
         "title": paper.title,
@@ -307,16 +325,36 @@ def of_bench(paper: Paper, found: dict[str, Any]) -> list[Cell]:
     return cells
 
 
-def of_figures(paper: Paper) -> list[Cell]:
-    """Return the numbers of the paper alone."""
-    return [
-        Cell(
-            row=row, metric=metric, method=method, ours={}, paper=paper.printed(row, method, metric)
-        )
-        for row, methods in paper.figures.items()
-        for metric in paper.metrics
-        for method in methods
-    ]
+def diagnosed(layers: Layers, stop: Stop) -> dict[str, Any]:
+    """Return the diagnosis of the layer's teachers on this machine."""
+    from richkd.diagnose import diagnose
+
+    with Display("diagnose", stop=stop) as display:
+        return diagnose(build(layers), progress=stoppable(display.progress, stop))
+
+
+def of_diagnosis(paper: Paper, found: dict[str, Any]) -> list[Cell]:
+    """Return counts of what fusing does to rows beside the paper's, outcome by outcome."""
+    cells, counted = [], found["outcomes"]
+    for metric, key in paper.metrics.items():
+        for name, (part, whole) in OUTCOMES.items():
+            count, total = counted[part], counted[whole]
+            values = {
+                "count": count,
+                "total": total,
+                "share": 100 * count / total if total else None,
+            }
+            cell = Cell(
+                row="",
+                metric=metric,
+                method=name,
+                ours={} if values[key] is None else {0: values[key]},
+                n=1,
+                counts=key != "share",
+                paper=paper.printed(FUSION, name, metric),
+            )
+            cells.append(cell)
+    return cells
 
 
 def missing(cells: Sequence[Cell]) -> list[str]:
