@@ -259,6 +259,7 @@ def terms(config: Config) -> list[str]:
             dkd: loss.logit_kind == "dkd",
             "standardised": loss.standardise,
             f"warm-up of {loss.warmup} epochs": loss.warmup > 0,
+            f"weighted by {fusion.weighting}": fusion.weighting != "one" and config.fuses,
             "mixed as probabilities": fusion.space == "probs" and fusion.alpha < 1,
         }
         if any(kinds.values()):

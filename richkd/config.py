@@ -339,11 +339,20 @@ class Fusion:
     alpha: float = 0.7  # weight of the task teacher's logits
     feature_alpha: float | None = None  # of its features, the paper's lambda; None: alpha
     space: str = "logits"  # `probs` mixes probabilities, as the supplement's theory writes it
+    # whether alpha is `one` for all rows, or moved from row to row, as held-out rows have it, by the `class` that the task
+    # teacher predicts or by its calibrated `confidence`
+    weighting: str = "one"
 
     def __post_init__(self) -> None:
         in_range("fusion.alpha", self.alpha, 0, 1)
         in_range("fusion.feature_alpha", self.feature_alpha, 0, 1)
         one_of("fusion.space", self.space, ("logits", "probs"))
+        one_of("fusion.weighting", self.weighting, ("one", "class", "confidence"))
+        if self.space == "probs" and self.weighting != "one":
+            raise ConfigError(
+                f"fusion.weighting={self.weighting} weighs logits but fusion.space=probs mixes probabilities; leave one of "
+                "them out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -587,6 +596,11 @@ class Config:
                 "clip.scale=calibrated fits temperatures on held-out rows but selection=paper holds none out; use "
                 "clip.scale=model or match_std."
             )
+        if self.selection == "paper" and self.fusion.weighting != "one":
+            raise ConfigError(
+                f"fusion.weighting={self.fusion.weighting} is fitted on held-out rows but selection=paper holds none out; use "
+                "fusion.weighting=one."
+            )
 
     @property
     def feature_alpha(self) -> float:
@@ -597,6 +611,11 @@ class Config:
     def asks_logits(self) -> bool:
         """Whether there is a use for the fused teacher's logits: they are learnt, or give pseudo-labels."""
         return self.loss.logit > 0 or (self.loss.contrasts and self.contrast.pseudo_labels)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether there is a use for logits of both teachers together."""
+        return self.asks_logits and 0 < self.fusion.alpha < 1
 
     @property
     def asks_clip(self) -> bool:

@@ -14,6 +14,7 @@ OF_LOGITS = (
 RULES: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     (("teacher.", "fusion."), lambda run: run.loss.distils, "it learns from labels alone"),
     (("clip.",), lambda run: run.asks_clip, "CLIP has no weight"),
+    (("fusion.weighting",), lambda run: run.fuses, "no logits are fused"),
     (
         ("contrast.", "fusion.feature_alpha"),
         lambda run: run.loss.contrasts,

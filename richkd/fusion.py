@@ -53,16 +53,20 @@ def check_pair(task: Tensor, clip: Tensor) -> None:
         )
 
 
-def fuse(task: Tensor, clip: Tensor, alpha: float) -> Tensor:
+def fuse(task: Tensor, clip: Tensor, alpha: float | Tensor) -> Tensor:
     """Mix two teachers' logits, `alpha * task + (1 - alpha) * clip` (Sec. 3).
 
     Args:
         task: Logits of the task teacher, `(N, K)`.
         clip: Logits of the zero-shot teacher, `(N, K)`, already on the scale in use.
-        alpha: Weight of the task teacher in [0, 1]; 1 gives plain distillation, bit for bit.
+        alpha: Weight of the task teacher in [0, 1]; 1 gives plain distillation, bit for bit. Or one a row between 0 and 1,
+            `(N, 1)`.
     """
     check_pair(task, clip)
-    if alpha in (0.0, 1.0):  # a weight of 0 silences infinities too
+    if not isinstance(alpha, Tensor) and alpha in (
+        0.0,
+        1.0,
+    ):  # a weight of 0 silences infinities too
         return task if alpha == 1.0 else clip
     return alpha * task + (1 - alpha) * clip
 
@@ -88,7 +92,7 @@ def fuse_features(embeddings: Sequence[Tensor], weights: Sequence[float]) -> Ten
 def target(
     task: Tensor,
     clip: Tensor,
-    alpha: float,
+    alpha: float | Tensor,
     temperature: float,
     space: str,
     *,
@@ -99,7 +103,7 @@ def target(
     `space="logits"` is the method: fuse, then one softmax. `space="probs"` is the mixture of
     probabilities that the supplement's theory section writes instead:
     `alpha softmax(z_T / T) + (1 - alpha) softmax(z_C / T)`. Fused logits may be standardised
-    before the softmax.
+    before the softmax. Logits alone can have a weight a row, as `fuse` takes it.
     """
     if space == "logits":
         fused = fuse(task, clip, alpha)
@@ -137,7 +141,9 @@ def zero_shot_logits(image: Tensor, text: Tensor, logit_scale: float, reduce: st
     return logit_scale * image @ mean.T
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+def fit_temperature(
+    logits: Tensor, labels: Tensor, *, instead: str = "clip.scale=model or match_std"
+) -> float:
     """Return the temperature that minimises the negative log-likelihood of `logits / T`.
 
     It is sought from a thousandth to a thousand times the spread of the logits; a teacher that is worse than
@@ -146,6 +152,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     Args:
         logits: `(N, K)`, of rows that the teacher was not trained on.
         labels: `(N,)`, all known.
+        instead: What the error advises, which asks for no temperature.
 
     Raises:
         DataError: If every row is right: the likelihood then grows without end as T falls. If no row
@@ -157,7 +164,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     if ((logits >= own).sum(1) == 1).all():
         raise DataError(
             f"a temperature is fitted on the errors of a teacher but one is right on all {len(labels)} held-out "
-            "rows; was it trained on them? Use clip.scale=model or match_std."
+            f"rows; was it trained on them? Use {instead}."
         )
     wide = spread(logits)
     if wide == 0:

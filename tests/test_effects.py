@@ -14,6 +14,7 @@ SILENT = {
     "method.name=kd contrast.negatives=64": "no features are contrasted",
     "method.name=kd loss.dkd_beta=3": "loss.logit_kind is kd",
     "method.name=kd clip.prompts=digits-photo": "CLIP has no weight",
+    "method.name=kd fusion.weighting=class": "no logits are fused",
     "method.name=ce teacher.epochs=3": "it learns from labels alone",
     "method.name=ce loss.temperature=9": "loss.logit is 0",
     "method.name=crd loss.transform=channel": "no feature maps are compared",
@@ -24,6 +25,7 @@ HEARD = [
     "method.name=richkd-l clip.prompts=digits-photo fusion.alpha=0.5 teacher.epochs=3",
     "method.name=richkd-l loss.logit_kind=dkd loss.dkd_beta=3 loss.standardise=true",
     "method.name=richkd-f contrast.negatives=64 fusion.feature_alpha=0.5 clip.prompts=digits-photo",
+    "method.name=richkd-l fusion.weighting=confidence",
     "method.name=autokd loss.transform=channel loss.distance=l1",
     "method.name=ce loss.smoothing=0.1",
 ]

@@ -129,7 +129,7 @@ def default(config: Config) -> list[Variant]:
 def of_method(config: Config, name: str) -> Config:
     """Return `config` with the settings that `name` presets.
 
-    Scale and temperature stay plain: their values change no speed, and to find relative ones the teacher would have
+    Scale, temperature and weighting stay plain: their values change no speed, and to find relative ones the teacher would have
     to look at all rows first.
     """
     settings = methods.get(name).settings
@@ -138,7 +138,9 @@ def of_method(config: Config, name: str) -> Config:
         config,
         method=Method(name=name),
         loss=Loss(**loss),
-        fusion=replace(config.fusion, alpha=settings["fusion.alpha"], space="logits"),
+        fusion=replace(
+            config.fusion, alpha=settings["fusion.alpha"], space="logits", weighting="one"
+        ),
         clip=replace(config.clip, scale="model"),
     )
 

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from richkd import fusion
+from richkd import fusion, weighting
 from richkd.config import Config
 from richkd.data import Split
+from richkd.data.views import sent
 from richkd.errors import ConfigError
 from richkd.teachers.clip import ClipTeacher
 from richkd.teachers.task import TaskTeacher
@@ -70,6 +71,8 @@ class FusedTeacher:
         lender: Of each training row the one whose zero-shot logits and features it is given, `(N,)`; None: its own.
         temperature: T of the loss, after `loss.temperature_of` was applied.
         alpha: Weight of the task teacher.
+        weighting: What moves it from row to row; None: nothing.
+        fold: Of each training row, the one of the held-out rows that it is in, from 1 on; 0 for all others, `(N,)`.
         widths: Numbers of the features of each teacher that a loss of features listens to.
         weights: Weight of each of these.
         identities: By name of the teachers that take part, what changes with their outputs.
@@ -119,6 +122,9 @@ class FusedTeacher:
             self.zero_shot["train"] = own.index_fill(0, rows.to(own.device), 0)
         elif self.lender is not None and own is not None:
             self.zero_shot["train"] = own[self.lender.to(own.device)]
+        self.fold = torch.zeros(len(labels), dtype=torch.int64)
+        self.fold[held_out] = weighting.folds(len(held_out), config.data.seed)
+        self.weighting = self._fitted(config, held_out, labels)
         self.temperature = config.loss.temperature
         if asked and config.loss.temperature_of == "task" and self.alpha < 1:
             alone, fused = self.spreads(split.transfer)
@@ -138,9 +144,26 @@ class FusedTeacher:
         """Return the spread of the task teacher's logits of un-augmented training rows, and of the fused ones, as learnt."""
         chosen = torch.from_numpy(rows)
         alone = fusion.spread(map(self._learnt, blocks(self.task.train, chosen)))
-        both = zip(*(blocks(table, chosen) for table in self.parts("train")), strict=True)
-        fused = (self._learnt(fusion.fuse(*each, self.alpha)) for each in both)
-        return alone, fusion.spread(fused)
+        some = chosen.split(fusion.together(self.task.classes))
+        return alone, fusion.spread(self._learnt(self.fused("train", each)) for each in some)
+
+    def _fitted(
+        self, config: Config, held_out: Tensor, labels: Tensor
+    ) -> weighting.Weighting | None:
+        """Return what moves alpha from row to row, fitted on the held-out rows; None: nothing."""
+        by = config.fusion.weighting
+        if by == "one" or not config.fuses:
+            return None
+        task, clip = (logits.cpu() for logits in self.parts("train", held_out))
+        found = weighting.fit(by, task, clip, labels[held_out], self.fold[held_out])
+        return found.to(self.task.train_views.device)
+
+    def _alphas(self, part: str, rows: Tensor | slice, task: Tensor) -> float | Tensor:
+        """Return the weight of the task teacher, or that of each row `(B, 1)` by what it says of these, `(B, K)`."""
+        if self.weighting is None:
+            return self.alpha
+        fold = sent(self.fold[rows], task.device) if part == "train" else 0
+        return self.weighting.to(task.device).alphas(self.alpha, task, fold)
 
     def _features(self, alpha: float) -> tuple[list[int], list[float]]:
         """Return widths and weights of the teachers whose features the student is contrasted with."""
@@ -190,7 +213,8 @@ class FusedTeacher:
 
     def fused(self, part: str, rows: Tensor | slice = WHOLE) -> Tensor:
         """Return the fused logits of un-augmented rows of `train` or `test`."""
-        return fusion.fuse(*self.parts(part, rows), self.alpha)
+        task, clip = self.parts(part, rows)
+        return fusion.fuse(task, clip, self._alphas(part, rows, task))
 
     def shown(self, part: str, rows: Tensor | slice = WHOLE) -> dict[str, Tensor]:
         """Return by name the logits of those rows of `teacher`, `clip` and, if there are both, `fused`.
@@ -229,7 +253,7 @@ class FusedTeacher:
             target = fusion.target(
                 task,
                 task if clip is None else clip,
-                self.alpha,
+                self._alphas("train", rows, task),
                 self.temperature,
                 self.space,
                 standardised=self.standardised,
