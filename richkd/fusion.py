@@ -63,10 +63,8 @@ def fuse(task: Tensor, clip: Tensor, alpha: float | Tensor) -> Tensor:
             `(N, 1)`.
     """
     check_pair(task, clip)
-    if not isinstance(alpha, Tensor) and alpha in (
-        0.0,
-        1.0,
-    ):  # a weight of 0 silences infinities too
+    one_weight = not isinstance(alpha, Tensor)
+    if one_weight and alpha in (0.0, 1.0):  # a weight of 0 silences infinities too
         return task if alpha == 1.0 else clip
     return alpha * task + (1 - alpha) * clip
 

@@ -93,7 +93,9 @@ def folds(rows: int, seed: int) -> Tensor:
     return torch.from_numpy(1 + order % FOLDS)
 
 
-def fit(by: str, task: Tensor, clip: Tensor, labels: Tensor, fold: Tensor) -> Weighting:
+def fit(
+    by: str, task: Tensor, clip: Tensor, labels: Tensor, fold: Tensor | None = None
+) -> Weighting:
     """Fit weights on held-out rows.
 
     Args:
@@ -101,14 +103,14 @@ def fit(by: str, task: Tensor, clip: Tensor, labels: Tensor, fold: Tensor) -> We
         task: Logits of the task teacher, `(M, K)`, which was not trained on these rows.
         clip: Of the zero-shot teacher, on any scale.
         labels: `(M,)`, all known.
-        fold: As `folds` draws it.
+        fold: As `folds` draws it; None: weights are of use on other rows alone.
 
     Raises:
         DataError: If shapes differ or a teacher is constant. If the task teacher's confidence cannot be calibrated since it
             makes no error, on all rows or outside of a fold.
     """
-    fits = []
-    for k in range(FOLDS + 1):
+    fits = [_fit(by, task, clip, labels)]
+    for k in range(1, FOLDS + 1) if fold is not None else ():
         kept = fold != k
         fits.append(_fit(by, task[kept], clip[kept], labels[kept]))
     temperature, edges, odds = map(torch.stack, zip(*fits, strict=True))

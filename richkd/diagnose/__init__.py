@@ -103,7 +103,12 @@ def of_teachers(config: Config) -> Config:
         config,
         loss=loss,
         # one without weight would not be opened
-        fusion=replace(config.fusion, alpha=alpha if 0 < alpha < 1 else 0.5, space="logits"),
+        fusion=replace(
+            config.fusion,
+            alpha=alpha if 0 < alpha < 1 else 0.5,
+            space="logits",
+            weighting="one",
+        ),
         clip=replace(config.clip, control="none"),
     )
 
@@ -226,6 +231,7 @@ def measured(rows: Rows, config: Config, names: tuple[str, ...]) -> dict[str, An
             "spread_c": own.spread_c,
         },
         "rules": measure.rules(task, clip, labels, seed, weights),
+        "weighting": measure.weightings(task, clip, labels, seed, weights),
         "standardised": {form: getattr(own, form)() for form in ("printed", "full", "independent")},
         "errors_along": measure.errors_along(task, clip, labels, seed),
         "certain": config.evaluate.certain,

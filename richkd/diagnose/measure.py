@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from richkd import fusion, theory
+from richkd import fusion, theory, weighting
 from richkd.errors import DataError
 from richkd.evaluate.accuracy import accuracy
 from richkd.evaluate.calibration import calibration
@@ -197,6 +197,45 @@ def rules(
             fused = fusion.fuse(task[look], clip[look], alpha)
             right[look] = fused.argmax(1) == labels[look]
         found[name] = {"alpha": rule(task, clip, labels), "top1": top1(right, weights).item()}
+    return found
+
+
+def weightings(
+    task: Tensor, clip: Tensor, labels: Tensor, seed: int, weights: Tensor
+) -> dict[str, dict[str, float] | None]:
+    """Return whether one weight a row beats one for all, on rows that neither was fitted on.
+
+    The overall weight is the likeliest one: beside the theory's, which can be too high, a weight a row would look like a gain
+    that another single weight has, too.
+
+    Returns:
+        `one`: its `top1`, %. `class` and `confidence`, as `fusion.weighting`: also `gain` over it in points, paired by image, and
+        the `se` of that; None where the task teacher makes no error by which to calibrate its confidence.
+    """
+    parts = folds(len(labels), seed)
+    found: dict[str, dict[str, float] | None] = {}
+    base = torch.zeros(len(labels), dtype=torch.bool)
+    for by in ("one", "class", "confidence"):
+        right = torch.zeros(len(labels), dtype=torch.bool)
+        try:
+            for fit, look in parts:
+                known = task[fit], clip[fit], labels[fit]
+                alpha: float | Tensor = theory.likeliest(*known)
+                if by != "one" and 0 < alpha < 1:
+                    alpha = weighting.fit(by, *known).alphas(alpha, task[look])
+                right[look] = fusion.fuse(task[look], clip[look], alpha).argmax(1) == labels[look]
+        except DataError:
+            found[by] = None
+            continue
+        found[by] = {"top1": top1(right, weights).item()}
+        if by == "one":
+            base = right
+            continue
+        share = weights / weights.sum()
+        gap = 100 * (right.double() - base.double())
+        mean = (gap * share).sum().item()
+        se = (share * (gap - mean)).square().sum().sqrt().item()
+        found[by] |= {"gain": mean, "se": se}
     return found
 
 
