@@ -32,7 +32,9 @@ def reliability(found: Mapping[str, Calibration], name: str = "reliability") -> 
                 )  # fmt: skip
             curve.set_title(f"{drawable(who)}   ECE {own.ece:.1f} %")
             curve.set(xlim=(0, 100), ylim=(0, 100), aspect="auto")
-            counts.set(xlabel="confidence, %", ylim=(0, 100), yticks=(0, 50, 100))
+            counts.set(
+                xlabel="confidence, %", ylim=(0, 100), xticks=range(0, 100, 20), yticks=(0, 50, 100)
+            )
         axes[0, 0].set_ylabel("top-1, %")
         axes[1, 0].set_ylabel("rows, %")
         drawn = save(figure)
