@@ -163,33 +163,27 @@ def evaluate(arguments: argparse.Namespace) -> Done:
             "config.yaml."
         )
     for key in changes:
-        if key not in UNHASHED:
+        if key not in UNHASHED and not key.startswith("evaluate."):
             raise ConfigError(
-                f"of a run only where things lie can be said, {', '.join(UNHASHED)}, but got {key}; what it "
-                "is, is settled."
+                f"of a run it can be said where things lie, {', '.join(UNHASHED)}, and how it is looked at, evaluate.certain, "
+                f"but got {key}; what it is, is settled."
             )
-    from richkd import distill as training
+    from richkd import appraise, evaluation
     from richkd.card import terms
-    from richkd.record import frequencies
+    from richkd.record import result_lines
     from richkd.student import find_checkpoint
 
     checkpoint = find_checkpoint(place)
-    found, speed, ran = training.retest(checkpoint, changes)
-    answer = {
-        "run": str(checkpoint.parent),
-        "checkpoint": str(checkpoint),
-        "val": percent(found["val"]),
-        "test": percent(found["test"]),
-        "selection": ran.selection,
-        "images_per_second": speed,
-    }
-    if "last" in found:
-        answer["last"] = {"top1": found["last"]["top1"]}
-    if groups := frequencies(found["test"]):
-        answer["groups"] = groups
-    for line in [*mean_over_classes(ran), *terms(ran)]:
+    with progress_bar() as progress:
+        appraisal = appraise.appraise(checkpoint, changes, stoppable(progress, arguments.stop))
+    answer = appraisal.found
+    for line in [*mean_over_classes(appraisal.config), *terms(appraisal.config)]:
         say(line)
-    _print(answer)
+    *accuracies, where = result_lines(answer)
+    target = Path(arguments.to) if arguments.to else checkpoint.parent / "evaluation"
+    answer["page"] = str(evaluation.write(appraisal, target))
+    for line in [*accuracies, *evaluation.lines(answer), where, f"page       {answer['page']}"]:
+        say(line)
     return Done(answer)
 
 
@@ -474,10 +468,11 @@ VERBS = {
     ),
     "evaluate": Verb(
         run=evaluate,
-        help="evaluate a run again, or the teachers of a config",
+        help="appraise a run's student from all sides, or a config's teachers",
         words="RUN | LAYER.yaml ... [key=value ...]",
         flags={
-            "logits=FILE.npy": "write what the task teacher of a config says, for clip.logits or teacher.logits"
+            "to=DIR": "folder of a run's tables, pictures and page, RUN/evaluation if not given",
+            "logits=FILE.npy": "write what the task teacher of a config says, for clip.logits or teacher.logits",
         },
     ),
     "diagnose": Verb(

@@ -518,8 +518,13 @@ class Evaluate:
 
     # probability at T = 1 above which the task teacher is certain; `q0.2`: above that quantile of it
     certain: int | float | str = 0.5
+    rows: int = 1000  # that are corrupted and attacked, drawn once; 0: none are
+    corrupted: str | None = (
+        None  # folder of CIFAR-100-C; None: the one beside the data, else made here
+    )
 
     def __post_init__(self) -> None:
+        in_range("evaluate.rows", self.rows, 0, 10_000_000)
         if not isinstance(self.certain, str):
             in_range("evaluate.certain", self.certain, 0, 1)
             object.__setattr__(self, "certain", float(self.certain))

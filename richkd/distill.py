@@ -666,19 +666,35 @@ def prepared_lines(source: str, found: dict[str, Any]) -> Iterator[str]:
                 yield f"{who:<10} {key.replace('_', ' ')} {top1:6.2f} %"
 
 
-def retest(
-    folder: Path, changes: dict[str, Any] | None = None
-) -> tuple[dict[str, dict[str, float]], float, Config]:
+@dataclass(kw_only=True, slots=True, eq=False)
+class Retested:
+    """A student taken from its checkpoint, and its accuracy, found again.
+
+    Attributes:
+        found: `val` and `test`, each with `top1`, `top5` and `loss`, the former of the rows that its epoch was chosen on, and
+            the latter under a long tail by groups, as `test` has it; of a best epoch that was chosen on test rows `last`, that
+            of the last epoch, where it lies beside.
+        logits: Of the test rows, `(M, K)` on the CPU.
+        speed: Images per second.
+        config: The run that made it, where a key that was not there yet has its default.
+        network: On the device.
+        task: Its data.
+    """
+
+    found: dict[str, dict[str, float]]
+    logits: Tensor
+    speed: float
+    config: Config
+    network: nn.Module
+    task: Task
+
+
+def retest(folder: Path, changes: dict[str, Any] | None = None) -> Retested:
     """Evaluate the student of a checkpoint again, on validation and test rows.
 
     Args:
         folder: Checkpoint.
-        changes: Dotted keys that say where its data lie now.
-
-    Returns:
-        `val` and `test`, each with `top1`, `top5` and `loss`, the former of the rows that its epoch was chosen on, and the
-        latter under a long tail by groups, as `test` has it; of a best epoch that was chosen on test rows `last`, that of
-        the last epoch, where it lies beside; images per second; and the run that made it, where a key that was not there yet has its default.
+        changes: Dotted keys that say where its data lie now, and how it is looked at.
 
     Raises:
         ConfigError: If the data that the checkpoint's config names is not the data it was made with.
@@ -712,6 +728,14 @@ def retest(
         found["test"] |= accuracy_of(logits, labels, groups)
     beside = folder.parent / "last"
     if config.selection == "paper" and folder.name == "best" and checkpoint.exists(beside):
-        network.load_state_dict(checkpoint.load(beside).weights)
-        found["last"] = evaluate(network, task.test, rows, labels)
-    return found, len(labels) / seconds, config
+        last = copy.deepcopy(network)
+        last.load_state_dict(checkpoint.load(beside).weights)
+        found["last"] = evaluate(last, task.test, rows, labels)
+    return Retested(
+        found=found,
+        logits=logits,
+        speed=len(labels) / seconds,
+        config=config,
+        network=network.eval(),
+        task=task,
+    )

@@ -415,10 +415,10 @@ def test_test_rows_are_evaluated_once_and_again_equal(make, tmp_path):
         json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]["test/top1"]
         == found["test/top1"]
     )
-    again, speed, _ = distill.retest(tmp_path / "run" / "best")
-    assert again["test"]["top1"] == found["test/top1"]
-    assert again["val"]["top1"] == outcome.metrics["best_val_top1"]
-    assert speed > 0
+    again = distill.retest(tmp_path / "run" / "best")
+    assert again.found["test"]["top1"] == found["test/top1"]
+    assert again.found["val"]["top1"] == outcome.metrics["best_val_top1"]
+    assert again.speed > 0
 
 
 def test_a_loaded_student_takes_raw_pixels(make, tmp_path):

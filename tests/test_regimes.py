@@ -208,5 +208,5 @@ def test_under_a_long_tail_classes_count_alike_and_the_test_is_told_by_frequency
     kept = np.append(task.split.transfer, task.split.validation)
     assert task.frequencies.tolist() == np.bincount(task.dataset.train.labels[kept]).tolist()
     assert sum(found[f"test/{group}/n"] for group in ("head", "medium", "tail")) == 800
-    again, _, _ = distill.retest(outcome.folder / "best")
+    again = distill.retest(outcome.folder / "best").found
     assert again["val"]["top1"] == pytest.approx(outcome.metrics["best_val_top1"])

@@ -67,10 +67,10 @@ def test_the_last_epochs_accuracy_is_that_of_its_checkpoint(ran):
 
 def test_a_checkpoint_is_evaluated_again_on_the_rows_that_it_was_chosen_on(ran):
     outcome, found, _ = ran
-    again, _, config = distill.retest(outcome.folder / "best")
-    assert again["val"] == again["test"]
-    assert again["test"]["top1"] == found["test/top1"]
-    assert config.selection == "paper"
+    again = distill.retest(outcome.folder / "best")
+    assert again.found["val"] == again.found["test"]
+    assert again.found["test"]["top1"] == found["test/top1"]
+    assert again.config.selection == "paper"
 
 
 def test_a_checkpoint_of_before_there_was_a_choice_is_one_of_held_out_rows(tmp_path):
@@ -79,7 +79,7 @@ def test_a_checkpoint_of_before_there_was_a_choice_is_one_of_held_out_rows(tmp_p
     saved = checkpoint.load(tmp_path / "best")
     del saved.meta["config"]["selection"]
     checkpoint.save(tmp_path / "old", saved.weights, {}, saved.meta)
-    _, _, found = distill.retest(tmp_path / "old")
+    found = distill.retest(tmp_path / "old").config
     assert found.selection == "validation"
 
 

@@ -228,7 +228,7 @@ def test_student_and_teacher_see_one_augmented_image_each_in_its_own_way(words, 
     found = distill.test(outcome)
     student = load_student(tmp_path / "run")
     assert student.size == (24, 24)
-    again, _, _ = distill.retest(tmp_path / "run" / "best")
+    again = distill.retest(tmp_path / "run" / "best").found
     assert again["test"]["top1"] == found["test/top1"]
 
 

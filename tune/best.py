@@ -127,11 +127,11 @@ def verified(
     Returns:
         `recorded`, `found`, `selection`, `verified`, `copy`, as `best`.
     """
-    found, _, ran = distill.retest(source, changes)
+    again = distill.retest(source, changes)
     answer: dict[str, Any] = {
         "recorded": recorded,
-        "found": {f"{part}_top1": values["top1"] for part, values in found.items()},
-        "selection": ran.selection,
+        "found": {f"{part}_top1": values["top1"] for part, values in again.found.items()},
+        "selection": again.config.selection,
     }
     answer["verified"] = all(
         isinstance(value, int | float) and abs(answer["found"][key] - value) < 1e-6

@@ -14,7 +14,7 @@ import functools
 import io
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,10 @@ GROUPS = {
 }
 # published beside the fifteen by which networks are compared, for choosing settings: in no mean
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+
+
+# by family, what gives the images (N, C, H, W) uint8 of a severity
+Series = dict[str, Callable[[int], Tensor]]
 
 
 def unit(x: Tensor) -> float:
@@ -369,18 +373,14 @@ def corrupted(images: Tensor, family: str, severity: int) -> Tensor:
     return (torch.cat(parts).clamp(0, 1) * 255).round().byte()
 
 
-def computed(images: Tensor) -> Iterator[tuple[str, int, Tensor]]:
-    """Yield family, severity and the corrupted images `(N, C, H, W)` uint8, of all that there are for such images."""
-    for family in FAMILIES:
-        if family != "saturate" or images.shape[1] == 3:
-            for severity in SEVERITIES:
-                yield family, severity, corrupted(images, family, severity)
+def computed(images: Tensor) -> Series:
+    """Return all families that there are for such images, computed; see `corrupted`."""
+    names = [name for name in FAMILIES if name != "saturate" or images.shape[1] == 3]
+    return {name: functools.partial(corrupted, images, name) for name in names}
 
 
-def published(
-    folder: Path, labels: np.ndarray, shape: tuple[int, ...], rows: Tensor
-) -> Iterator[tuple[str, int, Tensor]]:
-    """Yield family, severity and images `(len(rows), C, H, W)` uint8 of published files, such as CIFAR-100-C.
+def published(folder: Path, labels: np.ndarray, shape: tuple[int, ...], rows: np.ndarray) -> Series:
+    """Return the families of published files, such as CIFAR-100-C.
 
     Args:
         folder: Holds `labels.npy` and a file for each family, `(5 M, H, W, C)` uint8: the M test images in order at severity 1,
@@ -390,7 +390,7 @@ def published(
         rows: Test images that are asked for.
 
     Raises:
-        DataError: If the files are of other images, or there are none; before anything is yielded.
+        DataError: If the files are of other images, or there are none.
         CorruptError: If one cannot be read.
     """
     names = [name for group in GROUPS.values() for name in group]
@@ -409,17 +409,17 @@ def published(
                 f"but got {array.dtype} of {array.shape}; give the arrays that were made of these images."
             )
     theirs = mapped(folder / "labels.npy")
-    if theirs.shape != (count,) or not np.array_equal(
-        theirs, np.tile(labels, len(SEVERITIES)).astype(theirs.dtype)
-    ):
+    if not np.array_equal(theirs, np.tile(labels, len(SEVERITIES))):
         raise DataError(
             f"{folder / 'labels.npy'} must hold the labels of the {len(labels)} test images five times over but does not; "
             "give the arrays that were made of these images."
         )
-    for name, array in found.items():
-        for severity in SEVERITIES:
-            chosen = array[(severity - 1) * len(labels) + rows.numpy()]
-            yield name, severity, torch.from_numpy(chosen).permute(0, 3, 1, 2)
+
+    def images(array: np.ndarray, severity: int) -> Tensor:
+        chosen = array[(severity - 1) * len(labels) + rows]
+        return torch.from_numpy(chosen).permute(0, 3, 1, 2)
+
+    return {name: functools.partial(images, array) for name, array in found.items()}
 
 
 def mapped(path: Path) -> np.ndarray:
@@ -434,3 +434,13 @@ def mean_of(top1: dict[str, list[float]]) -> float:
     """Return the mean over families and severities, percent, without those in EXTRA."""
     own = [value for name, values in top1.items() if name not in EXTRA for value in values]
     return sum(own) / len(own)
+
+
+def by_group(top1: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Return by severity the mean over the families of each group that are there, percent, without those in EXTRA."""
+    found = {}
+    for group, names in GROUPS.items():
+        own = [top1[name] for name in names if name in top1 and name not in EXTRA]
+        if own:
+            found[group] = [sum(values) / len(own) for values in zip(*own, strict=True)]
+    return found
