@@ -180,8 +180,10 @@ def evaluate(arguments: argparse.Namespace) -> Done:
     for line in [*mean_over_classes(appraisal.config), *terms(appraisal.config)]:
         say(line)
     *accuracies, where = result_lines(answer)
-    target = Path(arguments.to) if arguments.to else checkpoint.parent / "evaluation"
-    answer["page"] = str(evaluation.write(appraisal, target))
+    run = checkpoint.parent
+    beside = run / "evaluation" if (run / "run.json").exists() else Path(f"{checkpoint}-evaluation")
+    target = Path(arguments.to) if arguments.to else beside
+    answer["page"] = str(evaluation.write(appraisal, target, _called(checkpoint.resolve())))
     for line in [*accuracies, *evaluation.lines(answer), where, f"page       {answer['page']}"]:
         say(line)
     return Done(answer)
@@ -242,12 +244,14 @@ def _evaluate_teachers(arguments: argparse.Namespace, target: Path | None) -> Do
         say(f"fused at alpha {config.fusion.alpha:g}, clip.scale {config.clip.scale}")
     for who, parts in found.items():
         answer[who] = {
-            part: percent(values) | {"rows": values["rows"]} for part, values in parts.items()
+            part: percent(values)
+            | {"nll": values["loss"], "ece": values["ece"], "rows": values["rows"]}
+            for part, values in parts.items()
         }
         for part, values in answer[who].items():
             say(
                 f"{who:<8} {part:<5} top1 {values['top1']:6.2f} %  top5 {values['top5']:6.2f} %  "
-                f"of {values['rows']} rows"
+                f"ECE {values['ece']:5.2f} %  NLL {values['nll']:.3f}  of {values['rows']} rows"
             )
     if target is not None:
         answer["logits"] = str(target)

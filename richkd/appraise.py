@@ -18,7 +18,15 @@ from torch import Tensor
 from richkd import cache, distill, estimate
 from richkd.config import Config
 from richkd.errors import ConfigError, CorruptError
-from richkd.evaluate import Calibration, accuracy, accuracy_of, by_teacher, calibration, corruption
+from richkd.evaluate import (
+    Calibration,
+    accuracy,
+    accuracy_of,
+    agreement,
+    by_teacher,
+    calibration,
+    corruption,
+)
 from richkd.evaluate.attack import fgsm, pgd
 from richkd.evaluate.costs import macs
 from richkd.files import read_record
@@ -117,14 +125,6 @@ def _nested(values: dict[str, float]) -> dict[str, dict[str, float]]:
         group, key = name.split("/")
         found.setdefault(group, {})[key] = value
     return found
-
-
-def agreement(logits: Tensor, shown: dict[str, Tensor]) -> dict[str, float]:
-    """Return by teacher the share of rows, percent, of which the student's first class is the teacher's, too."""
-    first = logits.argmax(1)
-    return {
-        who: 100 * (first == own.argmax(1)).double().mean().item() for who, own in shown.items()
-    }
 
 
 def _shown(

@@ -29,7 +29,15 @@ from richkd.config import Config, Teacher
 from richkd.data import Batches, Dataset, Split, Stream, Views, load, split, views_of
 from richkd.data.batches import stream_seed
 from richkd.errors import ConfigError, NonFiniteError
-from richkd.evaluate import accuracy, accuracy_of, by_frequency, by_teacher, evaluate
+from richkd.evaluate import (
+    accuracy,
+    accuracy_of,
+    agreement,
+    by_frequency,
+    by_teacher,
+    calibration,
+    evaluate,
+)
 from richkd.evaluate.accuracy import network_logits
 from richkd.files import read_record, write_json
 from richkd.layers import Layers, build, digest, flatten
@@ -567,8 +575,9 @@ def test(outcome: Outcome) -> dict[str, float]:
     """Read the test rows with the best epoch's student and with its teachers, once: it is kept in `run.json`.
 
     Returns:
-        `test/top1`, `test/top5`, `test/loss` of the student, `test/last_top1` of the last epoch's, and `teacher/top1`,
-        `clip/top1` and `fused/top1` where the run had them: the teachers on the same test rows, un-augmented. By what the
+        `test/top1`, `test/top5`, `test/loss` and `test/ece` of the student, `test/last_top1` of the last epoch's, and
+        `teacher/top1`, `clip/top1` and `fused/top1` where the run had them: the teachers on the same test rows,
+        un-augmented; with each its `test/agreement_teacher` and so on, in percent of the rows. By what the
         task teacher says of a row, if there is one, `test/right_certain/top1` and so on, and under a long tail by how
         frequent the row's class was in training, `test/head/top1` and so on: see `evaluate.categories`.
     """
@@ -582,6 +591,9 @@ def test(outcome: Outcome) -> dict[str, float]:
         rows, shown = torch.arange(len(labels)), teacher.shown("test") if teacher else {}
         logits = network_logits(outcome.network, task.test, rows).cpu()
         found = accuracy(logits, labels)
+        found["ece"] = calibration(logits, labels).ece
+        shown = {who: own.cpu() for who, own in shown.items()}
+        found |= {f"agreement_{who}": each for who, each in agreement(logits, shown).items()}
         found["last_top1"] = found["top1"]
         if state["metrics"]["best_epoch"] != state["metrics"]["epoch"]:
             last = copy.deepcopy(outcome.network)
@@ -589,13 +601,13 @@ def test(outcome: Outcome) -> dict[str, float]:
             found["last_top1"] = evaluate(last, task.test, rows, labels)["top1"]
         groups: dict[str, Tensor] = {}
         if "teacher" in shown:
-            groups |= by_teacher(shown["teacher"].cpu(), labels, outcome.config.evaluate.certain)
+            groups |= by_teacher(shown["teacher"], labels, outcome.config.evaluate.certain)
         if task.split.balanced:
             groups |= by_frequency(labels, task.frequencies)
         found |= accuracy_of(logits, labels, groups)
         metrics = {f"test/{name}": value for name, value in found.items()}
         for name, logits in shown.items():
-            metrics[f"{name}/top1"] = accuracy(logits.cpu(), labels)["top1"]
+            metrics[f"{name}/top1"] = accuracy(logits, labels)["top1"]
         state["metrics"] |= metrics
         write_json(outcome.folder / "run.json", state)
         return metrics
@@ -608,7 +620,7 @@ def evaluate_teachers(
 
     Returns:
         By name of the teacher, of `val` (if any are held out), `test` and `all` rows whose labels and logits are known:
-        `top1`, `top5`, `loss` and `rows`. A teacher that has learnt from some of these rows is flattered by them.
+        `top1`, `top5`, `loss`, `ece` and `rows`. A teacher that has learnt from some of these rows is flattered by them.
     """
     labels = {"train": task.labels, "test": torch.from_numpy(task.dataset.test.labels)}
     validation = torch.from_numpy(task.split.validation)
@@ -628,6 +640,7 @@ def evaluate_teachers(
             known = own >= 0
             balanced = part == "val" and task.split.balanced
             of_known = accuracy(values[known], own[known], balanced=balanced)
+            of_known["ece"] = calibration(values[known], own[known]).ece
             found[who][part] = of_known | {"rows": int(known.sum())}
     return found
 

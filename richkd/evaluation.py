@@ -62,8 +62,13 @@ def _robust_lines(corrupted: dict[str, Any], attacked: dict[str, Any]) -> Iterat
         yield f"{'':<10} {name.upper():<8}{''.join(f'{value:8.2f}' for value in attacked[name])} %"
 
 
-def write(appraisal: Appraisal, folder: Path) -> Path:
+def write(appraisal: Appraisal, folder: Path, name: str) -> Path:
     """Write `evaluation.json`, a page in HTML and Markdown, its pictures, and the tables behind them.
+
+    Args:
+        appraisal: What is written.
+        folder: Where to; what lies there of an earlier one is replaced.
+        name: What the student is called.
 
     Returns:
         The HTML file.
@@ -79,7 +84,7 @@ def write(appraisal: Appraisal, folder: Path) -> Path:
         *(_robustness(found) if "corruption" in found else ()),
         *_costs(found),
     ]
-    return page.write(folder, "evaluation", f"Evaluation of {Path(found['run']).name}", blocks)
+    return page.write(folder, "evaluation", f"Evaluation of {name}", blocks)
 
 
 def _overview(found: dict[str, Any]) -> Iterator[page.Block]:

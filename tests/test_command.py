@@ -217,13 +217,16 @@ def test_a_config_without_a_teacher_has_nothing_to_evaluate(taught, capsys):
 def test_a_run_is_evaluated_by_its_folder_and_by_its_name(taught, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["distill", taught, "method.name=kd", "student.name=cnn8", "train.epochs=1", "--name"]
+    monkeypatch.setattr("richkd.evaluation.write", lambda _, folder, name: folder / name)
+    monkeypatch.setattr("richkd.estimate.LATENCY_SECONDS", 0)
     # a run goes before a layer under conf/ of the same name
     for name in ("mine", "digits"):
         assert main("python -m richkd", ABOUT, VERBS, [*words, name, "--json"]) == 0
         made = json.loads(capsys.readouterr().out)
         for word in (name, f"runs/{name}", f"runs/{name}/best"):
-            code, found, _ = evaluated(capsys, word)
+            code, found, _ = evaluated(capsys, word, "evaluate.rows=0")
             assert (code, found["val"], found["test"]) == (0, made["val"], made["test"])
+            assert found["page"] == f"runs/{name}/evaluation/{name}"
 
 
 def test_a_layer_under_conf_is_known_by_its_name_also_here(tmp_path, monkeypatch, capsys):
@@ -273,7 +276,7 @@ def test_of_a_run_it_can_be_said_where_its_data_lie_and_nothing_else(tmp_path, m
     Path("names.txt").rename("moved/names.txt")
     data._loaded.clear()
     assert evaluated(capsys, "mine")[0] == 2
-    moved = "data.path=moved/renamed.npz", "data.names=moved/names.txt"
+    moved = "data.path=moved/renamed.npz", "data.names=moved/names.txt", "evaluate.rows=5"
     code, found, _ = evaluated(capsys, "mine", *moved)
     assert (code, "test" in found) == (0, True)
     for word in ("data.seed=1", "data.source=folder"):

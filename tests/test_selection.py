@@ -104,7 +104,7 @@ def test_what_is_printed_says_on_which_rows_it_was_chosen(tmp_path, capsys, sele
     assert ("flatters" in said) == paper
     assert ("of the epoch that is best on these rows" in said) == paper
     assert ("val" in said) != paper
-    assert main("richkd", ABOUT, VERBS, ["evaluate", str(tmp_path / "run")]) == 0
+    assert main("richkd", ABOUT, VERBS, ["evaluate", str(tmp_path / "run"), "evaluate.rows=0"]) == 0
     assert ("of the epoch that is best on these rows" in capsys.readouterr().out) == paper
 
 

@@ -1,6 +1,6 @@
 """What a network or a table of logits gets right: one file a question."""
 
-from richkd.evaluate.accuracy import accuracy, accuracy_of, evaluate
+from richkd.evaluate.accuracy import accuracy, accuracy_of, agreement, evaluate
 from richkd.evaluate.calibration import Calibration, calibration
 from richkd.evaluate.categories import by_frequency, by_teacher
 
@@ -8,6 +8,7 @@ __all__ = [
     "Calibration",
     "accuracy",
     "accuracy_of",
+    "agreement",
     "by_frequency",
     "by_teacher",
     "calibration",

@@ -53,6 +53,14 @@ def accuracy_of(logits: Tensor, labels: Tensor, groups: dict[str, Tensor]) -> di
     return found
 
 
+def agreement(logits: Tensor, shown: dict[str, Tensor]) -> dict[str, float]:
+    """Return by name the share of rows, percent, of which `logits` and those of that name, `(N, K)`, have one first class."""
+    first = logits.argmax(1)
+    return {
+        name: 100 * (first == own.argmax(1)).double().mean().item() for name, own in shown.items()
+    }
+
+
 @torch.inference_mode()
 def network_logits(network: nn.Module, views: Views, rows: Tensor, batch_size: int = 512) -> Tensor:
     """Return the logits `(len(rows), K)` of un-augmented images, the network in eval mode and in fp32."""
