@@ -2,7 +2,7 @@
 
 python -m richkd distill                          # richkd-l on the embedded digits
 python -m richkd distill my.yaml method.name=kd seed=3 --name kd3
-python -m richkd evaluate runs/kd3
+python -m richkd evaluate runs/kd3                # all that is to be known of its student
 python -m richkd evaluate my.yaml                 # its teachers, alone and fused
 python -m richkd diagnose my.yaml                 # whether fusing them helps, and with which weight
 python -m richkd export runs/kd3                  # ONNX, torch.export, safetensors and a model card
