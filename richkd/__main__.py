@@ -7,6 +7,7 @@ python -m richkd evaluate my.yaml                 # its teachers, alone and fuse
 python -m richkd diagnose my.yaml                 # whether fusing them helps, and with which weight
 python -m richkd export runs/kd3                  # ONNX, torch.export, safetensors and a model card
 python -m richkd predict runs/kd3 photos/ a.jpg   # its most probable classes
+python -m richkd explain runs/kd3                 # where it looks, and what fusion did, as pictures
 python -m richkd cache my.yaml                    # CLIP over all images, once
 python -m richkd bench my.yaml                    # how fast this machine trains with it
 """
@@ -298,6 +299,57 @@ def _new_folder(config: Config, wanted: str | None, what: str) -> Path:
     return folder
 
 
+def explain(arguments: argparse.Namespace) -> Done:
+    """Draw where students and their task teacher look, and what fusion did to test images."""
+    overrides = [word for word in arguments.words if "=" in word]
+    given = read(["data.source=digits", *overrides])
+    changes = {entry.key: entry.value for entry in given.entries[1:]}
+    storage = Path(str(changes.get("storage", Config().storage)))
+    places, layers = list[Path](), list[str]()
+    for name in arguments.words:
+        place = None if "=" in name else _existing(name, storage)
+        if place is not None:
+            places.append(place)
+        else:
+            layers.append(name)
+    counts = {"images": arguments.images, "shown": arguments.samples}
+    alone = layers == overrides and bool(places)  # runs, whose own configs say what is looked at
+    if alone:
+        for key in changes:
+            if key not in UNHASHED:
+                raise ConfigError(
+                    f"of runs only where things lie can be said, {', '.join(UNHASHED)}, but got {key}; give layers, too, for other "
+                    "teachers than theirs."
+                )
+    settings = None if alone else one_run(read(layers))
+
+    from richkd import explain as explaining
+
+    wanted = {
+        name: count_of(text, f"--{flag}", explaining.MOST)
+        for (name, text), flag in zip(counts.items(), ("images", "samples"), strict=True)
+        if text is not None
+    }
+    students = explaining.students_of(places)
+    if settings is None:
+        configs = [explaining.config_of(path, changes) for path in students.values()]
+        settings = explaining.together(configs)
+    elif not students and not settings.loss.distils:
+        raise ConfigError(
+            f"explain needs runs, or a config with a teacher, but method.name={settings.method.name} has none; give "
+            "method.name=kd or richkd-l."
+        )
+    inside = explaining.folder_of(places[0]) if places and arguments.to is None else None
+    target = _new_folder(settings, arguments.to if inside is None else str(inside), "explain")
+    with progress_bar() as progress:
+        answer = explaining.explain(
+            students, settings, target, stop=arguments.stop, progress=progress, **wanted
+        )
+    for line in explaining.lines(answer):
+        say(line)
+    return Done(answer)
+
+
 def cache(arguments: argparse.Namespace) -> Done:
     """Compute and keep what all runs of a config share: the teacher, CLIP's features."""
     config = one_run(read(arguments.words))
@@ -375,7 +427,7 @@ def export(arguments: argparse.Namespace) -> Done:
 def predict(arguments: argparse.Namespace) -> Done:
     """Say what a student sees in images."""
     place, words = _model(arguments.words)
-    top = count_of(arguments.top)
+    top = 3 if arguments.top is None else count_of(arguments.top, "--top")
     target = None if arguments.to is None else Path(arguments.to)
     import torch
 
@@ -422,13 +474,12 @@ def predict(arguments: argparse.Namespace) -> Done:
     return Done(answer, 1 if failed else 0)
 
 
-def count_of(text: str | None) -> int:
-    """Return the value of --top."""
-    if text is None:
-        return 3
-    if not text.isdecimal() or int(text) < 1:
+def count_of(text: str, flag: str, most: int | None = None) -> int:
+    """Return the value of a flag that counts things, from 1 to `most`."""
+    if not text.isdecimal() or not 1 <= int(text) <= (most or int(text)):
+        wanted = "1 or more" if most is None else f"1 to {most}"
         raise ConfigError(
-            f"--top must be a whole number of classes, 1 or more, but got {text!r}; say how many, such as --top=5."
+            f"{flag} must be a whole number, {wanted}, but got {text!r}; say how many, such as {flag}=5."
         )
     return int(text)
 
@@ -483,6 +534,16 @@ VERBS = {
         run=diagnose,
         help="say whether CLIP will help, by how much, and with which weight",
         flags={"to=DIR": "folder for its page and files, a new one in storage if not given"},
+    ),
+    "explain": Verb(
+        run=explain,
+        help="draw where students and teacher look, and what fusion did to images",
+        words="[RUN | SWEEP | CHECKPOINT ...] [LAYER.yaml ...] [key=value ...]",
+        flags={
+            "images=N": "in the Grad-CAM panel, 8 if not given",
+            "samples=N": "of each outcome of fusion, 3 if not given",
+            "to=DIR": "folder of the pictures, RUN/explain if not given",
+        },
     ),
     "export": Verb(
         run=export,
