@@ -118,7 +118,11 @@ def grad_cam(network: nn.Module, images: Tensor, classes: Tensor) -> Cam:
 
 
 def find_layer(network: nn.Module, image: Tensor) -> Layer:
-    """Return the last layer whose output has places, on more than one of which the logits for `image` `(1, C, H, W)` depend.
+    """Return the last layer whose output has places, on more than one of which the logits depend.
+
+    Args:
+        network: In eval mode.
+        image: `(1, C, H, W)`, with a gradient, since frozen weights have none.
 
     Raises:
         ConfigError: If there is none.
@@ -141,7 +145,8 @@ def find_layer(network: nn.Module, image: Tensor) -> Layer:
         for handle in handles:
             handle.remove()
     known = [(layer, output) for layer, output in found if output.requires_grad]
-    slopes = torch.autograd.grad(score, [output for _, output in known], allow_unused=True)
+    outputs = [image, *(output for _, output in known)]
+    slopes = torch.autograd.grad(score, outputs, allow_unused=True)[1:]
     seen = [
         layer
         for (layer, _), slope in zip(known, slopes, strict=True)

@@ -15,16 +15,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from richkd.data.pictures import picture
-from richkd.draw import COLOURS, GREY, INK, WIDE, Picture, canvas, drawable, save
+from richkd.draw import COLOURS, DPI, GREY, INK, WIDE, Picture, canvas, drawable, save
 from richkd.explain.samples import Sample
 
 RIGHT, WRONG = "#1a7f37", "#c62828"
 SIGNS = {True: "✓", False: "✗"}  # colour alone would not reach everybody
 TITLES = {"teacher": "Task teacher", "clip": "CLIP", "fused": "Fused teacher"}
 SMALL = 16  # pixels of a side up to which an image is drawn as squares
-SIDE = 184  # pixels to which others are brought, as many as a PNG has for them
+SIDE = 168  # pixels to which others are brought, as many as a PNG has for them
 LEVELS = 64  # of a channel of what is drawn, by which an SVG becomes half as large
 ACROSS = 8  # images beside each other
+LEFT, GAP, LINE = 44, 14, 32  # pixels ahead of them, between them, and for the line below each
+CENTRED = {"ha": "center", "va": "center"}
 # from nothing to a glow: where there is no evidence the image itself is seen
 HEAT = LinearSegmentedColormap.from_list(
     "heat", ["#3b0f70", "#b5367a", "#f1605d", "#feb078", "#fcfdbf"]
@@ -67,16 +69,6 @@ def overlaid(image: np.ndarray, seen: Tensor) -> np.ndarray:
     return np.rint(mixed).clip(0, 255).astype(np.uint8)
 
 
-def _framed(axes: Axes, image: np.ndarray) -> None:
-    """Draw an image without ticks."""
-    axes.imshow(_coarse(image), interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.grid(False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
 def said(name: str, share: float, right: bool) -> str:
     """Return what a network says of an image, as it is drawn: its first class, with its probability."""
     return f"{SIGNS[right]} {drawable(name, 12)} {share:.2f}"
@@ -100,36 +92,47 @@ def maps(
         The picture as `svg` and `png`.
     """
     across = min(len(pixels), ACROSS)
-    blocks, rows = -(-len(pixels) // across), 1 + len(seen)
-    each = (WIDE - 1.0) / ACROSS
-    size = (1.0 + across * each, blocks * rows * (each + 0.22))
-    with canvas(*size, nrows=blocks * rows, ncols=across, squeeze=False) as (figure, axes):
-        for one in axes.flat:
-            one.axis("off")
+    rows, step = (
+        1 + len(seen),
+        (SIDE + LINE, SIDE + GAP),
+    )  # in pixels, of which each is one of the PNG
+    height, width = -(-len(pixels) // across) * rows * step[0], LEFT + across * step[1]
+    # one image: as many axes would take seconds to lay out
+    whole = np.full((height, width, 3), 255, np.uint8)
+    with canvas(width / DPI, height / DPI) as (figure, axes):
+        figure.set_layout_engine("none")
+        axes.set_position((0, 0, 1, 1))
         for k, (image, label) in enumerate(zip(pixels, labels, strict=True)):
             block, column = divmod(k, across)
-            cells = axes[block * rows : (block + 1) * rows, column]
-            large = enlarged(image)
-            titles = [("image", drawable(names[label], 18), INK)]
-            drawn = [large]
+            large, left = enlarged(image), LEFT + column * step[1]
+            cells = [("image", large, drawable(names[label], 20), INK)]
             for who, (found, shares) in seen.items():
                 first = int(shares[k].argmax())
-                right = first == label
-                text = said(names[first], shares[k, first].item(), right)
-                titles.append((who, text, RIGHT if right else WRONG))
-                drawn.append(overlaid(large, found[k]))
-            for cell, view, (who, text, colour) in zip(cells, drawn, titles, strict=True):
-                cell.axis("on")
-                _framed(cell, view)
-                bold = who == "image"
-                cell.set_xlabel(
-                    text, color=colour, fontsize=9, labelpad=3, weight="bold" if bold else "normal"
-                )
+                text = said(names[first], shares[k, first].item(), first == label)
+                tint = RIGHT if first == label else WRONG
+                cells.append((who, overlaid(large, found[k]), text, tint))
+            for row, (who, view, text, tint) in enumerate(cells, start=block * rows):
+                top, bold = row * step[0], "bold" if who == "image" else "normal"
+                whole[top : top + SIDE, left : left + SIDE] = _centred(_coarse(view))
+                middle, below = left + SIDE / 2, top + SIDE + LINE / 2 - 3
+                axes.text(middle, below, text, color=tint, weight=bold, size=9, **CENTRED)
                 if column == 0:
-                    title = "Image" if bold else TITLES.get(who, drawable(who, 18))
-                    tint = INK if bold else colour_of(who)
-                    cell.set_ylabel(title, color=tint, weight="bold", fontsize=10.5, labelpad=8)
+                    title = "Image" if who == "image" else TITLES.get(who, drawable(who, 18))
+                    colour = INK if who == "image" else colour_of(who)
+                    place = (LEFT / 2, top + SIDE / 2)
+                    axes.text(*place, title, color=colour, weight="bold", rotation=90, **CENTRED)
+        axes.imshow(whole, interpolation="nearest", aspect="auto", extent=(0, width, height, 0))
+        axes.axis("off")
         return save(figure)
+
+
+def _centred(image: np.ndarray) -> np.ndarray:
+    """Return an RGB image in the middle of a white square of SIDE pixels."""
+    square = np.full((SIDE, SIDE, 3), 255, np.uint8)
+    height, width = image.shape[:2]
+    top, left = (SIDE - height) // 2, (SIDE - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square
 
 
 def bars(
@@ -154,11 +157,7 @@ def bars(
         WIDE, height, nrows=len(samples), ncols=1 + len(who), squeeze=False, gridspec_kw=ratios
     ) as (figure, axes):
         for row, (image, one) in enumerate(zip(pixels, samples, strict=True)):
-            _framed(axes[row, 0], enlarged(image))
-            axes[row, 0].set_anchor("N")
-            axes[row, 0].set_xlabel(
-                drawable(names[one.label], 20), color=INK, weight="bold", fontsize=10, labelpad=5
-            )
+            _image(axes[row, 0], image, names[one.label])
             for column, teacher in enumerate(who, start=1):
                 cell = axes[row, column]
                 _shares(cell, one, teacher, names, labelled=column == 1)
@@ -166,6 +165,17 @@ def bars(
                     title = TITLES[teacher] + f", {fused}" * (teacher == "fused")
                     cell.set_title(title, color=colour_of(teacher))
         return save(figure)
+
+
+def _image(axes: Axes, pixels: np.ndarray, name: str) -> None:
+    """Draw an image with its class below."""
+    axes.imshow(_coarse(enlarged(pixels)), interpolation="nearest")
+    axes.set_anchor("N")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(drawable(name, 20), color=INK, weight="bold", fontsize=10, labelpad=5)
 
 
 def _shares(axes: Axes, one: Sample, teacher: str, names: Sequence[str], *, labelled: bool) -> None:
