@@ -14,6 +14,7 @@ from richkd import __main__ as command_line
 from richkd import checkpoint, distill, explain, models
 from richkd.command import main
 from richkd.errors import ConfigError, CorruptError
+from richkd.evaluate.outcomes import happened
 from richkd.explain import cam, panels, samples
 from richkd.layers import build, dump, read
 from richkd.models.network import Network
@@ -200,21 +201,8 @@ def said():
     return teacher, fused, labels
 
 
-def test_each_row_had_the_outcome_that_a_loop_finds(said):
-    teacher, fused, labels = said
-    found = samples.happened(*said)
-    for k, label in enumerate(labels.tolist()):
-        order = sorted(range(8), key=lambda j: (-teacher[k, j], j))
-        before, after = order[0] == label, int(fused[k].argmax()) == label
-        assert found["outside"][k] == (label not in order[:5] and after)
-        assert found["repaired"][k] == (not before and after)
-        assert found["harmed"][k] == (before and not after)
-        assert found["both_wrong"][k] == (not before and not after)
-    assert all(rows.any() for rows in found.values())
-
-
 def test_picked_rows_have_their_outcome_and_are_the_same_for_one_seed(said):
-    which = samples.happened(*said)
+    which = happened(*said)
     found = samples.pick(which, 4, 3)
     for name, rows in found.items():
         assert len(rows) == 4 and rows == sorted(set(rows))
@@ -226,9 +214,9 @@ def test_picked_rows_have_their_outcome_and_are_the_same_for_one_seed(said):
 
 def test_of_few_rows_all_are_picked_for_each_of_their_outcomes():
     only = torch.tensor([False, True, False, True])
-    which = {"outside": only, "repaired": only, "harmed": ~only, "both_wrong": only & ~only}
+    which = {"from_outside": only, "repaired": only, "harmed": ~only, "both_wrong": only & ~only}
     assert samples.pick(which, 3, 0) == {
-        "outside": [1, 3], "repaired": [1, 3], "harmed": [0, 2], "both_wrong": []
+        "from_outside": [1, 3], "repaired": [1, 3], "harmed": [0, 2], "both_wrong": []
     }  # fmt: skip
 
 
@@ -342,7 +330,7 @@ def test_runs_are_explained_side_by_side(task, capsys):
                 who: names[logits[one["row"]].argmax()] == one["label"]
                 for who, logits in shown.items()
             }
-            assert right["fused"] == (name in ("outside", "repaired"))
+            assert right["fused"] == (name in ("from_outside", "repaired"))
             assert right["teacher"] == (name == "harmed")
     assert any(each["shown"] for each in told["samples"].values())
 
@@ -436,9 +424,9 @@ def test_a_sweep_stands_for_its_best_and_plain_refits_of_the_same_seed(task, tmp
     assert {name: path.parent.name for name, path in found.items()} == {
         "ce": "ce-seed1", "kd": "kd-seed1", "richkd-l": "richkd-l-seed1"
     }  # fmt: skip
-    config = explain.config_of(found["kd"])
-    assert explain.folder_of([sweep], config) == sweep / "explain"
-    assert explain.folder_of([], config).name.startswith("explain-arrays-")
+    assert explain.folder_of(sweep) == sweep / "explain"
+    assert explain.folder_of(task / "kd" / "best") == task / "kd" / "explain"
+    assert explain.folder_of(found["kd"]) == Path("best-explain")  # a copy, without its run
     twice = explain.students_of([task / "kd", sweep])
     assert list(twice) == ["kd kd", "ce", "kd kd-seed1", "richkd-l"]
     assert all(isinstance(path, Path) for path in twice.values())

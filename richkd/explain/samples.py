@@ -15,12 +15,11 @@ LEAST = 0.01  # probability below which a class is drawn only if it is the true 
 FILLED = 4  # classes that are drawn at least
 
 OUTCOMES = {
-    FROM_OUTSIDE: (
-        "Repaired from outside the first five",
-        "the task teacher did not have the true class "
-        f"among its first {TOP}, the fused teacher is right",
-    ),
     REPAIRED: ("Repaired", "the task teacher is wrong, the fused teacher right"),
+    FROM_OUTSIDE: (
+        f"Repaired from outside the first {TOP}",
+        f"the true class is not among the task teacher's first {TOP}, the fused teacher is right",
+    ),
     HARMED: ("Harmed", "the task teacher is right, the fused teacher wrong"),
     BOTH_WRONG: ("Both wrong", "the task teacher and the fused teacher are wrong"),
 }
@@ -46,11 +45,11 @@ class Sample:
 def pick(which: dict[str, Tensor], most: int, seed: int) -> dict[str, list[int]]:
     """Return by outcome at most so many of its rows, drawn by a seed and in their order.
 
-    A row is drawn for the first of its outcomes as OUTCOMES has them, and for others only where they have too few.
+    A row is drawn for the rarest of its outcomes, and for another only where that has too few.
     """
     taken, found = set[int](), dict[str, list[int]]()
-    for k, name in enumerate(OUTCOMES):
-        rows = np.flatnonzero(which[name].numpy())
+    for name in sorted(which, key=lambda name: which[name].sum().item()):
+        rows, k = np.flatnonzero(which[name].numpy()), list(OUTCOMES).index(name)
         drawn = np.random.default_rng([seed, 6, k]).permutation(rows)
         # a stable sort: fresh rows first, each in the order in which it was drawn
         chosen = sorted(drawn.tolist(), key=lambda row: row in taken)[:most]
