@@ -9,6 +9,7 @@ Rows are drawn by `seed`: the same call shows the same images.
 """
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -178,14 +179,15 @@ def folder_of(place: Path) -> Path:
 
 def lines(answer: dict[str, Any]) -> list[str]:
     """Return what was found as lines for the terminal."""
-    found = [*answer["notes"]]
+    found = [line for note in answer["notes"] for line in textwrap.wrap(note, 96)]
     if answer["layers"]:
         found.append(
             f"grad-cam     {', '.join(answer['layers'])} on {len(answer['rows'])} test images"
         )
     for name, each in answer["samples"].items():
         found.append(f"{name:<12} {each['count']} test images, {len(each['shown'])} shown")
-    return [*found, *filter(None, [answer.get("fusion")]), f"pictures     {answer['page']}"]
+    found += textwrap.wrap(answer.get("fusion", ""), 96)
+    return [*found, f"pictures     {answer['page']}"]
 
 
 def config_of(folder: Path, changes: dict[str, Any] | None = None) -> Config:
@@ -297,19 +299,24 @@ def _samples(
     picked = samples.pick(which, most, config.seed)
     names, drawn, found = task.dataset.names, list[Picture](), dict[str, Any]()
     how = f"alpha {config.fusion.alpha:g}"
+    if config.fusion.weighting != "one":
+        how += f" by {config.fusion.weighting}"
+    warmth = "T = 1"
+    if config.fusion.space == "probs":
+        warmth += f", of the fused teacher at T = {teacher.temperature:g}"
     for name, (title, meaning) in samples.OUTCOMES.items():
         count, rows = int(which[name].sum()), picked[name]
         chosen = [samples.sample(row, int(labels[row]), shown) for row in rows]
         found[name] = {"count": count, "shown": [_sample(each, names) for each in chosen]}
         if not chosen:
-            drawn.append(nothing(name, title, f"of no test image it holds that {meaning}."))
+            drawn.append(nothing(name, title, f"there is no such test image; {meaning}."))
             continue
         text = (
-            f"{title}: {meaning}. {len(rows)} of {count} such test images ({len(labels)} in all), and how probable their classes "
-            "are at T = 1; the true class lies on a green band, the first choice is dark."
+            f"{len(rows)} of {count} such test images, and how probable their classes are at {warmth}; the true class lies on a "
+            "green band, the first choice is dark."
         )
         pixels = list(task.test.pixels(torch.tensor(rows)).cpu().numpy())
-        drawn.append(panels.bars_picture(name, title, text, pixels, chosen, names, how))
+        drawn.append(panels.bars_picture(name, title, meaning, text, pixels, chosen, names, how))
     counts = {name: int(rows.sum()) for name, rows in which.items()}
     wrong = counts["repaired"] + counts["both_wrong"]
     fusion = (

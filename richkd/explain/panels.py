@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from PIL import Image
@@ -34,7 +33,8 @@ HEAT = LinearSegmentedColormap.from_list(
 
 
 def colour_of(who: str) -> str:
-    """Return the colour of a teacher or a student, as in every picture."""
+    """Return the colour of a teacher or a student, as in every picture; behind a space it may say of which run."""
+    who = who.partition(" ")[0]
     name = who.replace("-", "_")
     if name in COLOURS:
         return COLOURS[name]
@@ -91,12 +91,10 @@ def maps(
     Returns:
         The picture as `svg` and `png`.
     """
-    across = min(len(pixels), ACROSS)
-    rows, step = (
-        1 + len(seen),
-        (SIDE + LINE, SIDE + GAP),
-    )  # in pixels, of which each is one of the PNG
-    height, width = -(-len(pixels) // across) * rows * step[0], LEFT + across * step[1]
+    blocks = -(-len(pixels) // ACROSS)
+    across, rows = -(-len(pixels) // blocks), 1 + len(seen)
+    step = SIDE + LINE, SIDE + GAP  # in pixels, of which each is one of the PNG
+    height, width = blocks * rows * step[0], LEFT + across * step[1]
     # one image: as many axes would take seconds to lay out
     whole = np.full((height, width, 3), 255, np.uint8)
     with canvas(width / DPI, height / DPI) as (figure, axes):
@@ -116,11 +114,12 @@ def maps(
                 whole[top : top + SIDE, left : left + SIDE] = _centred(_coarse(view))
                 middle, below = left + SIDE / 2, top + SIDE + LINE / 2 - 3
                 axes.text(middle, below, text, color=tint, weight=bold, size=9, **CENTRED)
-                if column == 0:
-                    title = "Image" if who == "image" else TITLES.get(who, drawable(who, 18))
-                    colour = INK if who == "image" else colour_of(who)
-                    place = (LEFT / 2, top + SIDE / 2)
-                    axes.text(*place, title, color=colour, weight="bold", rotation=90, **CENTRED)
+        for row in range(blocks * rows):
+            who = ["image", *seen][row % rows]
+            title = {"image": "Image", **TITLES}.get(who, drawable(who, 16))
+            tint, middle = INK if who == "image" else colour_of(who), row * step[0] + SIDE / 2
+            style = dict(CENTRED, color=tint, weight="bold", rotation=90, size=10)
+            axes.text(LEFT / 2, middle, title, **style)
         axes.imshow(whole, interpolation="nearest", aspect="auto", extent=(0, width, height, 0))
         axes.axis("off")
         return save(figure)
@@ -136,11 +135,16 @@ def _centred(image: np.ndarray) -> np.ndarray:
 
 
 def bars(
-    pixels: Sequence[np.ndarray], samples: Sequence[Sample], names: Sequence[str], fused: str
+    title: str,
+    pixels: Sequence[np.ndarray],
+    samples: Sequence[Sample],
+    names: Sequence[str],
+    fused: str,
 ) -> dict[str, bytes]:
     """Draw images and, beside each, how probable its classes are to the teachers.
 
     Args:
+        title: What they have in common.
         pixels: Of each image, uint8 `(H, W, C)`.
         samples: What the teachers say of it.
         names: Of all classes.
@@ -151,19 +155,20 @@ def bars(
     """
     who = list(samples[0].shares)
     tall = [len(each.classes) for each in samples]
-    height = 0.55 + sum(0.27 * count + 0.42 for count in tall)
+    height = 0.9 + sum(0.27 * count + 0.42 for count in tall)
     ratios = {"width_ratios": [1.02, *[3.0] * len(who)], "height_ratios": [c + 1.2 for c in tall]}
     with canvas(
         WIDE, height, nrows=len(samples), ncols=1 + len(who), squeeze=False, gridspec_kw=ratios
     ) as (figure, axes):
+        figure.suptitle(title, x=0.004, ha="left", fontsize=12.5, weight="bold")
         for row, (image, one) in enumerate(zip(pixels, samples, strict=True)):
             _image(axes[row, 0], image, names[one.label])
             for column, teacher in enumerate(who, start=1):
                 cell = axes[row, column]
                 _shares(cell, one, teacher, names, labelled=column == 1)
                 if row == 0:
-                    title = TITLES[teacher] + f", {fused}" * (teacher == "fused")
-                    cell.set_title(title, color=colour_of(teacher))
+                    heading = TITLES[teacher] + f", {fused}" * (teacher == "fused")
+                    cell.set_title(heading, color=colour_of(teacher))
         return save(figure)
 
 
@@ -265,6 +270,7 @@ def maps_picture(
 def bars_picture(
     name: str,
     title: str,
+    meaning: str,
     text: str,
     pixels: Sequence[np.ndarray],
     samples: Sequence[Sample],
@@ -275,7 +281,8 @@ def bars_picture(
 
     Args:
         name: Of its files.
-        title: What is seen.
+        title: What happened.
+        meaning: What that means.
         text: How it is read.
         pixels: As `bars` takes them, like all that follow.
         samples: What the teachers say.
@@ -295,10 +302,5 @@ def bars_picture(
         header=("row", "label", "teacher", "class", "probability"),
         rows=table,
         wide=True,
-        **bars(pixels, samples, names, fused),
+        **bars(f"{title}: {meaning}", pixels, samples, names, fused),
     )
-
-
-def labels_of(labels: Tensor, rows: Sequence[int]) -> list[int]:
-    """Return the labels of some rows."""
-    return labels[torch.tensor(rows, dtype=torch.long)].tolist()
