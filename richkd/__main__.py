@@ -299,35 +299,50 @@ def _new_folder(config: Config, wanted: str | None, what: str) -> Path:
     return folder
 
 
-def explain(arguments: argparse.Namespace) -> Done:
-    """Draw where students and their task teacher look, and what fusion did to test images."""
-    overrides = [word for word in arguments.words if "=" in word]
-    given = read(["data.source=digits", *overrides])
+def _runs_and_layers(words: list[str]) -> tuple[list[Path], list[str], dict[str, Any] | None]:
+    """Return the runs, sweeps and checkpoints among words, all other words, and what these change of runs without layers.
+
+    Raises:
+        ConfigError: If a word is neither, or something of runs is changed beside where things lie.
+    """
+    given = read(["data.source=digits", *(word for word in words if "=" in word)])
     changes = {entry.key: entry.value for entry in given.entries[1:]}
     storage = Path(str(changes.get("storage", Config().storage)))
-    places, layers = list[Path](), list[str]()
-    for name in arguments.words:
-        place = None if "=" in name else _existing(name, storage)
-        if place is not None:
-            places.append(place)
-        else:
-            layers.append(name)
-    counts = {"images": arguments.images, "shown": arguments.samples}
-    alone = layers == overrides and bool(places)  # runs, whose own configs say what is looked at
-    if alone:
-        for key in changes:
-            if key not in UNHASHED:
-                raise ConfigError(
-                    f"of runs only where things lie can be said, {', '.join(UNHASHED)}, but got {key}; give layers, too, for other "
-                    "teachers than theirs."
-                )
-    settings = None if alone else one_run(read(layers))
+    found = {word: None if "=" in word else _existing(word, storage) for word in words}
+    places = [place for place in found.values() if place is not None]
+    others = [word for word in words if found[word] is None]
+    layers = [word for word in others if "=" not in word]
+    for name in layers:
+        try:
+            find_layer(name)
+        except ConfigError as error:
+            raise ConfigError(
+                f"explain takes runs, sweeps, checkpoints and layers but {name} is none: no folder here or in {storage}/, and "
+                f"{error}"
+            ) from error
+    if layers or not places:
+        return places, others, None
+    for key in changes:
+        if key not in UNHASHED:
+            raise ConfigError(
+                f"of runs only where things lie can be said, {', '.join(UNHASHED)}, but got {key}; give layers, too, for other "
+                "teachers than theirs."
+            )
+    return places, others, changes
+
+
+def explain(arguments: argparse.Namespace) -> Done:
+    """Draw where students and their task teacher look, and what fusion did to test images."""
+    places, layers, changes = _runs_and_layers(arguments.words)
+    # of runs alone their own configs say what is looked at
+    settings = None if changes is not None else one_run(read(layers))
 
     from richkd import explain as explaining
 
+    flags = {"images": ("--images", arguments.images), "shown": ("--samples", arguments.samples)}
     wanted = {
-        name: count_of(text, f"--{flag}", explaining.MOST)
-        for (name, text), flag in zip(counts.items(), ("images", "samples"), strict=True)
+        name: count_of(text, flag, explaining.MOST)
+        for name, (flag, text) in flags.items()
         if text is not None
     }
     students = explaining.students_of(places)

@@ -375,7 +375,7 @@ def test_layers_beside_runs_bring_their_own_teachers(task, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said", "code"),
     [
-        (["nowhere"], "the layer nowhere is neither a file here", 2),
+        (["nowhere"], "explain takes runs, sweeps, checkpoints and layers but nowhere is none", 2),
         (["RUN/ce", "fusion.alpha=0.2"], "of runs only where things lie can be said", 2),
         (["RUN/ce", "--images=0"], "--images must be a whole number, 1 to 16, but got '0'", 2),
         (["RUN/ce", "--samples=17"], "--samples must be a whole number, 1 to 16", 2),
