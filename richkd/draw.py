@@ -1,12 +1,14 @@
 """What pictures are drawn with: the canvas and its style, names that the font has, and what several pictures share."""
 
 import base64
+import csv
 import io
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -16,6 +18,8 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
 from richkd import escape
+from richkd.errors import CorruptError
+from richkd.files import read_record, write_json
 from richkd.layers import brief
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; a student has the same in every picture
@@ -69,6 +73,7 @@ PARAMETERS = {
     "clip.prompts": "prompts",
 }
 DPI = 130
+LISTED = "pictures.json"
 NARROW, WIDE = 6.2, 12.8  # inches, of half a page and of all of it
 
 
@@ -105,6 +110,37 @@ class Picture:
     def link(self) -> str:
         """The picture as an address that a page holds within itself; as an image, in which no script runs."""
         return f"data:image/svg+xml;base64,{base64.b64encode(self.svg or b'').decode()}"
+
+
+def kept(folder: Path, drawn: Sequence[Picture]) -> None:
+    """Say in a folder which pictures were written there, for `stored`; those that could not be drawn are left out."""
+    keys = ("name", "title", "text", "wide")
+    listed = [{key: getattr(one, key) for key in keys} for one in drawn if one.svg is not None]
+    write_json(folder / LISTED, {"pictures": listed})
+
+
+def stored(folder: Path) -> list[Picture]:
+    """Return the pictures that `kept` says a folder holds, none if it says nothing; their tables hold text.
+
+    Raises:
+        CorruptError: If it says what is not so.
+    """
+    if not (folder / LISTED).exists():
+        return []
+    found = []
+    for one in read_record(folder / LISTED, "pictures")["pictures"]:
+        try:
+            with open(folder / f"{one['name']}.csv", encoding="utf-8", newline="") as file:
+                header, *rows = csv.reader(file)
+            drawn = {
+                kind: (folder / f"{one['name']}.{kind}").read_bytes() for kind in ("svg", "png")
+            }
+            found.append(Picture(header=header, rows=rows, **one, **drawn))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CorruptError(
+                f"{folder / LISTED} names a picture that cannot be read ({error}); draw it anew."
+            ) from error
+    return found
 
 
 def nothing(name: str, title: str, text: str) -> Picture:

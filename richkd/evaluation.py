@@ -9,6 +9,7 @@ from richkd import escape, page
 from richkd.appraise import Appraisal
 from richkd.draw import Picture
 from richkd.evaluate import corruption, pictures
+from richkd.evaluate.calibration import Bin, Calibration
 from richkd.files import make_folder, write_json
 
 SAID = {
@@ -85,6 +86,13 @@ def write(appraisal: Appraisal, folder: Path, name: str) -> Path:
         *_costs(found),
     ]
     return page.write(folder, "evaluation", f"Evaluation of {name}", blocks)
+
+
+def calibration_of(kept: dict[str, Any]) -> Calibration:
+    """Return how sure the student of an `evaluation.json` is."""
+    own = kept["calibration"]["student"]
+    bins = tuple(Bin(**each) for each in kept["bins"]["student"])
+    return Calibration(own["ece"], own["confidence"], bins)
 
 
 def _overview(found: dict[str, Any]) -> Iterator[page.Block]:

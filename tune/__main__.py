@@ -259,6 +259,23 @@ def report(arguments: argparse.Namespace) -> Done:
     return Done(answer(found, page))
 
 
+def evaluate(arguments: argparse.Namespace) -> Done:
+    """Evaluate and explain the students of a sweep."""
+    names, overrides = _said(arguments.words, (*PLACES, *DATA, *LOOKS))
+    here = [word for word in overrides if word.partition("=")[0] in PLACES]
+    given = read(["data.source=digits", *(word for word in overrides if word not in here)])
+    changes = {e.key: e.value for e in given.entries if not e.origin and e.key != "data.source"}
+    folder = _one_sweep([*names, *here], finished=True)
+    from tune.evaluate import evaluate as look
+    from tune.evaluate import lines
+    from tune.findings import found_in
+
+    answer = look(folder, changes, stop=arguments.stop)
+    for line in lines(answer, found_in(folder)):
+        say(line)
+    return Done(answer)
+
+
 def compare(arguments: argparse.Namespace) -> Done:
     """Lay sweeps beside each other."""
     names = [word for word in arguments.words if "=" not in word]
@@ -445,6 +462,7 @@ CLUSTER = {
 
 PLACES = ("storage", "sweep.state")  # keys that say where sweeps lie
 DATA = ("data.root", "data.path", "data.names", "data.memory", "cache", "device")  # and data
+LOOKS = ("evaluate.certain", "evaluate.rows", "evaluate.corrupted")  # how students are looked at
 CHANGED = {"changed": "go on though code or settings have changed since the sweep began"}
 SCALE = {"scale=tiny": "any grid in minutes on two cores, to see that it runs"}
 CELL = {"cell=ROW-METHOD": "of a grid: which of its students"}
@@ -503,6 +521,12 @@ VERBS = {
     "status": Verb(run=status, help="show how a sweep stands", words=EXISTING, flags={}),
     "report": Verb(
         run=report, help="write a sweep's report anew, from its files", words=EXISTING, flags={}
+    ),
+    "evaluate": Verb(
+        run=evaluate,
+        help="evaluate a sweep's students from all sides, and explain them",
+        words=f"{EXISTING} [evaluate.rows=N] [data.root=DIR ...]",
+        flags={},
     ),
     "compare": Verb(
         run=compare,

@@ -32,6 +32,7 @@ from tune.sweep import DIAGNOSIS, Sweep, asked_of, open_searches, trials_of
 from tune.warmstart import is_own, plain
 
 ENVIRONMENT = "environment.json"
+EVALUATION = "evaluation"  # folder, and file in it, of what `tune evaluate` found of a refit
 TOP1 = "top1"  # the objective that every sweep has
 FEW = 10  # trials below which nothing can be said about importance
 LEAST = 5  # trials that count as the best ones, where importance is asked for: PED-ANOVA's advice
@@ -119,6 +120,7 @@ class Findings:
         config: Of that refit, or that the best trial ran.
         failures: Why runs failed, by job.
         diagnosis: What was told of the teachers before the search, as `richkd.diagnose` returns it; None if it was not asked.
+        evaluations: What `tune evaluate` found of a refit of each student, by name, as far as it was asked.
         environment: Code, packages and machine, as `environment.environment` returns them; empty of an older sweep.
         seconds: Of wall time over all drivers.
         gpu_seconds: Of GPUs held.
@@ -143,6 +145,7 @@ class Findings:
     config: Config | None
     failures: dict[str, Failure]
     diagnosis: dict[str, Any] | None
+    evaluations: dict[str, dict[str, Any]]
     environment: dict[str, Any]
     seconds: float
     gpu_seconds: float
@@ -255,9 +258,21 @@ def gather(
         config=config,
         failures=failures,
         diagnosis=read_record(before) if (before := sweep.folder / DIAGNOSIS).exists() else None,
+        evaluations=evaluations(sweep, labels),
         environment=read_record(told) if (told := sweep.folder / ENVIRONMENT).exists() else {},
         **spent(sweep.folder / "spent.json"),
     )
+
+
+def evaluations(sweep: Sweep, labels: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Return the newest evaluation of each student that has one, by name."""
+    found = {}
+    for name, label in labels.items():
+        pattern = f"{label}-seed*/{EVALUATION}/{EVALUATION}.json"
+        files = sorted((sweep.runs / "refits").glob(pattern), key=lambda file: file.stat().st_mtime)
+        if files:
+            found[name] = read_record(files[-1], "test", "calibration", "agreement", "bins")
+    return found
 
 
 def _with_students(summary: dict[str, Any], configs: dict[str, Config]) -> dict[str, Any]:

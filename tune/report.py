@@ -12,7 +12,9 @@ from typing import Any
 
 from richkd import escape, page
 from richkd.diagnose.document import document as document_of
-from richkd.draw import Picture, number, parameter
+from richkd.draw import Picture, number, parameter, stored
+from richkd.evaluate.pictures import reliability
+from richkd.evaluation import calibration_of
 from richkd.layers import brief, command_of, dump, flatten, to_dict
 from richkd.page import (
     Beside,
@@ -35,6 +37,8 @@ from tune.summary import TEACHERS, columns, top1_of
 from tune.warmstart import PAPER, THEORY
 
 LEADING = 20  # trials of the leaderboard; the table behind it has all
+BESIDE = 5  # reliability diagrams that have room beside each other
+EXPLAIN = "explain"  # folder of what `tune evaluate` drew of students and images
 DIGITS = 4  # of settings in tables
 FAILURES = 20  # that are shown, likewise
 SECTIONS = (
@@ -60,6 +64,7 @@ def document(found: Findings, drawn: Sequence[Picture]) -> list[Block]:
             Tiles(tiles(found)),
             *summary(found),
             Pictures(drawn),
+            *evaluated(found),
             *failures(found),
             Heading("What was run"),
             *constants(found),
@@ -73,6 +78,7 @@ def document(found: Findings, drawn: Sequence[Picture]) -> list[Block]:
         Heading("Best setting"),
         *best(found),
         *diagnosed(found),
+        *evaluated(found),
         Heading("Pictures"),
         Pictures(drawn[1:]),
         Heading("Leaderboard"),
@@ -273,6 +279,49 @@ def diagnosed(found: Findings) -> list[Block]:
         *(Text(line) for line in closeness(found)),
         Details("The diagnosis of the teachers", document_of(found.diagnosis)),
     ]
+
+
+def evaluated(found: Findings) -> list[Block]:
+    """Return what the students are like beyond their accuracy, as far as `tune evaluate` has looked at them."""
+    blocks: list[Block] = []
+    rows, numbers, calibrations, note = [], [], {}, ""
+    for name, own in found.evaluations.items():
+        title, sure, rest = found.students[name].title, own["calibration"]["student"], [""] * 3
+        values = [own["test"]["top1"], sure["ece"], sure["nll"]]
+        if "corruption" in own:
+            attacked = own["attack"]
+            values += [own["corruption"]["mean"], attacked["fgsm"][-1], attacked["pgd"][-1]]
+            rest = [f"{value:.2f}" for value in values[3:]]
+            note = (
+                f" Corrupted: mean over families and severities of {own['corruption']['rows']} rows, "
+                f"{own['corruption']['kind']} images; attacks at {attacked['eps'][-1]}/255."
+            )
+        agrees = own["agreement"].get("teacher")
+        first = [title, f"{values[0]:.2f}", f"{values[1]:.2f}", f"{values[2]:.3f}"]
+        rows.append([*first, *rest, "" if agrees is None else f"{agrees:.2f}"])
+        numbers.append((name, *values, *[None] * (6 - len(values)), agrees))
+        calibrations[name] = calibration_of(own)
+    header = ("", "top-1, %", "ECE, %", "NLL", "corrupted", "FGSM", "PGD", "agrees with teacher")
+    if rows:
+        blocks += [
+            Heading("Beyond accuracy"),
+            Table(
+                header=header,
+                rows=rows,
+                right=range(1, len(header)),
+                name="evaluations",
+                csv=escape.to_csv(
+                    ("model", "top1", "ece", "nll", "corrupted", "fgsm", "pgd", "agreement"),
+                    numbers,
+                ),
+            ),
+            Text(f"Test rows; one seed each, which can mislead by points.{note}", "soft"),
+        ]
+    if 0 < len(calibrations) <= BESIDE:
+        blocks.append(Pictures([reliability(calibrations)]))
+    if drawn := stored(found.folder / EXPLAIN):
+        blocks += [Heading("Where they look, and what fusing did"), Pictures(drawn)]
+    return blocks
 
 
 def closeness(found: Findings) -> list[str]:

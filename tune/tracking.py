@@ -568,6 +568,14 @@ class Client:
             else:
                 self.client.log_artifact(run_id, str(path))
 
+    def log(self, run_id: str, metrics: Mapping[str, float]) -> None:
+        """Add metrics to a run that has ended; one that it has with this value already stays as it is."""
+        with self._asked("store metrics"):
+            known = self.client.get_run(run_id).data.metrics
+            for key, value in metrics.items():
+                if known.get(key) != value:
+                    self.client.log_metric(run_id, key, value)
+
     def fetch(self, run_id: str, name: str, files: Iterable[str], folder: Path) -> None:
         """Bring files of the artifact folder `name`, and no others, into a folder.
 

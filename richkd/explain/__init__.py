@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from richkd import checkpoint, distill, page
 from richkd.config import Config
 from richkd.data.views import normalise
-from richkd.draw import Picture, nothing
+from richkd.draw import Picture, kept, nothing
 from richkd.errors import ConfigError, DataError
 from richkd.evaluate.outcomes import TOP, happened
 from richkd.explain import panels, samples
@@ -96,6 +96,7 @@ def explain(
         page.Pictures(drawn[1:]),
     ]
     html = page.write(folder, "explain", title, blocks)
+    kept(folder, drawn)
     write_json(folder / "explain.json", found)
     return found | {"folder": str(folder), "page": str(html)}
 

@@ -1,0 +1,164 @@
+"""What the students of a sweep are like beyond their accuracy: evaluated from all sides, explained, sent to MLflow, in the report.
+
+    python -m tune evaluate                 # the latest sweep
+    python -m tune evaluate first evaluate.rows=2000
+
+    SWEEP/refits/METHOD-seedK/evaluation/   of each student that is compared, one refit: the pages of `richkd evaluate`
+    SWEEP/explain/                          where they look, and what fusing did: those of `richkd explain`
+
+It is a verb of its own, since on large images it takes minutes and a GPU, which the machine of a driver may not have.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from richkd.appraise import appraise
+from richkd.command import Stop
+from richkd.config import Config
+from richkd.errors import ConfigError, RichkdError
+from richkd.evaluation import write
+from richkd.explain import explain
+from richkd.layers import Layers, build, flatten, to_dict
+from richkd.progress import stoppable
+from tune import report
+from tune.attach import find
+from tune.display import Display, short
+from tune.findings import EVALUATION, Findings, found_in
+from tune.report import EXPLAIN
+from tune.study import MAIN
+from tune.summary import winner
+from tune.sweep import Sweep, asked_of
+from tune.tracking import Client, Tracker
+
+LOOKED_AT = ("ce", "kd", "kd_tuned", MAIN)  # students whose maps are laid beside each other
+
+
+def evaluate(
+    folder: Path, changes: dict[str, Any] | None = None, *, stop: Stop | None = None
+) -> dict[str, Any]:
+    """Evaluate and explain the students of a sweep, send it to MLflow, and write the report anew.
+
+    Of each student the refit is taken whose seed is that of the best one, so that all are compared on one seed; of a grid, of
+    each cell the one that is best on the rows it was chosen on.
+
+    Args:
+        folder: Sweep folder.
+        changes: Dotted keys that say where its data lie now, and how students are looked at.
+        stop: Says whether a signal came.
+
+    Returns:
+        `sweep`, `students` (by name what `appraise` found), `explained`, `report`, and `untold`, why MLflow has not got it, None
+        if it has.
+
+    Raises:
+        ConfigError: If no refit has finished.
+    """
+    found = found_in(folder)
+    refits = refits_of(found, folder)
+    if not refits:
+        raise ConfigError(
+            f"{folder.name} has no student yet, since no refit has finished; go on with it, or wait."
+        )
+    answer: dict[str, Any] = {"sweep": str(folder), "students": {}, "explained": None}
+    with Display("evaluate", stop=stop) as display:
+        progress = stoppable(display.progress, stop or Stop())
+        for name, refit in refits.items():
+            display.line(f"{found.students[name].title}: {short(refit)}")
+            appraisal = appraise(refit / "best", changes, progress)
+            write(appraisal, refit / EVALUATION, f"{folder.name}, {refit.name}")
+            answer["students"][name] = appraisal.found
+        shown = {
+            found.students[name].label: refit / "best"
+            for name, refit in refits.items()
+            if found.grid or name in LOOKED_AT
+        }
+        config = moved(config_of(found, next(reversed(refits))), changes)
+        answer["explained"] = explain(
+            shown, config, folder / EXPLAIN, stop=stop or Stop(), progress=progress
+        )["page"]
+    answer["report"] = str(report.write(found_in(folder)))
+    answer["untold"] = told(folder, refits, answer["students"])
+    return answer
+
+
+def refits_of(found: Findings, folder: Path) -> dict[str, Path]:
+    """Return by student the run folder of the refit that is looked at."""
+    runs = Sweep(folder, asked_of(folder)[1]).runs / "refits"
+    best = found.seed if found.seed is not None else winner(found.refits.get(MAIN, {}))
+    chosen = {}
+    for name, student in found.students.items():
+        own = found.refits.get(name, {})
+        seed = best if best in own else winner(own)
+        if seed is not None:
+            chosen[name] = runs / f"{student.label}-seed{seed}"
+    return chosen
+
+
+def config_of(found: Findings, name: str) -> Config:
+    """Return the config whose teachers are looked at: of the best setting; of a grid, that of a cell."""
+    return found.configs[name if found.grid or MAIN not in found.configs else MAIN]
+
+
+def moved(config: Config, changes: dict[str, Any] | None) -> Config:
+    """Return a config whose data lie elsewhere."""
+    return build(Layers().over("", flatten(to_dict(config)) | {"device": "auto"} | (changes or {})))
+
+
+def told(folder: Path, refits: dict[str, Path], students: dict[str, dict[str, Any]]) -> str | None:
+    """Send what was found to the runs in MLflow that it is of; return why it could not be, None if it was."""
+    try:
+        parent, address = find(str(folder), folder.parent)
+        client = Client(address or Tracker.address(None))
+        for name, refit in refits.items():
+            run, _ = find(str(refit), folder.parent)
+            client.attach(run, refit / EVALUATION)
+            client.log(run, metrics(students[name]))
+        client.attach(parent, folder / EXPLAIN)
+        client.attach(parent, folder / "report")
+    except RichkdError as error:  # it is down, or has not heard of the sweep
+        return str(error)
+    return None
+
+
+def metrics(found: dict[str, Any]) -> dict[str, float]:
+    """Return what MLflow keeps as numbers of an evaluation; beside the images that were corrupted here it says so."""
+    kept = {
+        "evaluation/nll": found["calibration"]["student"]["nll"],
+        "evaluation/ece": found["calibration"]["student"]["ece"],
+        "evaluation/latency_ms": found["costs"]["latency_ms"],
+        "evaluation/flops": found["costs"]["flops"],
+        "evaluation/parameters": found["costs"]["parameters"],
+    }
+    if "corruption" in found:
+        own, attacked = found["corruption"], found["attack"]
+        kept[f"evaluation/corrupted_{own['kind']}_top1"] = own["mean"]
+        for name in ("fgsm", "pgd"):
+            each = zip(attacked["eps"], attacked[name], strict=True)
+            kept |= {f"evaluation/{name}_{eps}_top1": top1 for eps, top1 in each}
+    return kept
+
+
+def lines(answer: dict[str, Any], found: Findings) -> list[str]:
+    """Return what was found as lines for the terminal."""
+    head = f"{'':<24}{'top-1':>8}{'ECE':>8}{'NLL':>8}{'corrupted':>11}{'FGSM':>8}{'PGD':>8}"
+    said = [head]
+    eps = kind = None
+    for name, own in answer["students"].items():
+        sure = own["calibration"]["student"]
+        row = f"{found.students[name].title:<24}{own['test']['top1']:>8.2f}{sure['ece']:>8.2f}{sure['nll']:>8.3f}"
+        if "corruption" in own:
+            attacked, kind = own["attack"], own["corruption"]["kind"]
+            eps = attacked["eps"][-1]
+            row += f"{own['corruption']['mean']:>11.2f}{attacked['fgsm'][-1]:>8.2f}{attacked['pgd'][-1]:>8.2f}"
+        said.append(row)
+    said.append("test rows, %, NLL in nats; one seed each, which can mislead by points")
+    if eps is not None:
+        images = "the published images" if kind == "published" else "computed here"
+        said.append(f"corrupted: mean over families and severities, {images}; attacks at {eps}/255")
+    said += [
+        f"explained  {short(Path(answer['explained']))}",
+        f"report     {short(Path(answer['report']))}",
+    ]
+    if answer["untold"] is not None:
+        said.append(f"MLflow has not got it: {answer['untold']}")
+    return said
