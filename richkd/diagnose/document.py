@@ -1,12 +1,369 @@
 """A diagnosis as a document: of its plain JSON alone, so that a sweep can show one that was made before it."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from richkd.diagnose.pictures import pictures
-from richkd.page import Block, Pictures, Text
+from richkd.diagnose.pictures import CELLS, FEW, chosen, named, pictures, share
+from richkd.layers import scalar
+from richkd.page import Block, Code, Details, Heading, Pictures, Table, Text, Tiles
+
+LAYER = "my.yaml"  # as commands in texts call the user's
+RULES = {
+    "full": "the least squared error, bias and all",
+    "printed": "as the paper's supplement prints it, the bias dropped",
+    "independent": "as printed, the correlation taken for 0",
+    "nll": "the most likely labels, after calibration",
+    "best": "right most often, on a grid of 0.05",
+}
 
 
 def document(found: Mapping[str, Any]) -> list[Block]:
     """Return a diagnosis, as `diagnose` returns it, as blocks."""
-    return [Text(found["verdict"], "lead"), Pictures(pictures(found))]
+    drawn = {one.name.removeprefix("diagnosis-"): one for one in pictures(found)}
+
+    def side(*names: str) -> Pictures:
+        return Pictures([drawn[name] for name in names])
+
+    alpha = f"{found['fused']['alpha']:g}"
+    rows = found["rows"]
+    return [
+        Text(found["verdict"], "lead"),
+        *([Text(found["caution"], "note")] if found["caution"] is not None else []),
+        Tiles(tiles(found)),
+        Text(
+            f"On {rows['n']:,} rows ({rows['of']}) of {found['classes']:,} classes. A weight, alpha, is the task teacher's, CLIP has "
+            f"the rest; it means something only together with the scale of CLIP's logits, here clip.scale {found['scale']}. "
+            "It is the teachers that are judged here: what a student learns from them is for a run to show.",
+            "soft",
+        ),
+        *start(found),
+        Heading("Does fusing help?"),
+        side("alpha", "prompts"),
+        accuracies(found),
+        Heading(f"What fusing changes, at alpha {alpha}"),
+        Text(
+            f"Rows are followed at fusion.alpha, {alpha} here; to follow them at another weight, give it: fusion.alpha=A.",
+            "soft",
+        ),
+        side("outcomes", "certain"),
+        table10(found),
+        cells(found),
+        agreement(found),
+        side("classes"),
+        by_class(found),
+        Heading("Why, and which weight"),
+        *theory(found),
+        side("error"),
+        Heading("The target that a student would learn"),
+        *target(found),
+        side("target"),
+        Heading("Calibration"),
+        side("reliability"),
+        calibrated(found),
+    ]
+
+
+def points(gain: Mapping[str, float]) -> str:
+    """Return the 95 % interval of a gain."""
+    return f"{gain['low']:+.2f} to {gain['high']:+.2f}"
+
+
+def span(plateau: list[float]) -> str:
+    """Return from which to which weight a plateau reaches."""
+    low, high = plateau
+    return f"{low:g} to {high:g}" if low < high else f"{low:g}"
+
+
+def optional(value: float | None, digits: int = 2) -> str:
+    """Return a number, or a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def tiles(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the numbers that a reader looks for first."""
+    best, gain, plateau, first = (found[key] for key in ("best", "gain", "plateau", "start"))
+    shown = [
+        ("task teacher", f"{found['teacher']['top1']:.2f} %", "top-1, alone"),
+        (
+            f"CLIP, {named(found)[found['prompts']]}",
+            f"{chosen(found)['top1']:.2f} %",
+            "top-1, alone, zero-shot",
+        ),
+        (
+            "fused, at its best",
+            f"{best['top1']:.2f} %",
+            f"alpha {best['alpha']:g}, chosen on these rows",
+        ),
+        (
+            "gain, out of bag",
+            f"{gain['mean']:+.2f} points",
+            f"95 % interval {points(gain)}",
+        ),
+    ]
+    if first is None:
+        said = "cannot be told" if found["helps"] is None else "not shown to help"
+        return [*shown, ("weight", "none", said)]
+    more = f"T {first['loss.temperature']:.2g}; {span(plateau)} about as good"
+    return [*shown, ("weight", f"alpha {first['fusion.alpha']:.2f}", more)]
+
+
+def start(found: Mapping[str, Any]) -> list[Block]:
+    """Return where a sweep or a run may start, and what to do where fusing does not help."""
+    if (first := found["start"]) is not None:
+        file = shlex.quote(found.get("files", {}).get("start", "start.yaml"))
+        text = "".join(f"{key}: {scalar(value)}\n" for key, value in first.items())
+        return [
+            Heading("Starting point"),
+            Text(
+                "The weight with the least squared error, and the temperature at which the target stays as sharp as plain "
+                f"distillation's at T {found['temperature']:g}. As a layer over your own it trains one student so:"
+            ),
+            Code(f"{text}\npython -m richkd distill {LAYER} {file}"),
+        ]
+    if found["helps"] is None:
+        return []
+    return [
+        Heading("What to do instead"),
+        Text("Distil from the task teacher alone:"),
+        Code(f"python -m richkd distill {LAYER} method.name=kd"),
+    ]
+
+
+def accuracies(found: Mapping[str, Any]) -> Table:
+    """Return the accuracy of the task teacher, of CLIP by prompt set, and of both fused."""
+    names, fused = named(found), found["fused"]
+    empty = ["", "", "", ""]
+
+    def row(name: str, each: Mapping[str, Any], more: list[str]) -> list[str]:
+        return [name, f"{each['top1']:.2f}", f"{each['top5']:.2f}", *more]
+
+    sets = [
+        row(
+            f"CLIP, {names[each['prompts']]}",
+            each,
+            [
+                f"{each['best']['alpha']:g}",
+                f"{each['best']['top1']:.2f}",
+                f"{each['gain']['mean']:+.2f}",
+                points(each["gain"]),
+            ],
+        )
+        for each in found["clip"]
+    ]
+    which = next(
+        k for k, each in enumerate(found["clip"], 1) if each["prompts"] == found["prompts"]
+    )
+    return Table(
+        header=(
+            *("teacher", "top-1, %", "top-5, %", "best alpha", "fused there, %"),
+            *("gain out of bag", "95 % interval"),
+        ),
+        rows=[
+            row("task teacher", found["teacher"], empty),
+            *sets,
+            row(f"fused, alpha {fused['alpha']:g}", fused, empty),
+        ],
+        right=(1, 2, 3, 4, 5, 6),
+        strong=which,
+    )
+
+
+def table10(found: Mapping[str, Any]) -> Table:
+    """Return the outcomes of fusion as Table 10 of the paper's supplement has them."""
+    what = found["outcomes"]
+
+    def row(name: str, count: str, base: str) -> list[str]:
+        part = f"{100 * what[count] / what[base]:.1f} %" if what[base] else "-"
+        return [name, f"{what[count]:,}", f"{what[base]:,}", part]
+
+    return Table(
+        header=("outcome of fusing (as Table 10 of the supplement)", "rows", "of", "share"),
+        rows=[
+            row("task teacher wrong, fused right", "fixed", "teacher_wrong"),
+            row("target outside the task teacher's top 5, fused right", "top5_fixed", "top5_base"),
+            row("task teacher right, fused wrong", "harmed", "teacher_right"),
+            row("task teacher right, target outside the fused top 5", "top5_lost", "teacher_right"),
+        ],
+        right=(1, 2, 3),
+    )
+
+
+def cells(found: Mapping[str, Any]) -> Table:
+    """Return how many rows are right or wrong, certain or not, before and after fusing."""
+    total = found["rows"]["n"]
+    columns = [
+        (f"{label}{', calibrated' * (kind == 'calibrated')}", counts[who])
+        for kind, counts in found["figure1"].items()
+        for who, label in (("teacher", "task teacher"), ("fused", "fused"))
+        if who in counts
+    ]
+
+    def both(count: int) -> list[str]:
+        part = share(count, total)
+        return [f"{count:,}", "" if part is None else f"{part:.2f}"]
+
+    return Table(
+        header=(
+            f"rows (a share of fewer than {FEW} is not given)",
+            *(each for name, _ in columns for each in (f"{name}, n", "%")),
+        ),
+        rows=[
+            [name, *(each for _, counts in columns for each in both(counts[cell]))]
+            for cell, (name, _) in CELLS.items()
+        ],
+        right=tuple(range(1, 1 + 2 * len(columns))),
+    )
+
+
+def agreement(found: Mapping[str, Any]) -> Text:
+    """Return how often both teachers agree, as sentences."""
+    how = found["agreement"]
+    return Text(
+        f"Task teacher and CLIP name the same class in {how['same_class']:.1f} % of the rows. Both are right in "
+        f"{how['both_right']:.1f} %, only the task teacher in {how['only_teacher']:.1f} %, only CLIP in {how['only_clip']:.1f} %, "
+        f"neither in {how['neither']:.1f} %."
+    )
+
+
+def by_class(found: Mapping[str, Any]) -> Details:
+    """Return the accuracy of each teacher on each class."""
+    return Details(
+        f"All {len(found['by_class']):,} classes",
+        [
+            Table(
+                header=("class", "rows", "task teacher, %", "CLIP, %", "fused, %", "gain, points"),
+                rows=[
+                    [
+                        *(each["name"], f"{each['n']:,}"),
+                        *(f"{each[who]:.1f}" for who in ("teacher", "clip", "fused")),
+                        f"{each['gain']:+.1f}",
+                    ]
+                    for each in found["by_class"]
+                ],
+                right=(1, 2, 3, 4, 5),
+            )
+        ],
+    )
+
+
+def theory(found: Mapping[str, Any]) -> list[Block]:
+    """Return how both teachers err, and the weights that follow."""
+    own = found["errors"]
+    blocks: list[Block] = [
+        Text(
+            "Averaging two teachers pays where their errors differ: little bias, and a low correlation. Errors are told in "
+            "standardised units: rows of logits are centred, each teacher divided by the spread of its logits, and compared with "
+            "the labels in the same form."
+        ),
+        Table(
+            header=("errors", "task teacher", f"CLIP, {named(found)[found['prompts']]}"),
+            rows=[
+                ["bias, root mean square over classes", *_pair(own, "bias")],
+                ["variance around it", f"{own['sigma_t'] ** 2:.3f}", f"{own['sigma_c'] ** 2:.3f}"],
+                ["standard deviation, sigma", *_pair(own, "sigma")],
+                ["spread of the logits, as they are fused", *_pair(own, "spread")],
+                ["correlation of both, rho", f"{own['rho']:.3f}", ""],
+            ],
+            right=(1, 2),
+        ),
+    ]
+    if found["helps"] is None:
+        return [
+            *blocks,
+            Text("No weight is recommended from these rows; the note at the top says why.", "soft"),
+        ]
+    table = Table(
+        header=("rule", "seeks", "standardised", f"alpha at {found['scale']}", "top-1, %"),
+        rows=[
+            [
+                *(name, RULES.get(name, "")),
+                optional(found["standardised"].get(name)),
+                *(f"{each['alpha']:.2f}", f"{each['top1']:.2f}"),
+            ]
+            for name, each in found["rules"].items()
+        ],
+        right=(2, 3, 4),
+        strong=list(found["rules"]).index("full"),
+    )
+    probabilities = found["alpha_star"]["probabilities"]
+    more = ""
+    if probabilities is not None:
+        more = (
+            f" On calibrated probabilities instead of logits the full form is {probabilities:.2f}."
+        )
+    return [
+        *blocks,
+        table,
+        Text(
+            "Top-1 is cross-fitted: the weight comes from other rows than those that it is judged on. Standardised weights are of "
+            f"the theory; only alpha can be used, and only at this scale.{more}",
+            "soft",
+        ),
+    ]
+
+
+def _pair(own: Mapping[str, float], what: str) -> list[str]:
+    return [f"{own[f'{what}_{who}']:.3f}" for who in ("t", "c")]
+
+
+def target(found: Mapping[str, Any]) -> list[Block]:
+    """Return what the student would receive on the rows that it learns from."""
+    own, plain = found["target"], found["temperature"]
+    said = f"Over {own['rows']:,} transfer rows, un-augmented"
+    if own["teacher_error"] is not None:
+        said += f", of which the task teacher gets {own['teacher_error']:.1f} % wrong where labels are known"
+    text = Text(f"{said}. A better teacher at the wrong temperature can be a worse target.")
+    alphas = {"plain distillation": 1.0, "fusion.alpha": found["fused"]["alpha"]}
+    if found["start"] is not None:
+        alphas["starting point"] = found["start"]["fusion.alpha"]
+    table = Table(
+        header=(
+            *("target", "alpha", "sharpness", f"entropy at T {plain:g}", "T that keeps it"),
+            *("entropy there", "KL to plain"),
+        ),
+        rows=[
+            [
+                *(name, f"{alpha:.2f}", f"{at['sharpness']:.2f}", f"{at['entropy']:.3f}"),
+                *(f"{at['kept']:.2f}", f"{at['entropy_kept']:.3f}", f"{at['kl']:.3f}"),
+            ]
+            for name, alpha in alphas.items()
+            for at in [at_alpha(found, alpha)]
+        ],
+        right=(1, 2, 3, 4, 5, 6),
+        strong=2 if found["start"] is not None else None,
+    )
+    return [text, table]
+
+
+def at_alpha(found: Mapping[str, Any], alpha: float) -> dict[str, float]:
+    """Return the target at a weight, on a line between those of the grid."""
+    curve = found["target"]["curve"]
+    high = next(k for k, each in enumerate(curve) if each["alpha"] >= alpha)
+    one, other = curve[max(high - 1, 0)], curve[high]
+    part = (alpha - one["alpha"]) / ((other["alpha"] - one["alpha"]) or 1)
+    return {key: one[key] + part * (other[key] - one[key]) for key in other}
+
+
+def calibrated(found: Mapping[str, Any]) -> Table:
+    """Return how sure each teacher is, and how calibrated."""
+    names, fused = named(found), found["fused"]
+    every = [
+        ("task teacher", found["teacher"]),
+        *((f"CLIP, {names[each['prompts']]}", each) for each in found["clip"]),
+        (f"fused, alpha {fused['alpha']:g}", fused),
+    ]
+    return Table(
+        header=(
+            *("teacher", "entropy, nats", "NLL, nats", "ECE, %"),
+            *("T that calibrates", "ECE there, %"),
+        ),
+        rows=[
+            [
+                *(name, f"{each['entropy']:.3f}", f"{each['nll']:.3f}", f"{each['ece']:.2f}"),
+                *(optional(each["temperature"]), optional(each["ece_calibrated"])),
+            ]
+            for name, each in every
+        ],
+        right=(1, 2, 3, 4, 5),
+    )
