@@ -273,7 +273,7 @@ def diagnose(arguments: argparse.Namespace) -> Done:
         told = stoppable(progress, arguments.stop)
         found = diagnosing.diagnose(config, searched(layers, key), told)
     found = show.write(found, folder)
-    for line in [*show.lines(found), found["verdict"], "", f"page  {found['files']['page']}"]:
+    for line in show.lines(found):
         say(line)
     return Done(found)
 

@@ -6,9 +6,12 @@ from typing import Any
 
 from richkd.diagnose.pictures import CELLS, FEW, chosen, named, pictures, share
 from richkd.layers import scalar
-from richkd.page import Block, Code, Details, Heading, Pictures, Table, Text, Tiles
+from richkd.page import Beside, Block, Code, Details, Heading, Pictures, Table, Text, Tiles
 
 LAYER = "my.yaml"  # as commands in texts call the user's
+DOUBT = (
+    "All that follows is of these rows and shares the doubt; no weight is recommended from them."
+)
 RULES = {
     "full": "the least squared error, bias and all",
     "printed": "as the paper's supplement prints it, the bias dropped",
@@ -29,7 +32,7 @@ def document(found: Mapping[str, Any]) -> list[Block]:
     rows = found["rows"]
     return [
         Text(found["verdict"], "lead"),
-        *([Text(found["caution"], "note")] if found["caution"] is not None else []),
+        *([Text(DOUBT, "note")] if found["caution"] is not None else []),
         Tiles(tiles(found)),
         Text(
             f"On {rows['n']:,} rows ({rows['of']}) of {found['classes']:,} classes. A weight, alpha, is the task teacher's, CLIP has "
@@ -48,13 +51,22 @@ def document(found: Mapping[str, Any]) -> list[Block]:
         ),
         side("outcomes", "certain"),
         table10(found),
-        cells(found),
         agreement(found),
-        side("classes"),
-        by_class(found),
+        cells(found),
+        Heading(f"Classes, at alpha {alpha}"),
+        *(
+            [side("classes"), Details(f"All {len(found['by_class']):,} classes", [by_class(found)])]
+            if drawn["classes"].wide
+            else [Beside([side("classes")], [by_class(found)])]
+        ),
         Heading("Why, and which weight"),
-        *theory(found),
-        side("error"),
+        Text(
+            "Averaging two teachers pays where their errors differ: little bias, and a low correlation. Errors are told in "
+            "standardised units: rows of logits are centred, each teacher divided by the spread of its logits, and compared with "
+            "the labels in the same form."
+        ),
+        Beside([side("error")], [errors(found)]),
+        *weights(found),
         Heading("The target that a student would learn"),
         *target(found),
         side("target"),
@@ -93,18 +105,18 @@ def tiles(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             "fused, at its best",
             f"{best['top1']:.2f} %",
-            f"alpha {best['alpha']:g}, chosen on these rows",
+            f"at alpha {best['alpha']:g}, on these rows",
         ),
         (
             "gain, out of bag",
             f"{gain['mean']:+.2f} points",
-            f"95 % interval {points(gain)}",
+            f"95 %: {points(gain)}",
         ),
     ]
     if first is None:
         said = "cannot be told" if found["helps"] is None else "not shown to help"
         return [*shown, ("weight", "none", said)]
-    more = f"T {first['loss.temperature']:.2g}; {span(plateau)} about as good"
+    more = f"plateau {span(plateau)}, T {first['loss.temperature']:.2g}"
     return [*shown, ("weight", f"alpha {first['fusion.alpha']:.2f}", more)]
 
 
@@ -226,53 +238,42 @@ def agreement(found: Mapping[str, Any]) -> Text:
     )
 
 
-def by_class(found: Mapping[str, Any]) -> Details:
+def by_class(found: Mapping[str, Any]) -> Table:
     """Return the accuracy of each teacher on each class."""
-    return Details(
-        f"All {len(found['by_class']):,} classes",
-        [
-            Table(
-                header=("class", "rows", "task teacher, %", "CLIP, %", "fused, %", "gain, points"),
-                rows=[
-                    [
-                        *(each["name"], f"{each['n']:,}"),
-                        *(f"{each[who]:.1f}" for who in ("teacher", "clip", "fused")),
-                        f"{each['gain']:+.1f}",
-                    ]
-                    for each in found["by_class"]
-                ],
-                right=(1, 2, 3, 4, 5),
-            )
+    return Table(
+        header=("class", "rows", "task teacher, %", "CLIP, %", "fused, %", "gain, points"),
+        rows=[
+            [
+                *(each["name"], f"{each['n']:,}"),
+                *(f"{each[who]:.1f}" for who in ("teacher", "clip", "fused")),
+                f"{each['gain']:+.1f}",
+            ]
+            for each in found["by_class"]
         ],
+        right=(1, 2, 3, 4, 5),
     )
 
 
-def theory(found: Mapping[str, Any]) -> list[Block]:
-    """Return how both teachers err, and the weights that follow."""
+def errors(found: Mapping[str, Any]) -> Table:
+    """Return how both teachers err."""
     own = found["errors"]
-    blocks: list[Block] = [
-        Text(
-            "Averaging two teachers pays where their errors differ: little bias, and a low correlation. Errors are told in "
-            "standardised units: rows of logits are centred, each teacher divided by the spread of its logits, and compared with "
-            "the labels in the same form."
-        ),
-        Table(
-            header=("errors", "task teacher", f"CLIP, {named(found)[found['prompts']]}"),
-            rows=[
-                ["bias, root mean square over classes", *_pair(own, "bias")],
-                ["variance around it", f"{own['sigma_t'] ** 2:.3f}", f"{own['sigma_c'] ** 2:.3f}"],
-                ["standard deviation, sigma", *_pair(own, "sigma")],
-                ["spread of the logits, as they are fused", *_pair(own, "spread")],
-                ["correlation of both, rho", f"{own['rho']:.3f}", ""],
-            ],
-            right=(1, 2),
-        ),
-    ]
+    return Table(
+        header=("errors", "task teacher", f"CLIP, {named(found)[found['prompts']]}"),
+        rows=[
+            ["bias, root mean square over classes", *_pair(own, "bias")],
+            ["variance around it", f"{own['sigma_t'] ** 2:.3f}", f"{own['sigma_c'] ** 2:.3f}"],
+            ["standard deviation, sigma", *_pair(own, "sigma")],
+            ["correlation of both, rho", f"{own['rho']:.3f}", ""],
+            ["spread of the logits, as they are fused", *_pair(own, "spread")],
+        ],
+        right=(1, 2),
+    )
+
+
+def weights(found: Mapping[str, Any]) -> list[Block]:
+    """Return the weight that each rule gives, and how right it is."""
     if found["helps"] is None:
-        return [
-            *blocks,
-            Text("No weight is recommended from these rows; the note at the top says why.", "soft"),
-        ]
+        return []
     table = Table(
         header=("rule", "seeks", "standardised", f"alpha at {found['scale']}", "top-1, %"),
         rows=[
@@ -286,21 +287,16 @@ def theory(found: Mapping[str, Any]) -> list[Block]:
         right=(2, 3, 4),
         strong=list(found["rules"]).index("full"),
     )
+    text = (
+        "Top-1 is cross-fitted: the weight comes from other rows than those that it is judged on. Standardised weights are the "
+        "theory's; only alpha can be used, and only at this scale."
+    )
     probabilities = found["alpha_star"]["probabilities"]
-    more = ""
     if probabilities is not None:
-        more = (
+        text += (
             f" On calibrated probabilities instead of logits the full form is {probabilities:.2f}."
         )
-    return [
-        *blocks,
-        table,
-        Text(
-            "Top-1 is cross-fitted: the weight comes from other rows than those that it is judged on. Standardised weights are of "
-            f"the theory; only alpha can be used, and only at this scale.{more}",
-            "soft",
-        ),
-    ]
+    return [table, Text(text, "soft")]
 
 
 def _pair(own: Mapping[str, float], what: str) -> list[str]:

@@ -27,7 +27,7 @@ BAND = "#d8e6f3"  # weights that are about as good as the best
 DASHED = (0, (4, 2))
 FEW = 30  # rows below which a share is not said
 ENDS = 10  # classes at either end that are shown
-ROOM = 6  # percent of a bar that has room for its number
+ROOM = 5  # percent of a bar that has room for its number
 CELLS = {  # of Figure 1
     "right_certain": ("right, certain", RIGHT),
     "right_uncertain": ("right, uncertain", HALF_RIGHT),
@@ -275,9 +275,9 @@ def figure1(found: Mapping[str, Any]) -> Picture:
     title = "Right and certain, before and after"
     alpha, total = found["fused"]["alpha"], found["rows"]["n"]
     bars = [
-        (f"{label}{', calibrated' * (kind == 'calibrated')}", kind, who, counts[who])
+        (f"{label}\ncalibrated" if kind == "calibrated" else label, kind, who, counts[who])
         for kind, counts in found["figure1"].items()
-        for who, label in (("teacher", "task teacher"), ("fused", f"fused, {alpha:g}"))
+        for who, label in (("teacher", "task teacher"), ("fused", f"fused, alpha {alpha:g}"))
         if who in counts
     ]
     with canvas(NARROW, 1.4 + 0.55 * len(bars)) as (figure, axes):

@@ -1,17 +1,21 @@
 """A diagnosis on the terminal, and where it is kept."""
 
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from richkd import escape
-from richkd.diagnose import called
-from richkd.diagnose.document import document
+from richkd.diagnose.document import at_alpha, document, points, span
+from richkd.diagnose.pictures import named, share
 from richkd.files import write_atomic, write_json
 from richkd.layers import scalar
 from richkd.page import write as write_page
 
 NAME = "diagnosis"  # of its files
 START = "start.yaml"
+WIDTH, LEFT = 94, 12  # columns, of a line and of what it is about
+MOST = 6  # prompt sets, of which the others are on the page
 
 
 def write(found: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -24,7 +28,7 @@ def write(found: dict[str, Any], folder: Path) -> dict[str, Any]:
     if found["start"] is not None:
         start = folder / START
         text = "".join(f"{key}: {scalar(value)}\n" for key, value in found["start"].items())
-        write_atomic(start, f"# {found['verdict']}\n{text}".encode())
+        write_atomic(start, f"# {escape.line(found['verdict'])}\n{text}".encode())
         told["files"]["start"] = str(start)
         told["verdict"] = (
             f"{found['verdict'].removesuffix('.')}; starting point for the sweep written to {start}."
@@ -34,54 +38,128 @@ def write(found: dict[str, Any], folder: Path) -> dict[str, Any]:
     return told
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """Return a diagnosis as lines of at most 90 characters."""
-    rows, best = found["rows"], found["best"]
-    said = [
-        f"{found['data']}: {rows['n']:,} rows ({rows['of']}), {found['classes']} classes; alpha is the task teacher's weight, "
-        f"at clip.scale {found['scale']}",
-        "",
-        f"{'':<26}{'top-1':>8}{'top-5':>8}{'ECE':>8}{'calibrated':>12}{'entropy':>9}",
-        _row("task teacher", found["teacher"]),
-        *(_row(f"CLIP, {called(each['prompts'])}", each) for each in found["clip"]),
-        _row(f"fused, alpha {found['fused']['alpha']:g}", found["fused"]),
-        "",
-    ]
-    along = [each for each in found["curve"] if round(10 * each["alpha"]) == 10 * each["alpha"]]
-    said += [
-        "alpha      " + "".join(f"{each['alpha']:>7.1f}" for each in along),
-        "fused top-1"
-        + "".join(f"{each['top1']:>7.2f}" for each in along)
-        + f"   best {best['top1']:.2f} at {best['alpha']:g}, {called(found['prompts'])}",
-    ]
-    gain = found["gain"]
-    said.append(
-        f"out of bag  {gain['mean']:+.2f} points over the task teacher, 95 % interval {gain['low']:+.2f} to {gain['high']:+.2f}"
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """Return a diagnosis as lines of at most WIDTH characters, names of files aside; its verdict at the end."""
+    rows = found["rows"]
+    head = (
+        f"{found['data']}: {rows['n']:,} rows ({rows['of']}), {found['classes']:,} classes; alpha: the task teacher's weight, "
+        f"clip.scale {found['scale']}"
     )
-    if found["plateau"] is not None:
-        said.append(
-            f"plateau     alpha {found['plateau'][0]:g} to {found['plateau'][1]:g} within 0.5 points"
-        )
-        said.append(
-            "weights     "
-            + ", ".join(
-                f"{name} {each['alpha']:.2f} ({each['top1']:.2f})"
-                for name, each in found["rules"].items()
-            )
-            + "; in brackets top-1, cross-fitted"
-        )
-    errors, what = found["errors"], found["outcomes"]
-    said += [
-        f"errors      bias {errors['bias_t']:.2f} and {errors['bias_c']:.2f}, sigma {errors['sigma_t']:.2f} and "
-        f"{errors['sigma_c']:.2f}, correlation {errors['rho']:.2f}",
-        f"outcomes    {what['fixed']} of {what['teacher_wrong']} errors repaired, {what['harmed']} of "
-        f"{what['teacher_right']} right answers harmed, at alpha {found['fused']['alpha']:g}",
+    return [
+        *_wrapped(head),
         "",
+        *accuracies(found),
+        "",
+        *curve(found),
+        *rules(found),
+        *reasons(found),
+        "",
+        *_wrapped(found["verdict"]),
+        "",
+        _about("page", found["files"]["page"]),
     ]
-    return [escape.line(line) for line in said]
 
 
-def _row(name: str, each: dict[str, Any]) -> str:
+def accuracies(found: Mapping[str, Any]) -> list[str]:
+    """Return how right and how sure each teacher is."""
+    names, fused = named(found), found["fused"]
+    sets = sorted(found["clip"], key=lambda each: -each["best"]["top1"])
+    said = [
+        f"{'':<26}{'top-1':>7}{'top-5':>8}{'entropy':>9}{'ECE':>7}{'calibrated':>12}{'best fused':>15}{'gain':>8}",
+        _teacher("task teacher", found["teacher"]),
+    ]
+    for each in sets[:MOST]:
+        best = f"{each['best']['top1']:.2f} at {each['best']['alpha']:.2f}"
+        own = _teacher(f"CLIP, {names[each['prompts']]}", each)
+        said.append(f"{own}{best:>15}{each['gain']['mean']:>+8.2f}")
+    if len(sets) > MOST:
+        said.append(f"CLIP, {len(sets) - MOST} more prompt sets: on the page")
+    return [*said, _teacher(f"fused, alpha {fused['alpha']:g}", fused)]
+
+
+def _teacher(name: str, each: Mapping[str, Any]) -> str:
+    name = escape.line(name)
+    name = name if len(name) <= 25 else f"{name[:22]}..."
     calibrated = each["ece_calibrated"]
     shown = "-" if calibrated is None else f"{calibrated:.2f}"
-    return f"{name:<26}{each['top1']:>8.2f}{each['top5']:>8.2f}{each['ece']:>8.2f}{shown:>12}{each['entropy']:>9.3f}"
+    return f"{name:<26}{each['top1']:>7.2f}{each['top5']:>8.2f}{each['entropy']:>9.3f}{each['ece']:>7.2f}{shown:>12}"
+
+
+def curve(found: Mapping[str, Any]) -> list[str]:
+    """Return the accuracy along alpha, its best part, and what is gained."""
+    along = [each for each in found["curve"] if round(10 * each["alpha"]) == 10 * each["alpha"]]
+    best, gain, plateau = found["best"], found["gain"], found["plateau"]
+    near = "" if plateau is None else f"; within 0.5 points: alpha {span(plateau)}"
+    return [
+        _about("alpha", "".join(f"{each['alpha']:>7.1f}" for each in along)),
+        _about("fused top-1", "".join(f"{each['top1']:>7.2f}" for each in along)),
+        _about("best", f"{best['top1']:.2f} at alpha {best['alpha']:g}{near}"),
+        _about(
+            "out of bag",
+            f"{gain['mean']:+.2f} points over the task teacher, 95 % interval {points(gain)}",
+        ),
+        "",
+    ]
+
+
+def rules(found: Mapping[str, Any]) -> list[str]:
+    """Return the weight that each rule gives, and its accuracy on rows that it was not fitted on."""
+    if found["helps"] is None:
+        return []
+    each = found["rules"]
+    return [
+        _about("rule", "".join(f"{name:>13}" for name in each)),
+        _about("alpha", "".join(f"{own['alpha']:>13.2f}" for own in each.values())),
+        _about("cross-fitted", "".join(f"{own['top1']:>13.2f}" for own in each.values())),
+        "",
+    ]
+
+
+def reasons(found: Mapping[str, Any]) -> list[str]:
+    """Return why: errors, outcomes as in Table 10 of the paper's supplement, certainty, and the target."""
+    own, what, total = found["errors"], found["outcomes"], found["rows"]["n"]
+    cells = found["figure1"]["as_is"]
+
+    def change(cell: str) -> str:
+        counts = cells["teacher"][cell], cells["fused"][cell]
+        before, after = (share(count, total) for count in counts)
+        if before is None or after is None:
+            return f"{counts[0]} -> {counts[1]} rows"
+        return f"{before:.1f} -> {after:.1f} %"
+
+    alpha, wanted = found["fused"]["alpha"], found["start"]
+    weight = alpha if wanted is None else wanted["fusion.alpha"]
+    target = at_alpha(found, weight)
+    return [
+        _about(
+            "errors",
+            f"bias {own['bias_t']:.2f} and {own['bias_c']:.2f} (CLIP), sigma {own['sigma_t']:.2f} and {own['sigma_c']:.2f}, "
+            f"correlation {own['rho']:.2f}",
+        ),
+        _about(
+            f"alpha {alpha:.4g}",
+            f"repairs {what['fixed']:,} of {what['teacher_wrong']:,} errors, {what['top5_fixed']:,} of {what['top5_base']:,} from "
+            "outside the top 5",
+        ),
+        _about(
+            "",
+            f"harms {what['harmed']:,} of {what['teacher_right']:,} right answers, {what['top5_lost']:,} to outside the top 5",
+        ),
+        _about(
+            "",
+            f"right and certain {change('right_certain')}, wrong and certain {change('wrong_certain')}",
+        ),
+        _about(
+            "target",
+            f"at alpha {weight:.2f} T {target['kept']:.2f} keeps it as sharp as plain distillation's at {found['temperature']:g}",
+        ),
+    ]
+
+
+def _about(what: str, text: str) -> str:
+    return escape.line(f"{what:<{LEFT}}{text}")
+
+
+def _wrapped(text: str) -> list[str]:
+    whole = {"break_long_words": False, "break_on_hyphens": False}  # a path can be copied
+    return textwrap.wrap(escape.line(text), WIDTH, **whole)
