@@ -279,7 +279,7 @@ def weights(found: Mapping[str, Any]) -> list[Block]:
         rows=[
             [
                 *(name, RULES.get(name, "")),
-                optional(found["standardised"].get(name)),
+                f"{found['standardised'][name]:.2f}" if name in found["standardised"] else "",
                 *(f"{each['alpha']:.2f}", f"{each['top1']:.2f}"),
             ]
             for name, each in found["rules"].items()

@@ -71,7 +71,7 @@ def along(found: Mapping[str, Any]) -> Picture:
     x, y = ([each[key] for each in found["curve"]] for key in ("alpha", "top1"))
     flat = {
         "teacher": ("task teacher", found["teacher"]["top1"]),
-        "clip": (f"CLIP, {drawable(named(found)[found['prompts']])}", chosen(found)["top1"]),
+        "clip": (f"CLIP, {drawable(named(found)[found['prompts']], 16)}", chosen(found)["top1"]),
     }
     options = {"squeeze": False, "sharex": True, "nrows": 1 + bool(rules)}
     if rules:
@@ -103,6 +103,8 @@ def along(found: Mapping[str, Any]) -> Picture:
         figure.legend(loc="outside lower center", ncols=3, columnspacing=1.2, handlelength=1.8)
         drawn = save(figure)
     text = "Alpha 1 is the task teacher alone, alpha 0 CLIP alone; the dashed lines are these two."
+    if flat["clip"][1] < low:
+        text += " CLIP alone lies below the picture."
     if found["plateau"] is not None:
         text += " Weights within half a point of the best are shaded."
     if rules:
@@ -163,6 +165,8 @@ def prompts(found: Mapping[str, Any]) -> Picture:
             right.plot((gain["low"], gain["high"]), (place, place), color=own, lw=2)
             right.plot(gain["mean"], place, "o" if place >= first else "D", color=own, ms=7)
         right.axvline(0, color=INK, lw=1)
+        ends = [gain[key] for gain in gains for key in ("low", "high")]
+        right.set_xlim(1.05 * min(*ends, -0.5), 1.05 * max(*ends, 0.5))
         left.set_yticks(range(len(labels)), labels)
         left.set_ylim(-0.6, len(labels) - 0.4)
         left.set_xlabel("top-1, %")
@@ -228,8 +232,8 @@ def outcomes(found: Mapping[str, Any]) -> Picture:
     return Picture(
         name="diagnosis-outcomes",
         title=title,
-        text="Of the errors, what CLIP alone gets right is there to be repaired, and the bar below says how much of it fusing "
-        "repairs; of the right answers, what CLIP alone gets wrong could be harmed, and the bar below says how much is.",
+        text="Above, how often CLIP alone is right on these rows, below, how often the fused teacher is: which part of the errors it "
+        "repairs, and which part of the right answers it leaves unharmed.",
         header=("of", "rows", "who", "right_percent"),
         rows=[
             (name, what[base], label, right)
@@ -394,7 +398,9 @@ def target(found: Mapping[str, Any]) -> Picture:
         )  # fmt: skip
         right.set_ylabel("entropy of the target, nats")
         right.set_title("How soft the target is")
-        right.set_ylim(0, None)
+        right.set_ylim(
+            0, 1.1 * max(each[key] for each in along for key in ("entropy", "entropy_kept"))
+        )
         right.legend(loc="best")
         for axes in (left, right):
             axes.set_xlabel(weight(found))

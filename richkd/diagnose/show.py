@@ -162,4 +162,5 @@ def _about(what: str, text: str) -> str:
 
 def _wrapped(text: str) -> list[str]:
     whole = {"break_long_words": False, "break_on_hyphens": False}  # a path can be copied
-    return textwrap.wrap(escape.line(text), WIDTH, **whole)
+    kept = escape.line(text).replace(" %", "\u00a0%")
+    return [line.replace("\u00a0", " ") for line in textwrap.wrap(kept, WIDTH, **whole)]
