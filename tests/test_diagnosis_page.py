@@ -8,19 +8,18 @@ from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from richkd.config import Config
 from richkd.diagnose import Rows, judged, measure, measured, show
 from richkd.diagnose import document as pages
 from richkd.diagnose import pictures as drawing
-from richkd.diagnose.document import at_alpha, document
+from richkd.diagnose.document import document
 from richkd.diagnose.pictures import ends_of, named
 from richkd.draw import Picture
 from richkd.escape import line
@@ -184,7 +183,14 @@ def test_doubtful_rows_recommend_no_weight(undrawn):
     found = diagnosis(caution=SEEN)
     text = to_markdown("x", document(found)) + "\n".join(shown(found))
     assert "shares the doubt" in text
-    for word in ("Starting point", "independent", "cross-fitted", "plateau", "within 0.5 points"):
+    for word in (
+        "Starting point",
+        "independent",
+        "cross-fitted",
+        "fusion.weighting",
+        "plateau",
+        "within 0.5 points",
+    ):
         assert word not in text
     assert not [row for row in table_of(drawing.along(found)) if row[0].startswith("rule")]
 
@@ -266,16 +272,6 @@ def test_ends_of_the_classes_are_apart(count):
     shown = [each["gain"] for end in ends for each in end]
     assert len(set(shown)) == len(shown) == min(count, 20)
     assert (shown[0], shown[-1]) == (0, 1 - count)
-
-
-@settings(max_examples=50)
-@given(st.floats(0, 1))
-def test_target_at_a_weight_lies_on_the_curve(alpha):
-    x = np.linspace(0, 1, 21)
-    curve = [{"alpha": float(a), "kept": float(a * a)} for a in x]
-    found = at_alpha({"target": {"curve": curve}}, alpha)
-    assert found["alpha"] == pytest.approx(alpha)
-    assert found["kept"] == pytest.approx(np.interp(alpha, x, x * x))
 
 
 def test_lines_say_what_was_found(better):

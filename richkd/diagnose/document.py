@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from richkd.diagnose import of_target
 from richkd.diagnose.pictures import CELLS, FEW, chosen, named, pictures, share
 from richkd.layers import scalar
 from richkd.page import Beside, Block, Code, Details, Heading, Pictures, Table, Text, Tiles
@@ -105,7 +106,7 @@ def tiles(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             "fused, at its best",
             f"{best['top1']:.2f} %",
-            f"at alpha {best['alpha']:g}, on these rows",
+            f"at alpha {best['alpha']:g}, in sample",
         ),
         (
             "gain, out of bag",
@@ -296,7 +297,32 @@ def weights(found: Mapping[str, Any]) -> list[Block]:
         text += (
             f" On calibrated probabilities instead of logits the full form is {probabilities:.2f}."
         )
-    return [table, Text(text, "soft")]
+    return [table, Text(text, "soft"), *weightings(found)]
+
+
+def weightings(found: Mapping[str, Any]) -> list[Block]:
+    """Return whether a weight of its own for each row is more often right than one weight for all."""
+    names = {
+        "class": "by the class that the task teacher predicts",
+        "confidence": "by the task teacher's confidence",
+    }
+    one, others = found["weighting"]["one"], []
+    for by, name in names.items():
+        if (own := found["weighting"][by]) is not None:
+            others.append(
+                [by, name, f"{own['top1']:.2f}", f"{own['gain']:+.2f}", f"{own['se']:.2f}"]
+            )
+    return [
+        Text(
+            "Does each row deserve its own weight? One weight for all is fusion.weighting=one, the default; another is worth it "
+            "where its gain, cross-fitted and paired by image, is more than twice the standard error:"
+        ),
+        Table(
+            header=("fusion.weighting", "a weight", "top-1, %", "gain, points", "s.e."),
+            rows=[["one", "for all rows, the likeliest", f"{one['top1']:.2f}", "", ""], *others],
+            right=(2, 3, 4),
+        ),
+    ]
 
 
 def _pair(own: Mapping[str, float], what: str) -> list[str]:
@@ -320,25 +346,17 @@ def target(found: Mapping[str, Any]) -> list[Block]:
         ),
         rows=[
             [
-                *(name, f"{alpha:.2f}", f"{at['sharpness']:.2f}", f"{at['entropy']:.3f}"),
-                *(f"{at['kept']:.2f}", f"{at['entropy_kept']:.3f}", f"{at['kl']:.3f}"),
+                *(name, f"{alpha:.2f}", f"{of_target(found, 'sharpness', alpha):.2f}"),
+                f"{of_target(found, 'entropy', alpha):.3f}",
+                f"{of_target(found, 'kept', alpha):.2f}",
+                *(f"{of_target(found, key, alpha):.3f}" for key in ("entropy_kept", "kl")),
             ]
             for name, alpha in alphas.items()
-            for at in [at_alpha(found, alpha)]
         ],
         right=(1, 2, 3, 4, 5, 6),
         strong=2 if found["start"] is not None else None,
     )
     return [text, table]
-
-
-def at_alpha(found: Mapping[str, Any], alpha: float) -> dict[str, float]:
-    """Return the target at a weight, on a line between those of the grid."""
-    curve = found["target"]["curve"]
-    high = next(k for k, each in enumerate(curve) if each["alpha"] >= alpha)
-    one, other = curve[max(high - 1, 0)], curve[high]
-    part = (alpha - one["alpha"]) / ((other["alpha"] - one["alpha"]) or 1)
-    return {key: one[key] + part * (other[key] - one[key]) for key in other}
 
 
 def calibrated(found: Mapping[str, Any]) -> Table:

@@ -166,7 +166,8 @@ def prompts(found: Mapping[str, Any]) -> Picture:
             right.plot(gain["mean"], place, "o" if place >= first else "D", color=own, ms=7)
         right.axvline(0, color=INK, lw=1)
         ends = [gain[key] for gain in gains for key in ("low", "high")]
-        right.set_xlim(1.05 * min(*ends, -0.5), 1.05 * max(*ends, 0.5))
+        low, high = min(*ends, -0.5), max(*ends, 0.5)
+        right.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         left.set_yticks(range(len(labels)), labels)
         left.set_ylim(-0.6, len(labels) - 0.4)
         left.set_xlabel("top-1, %")
@@ -367,18 +368,14 @@ def target(found: Mapping[str, Any]) -> Picture:
     fixed = f"at T {plain:g}"
     with canvas(WIDE, 3.9, ncols=2, sharex=True) as (figure, (left, right)):
         left.plot(x, [each["kept"] for each in along], "o-", color=COLOURS["fused"], lw=2, ms=4.5)
-        left.axhline(plain, color=COLOURS["teacher"], lw=1.6, ls=DASHED)
-        left.annotate(
-            f"T of plain distillation {plain:g}", (0, plain), (4, 4), textcoords="offset points", fontsize=9.5,
-            color=COLOURS["teacher"],
+        left.axhline(
+            plain, color=COLOURS["teacher"], lw=1.6, ls=DASHED, label=f"plain distillation, T {plain:g}"
         )  # fmt: skip
         if (start := found["start"]) is not None:
             at = start["fusion.alpha"], start["loss.temperature"]
-            left.plot(*at, "o", color=RIGHT, ms=9, zorder=4)
-            left.annotate(
-                f"starting point: alpha {at[0]:.2f}, T {at[1]:.2f}", at, (10, -12), textcoords="offset points",
-                color=RIGHT, fontsize=9.5,
-            )  # fmt: skip
+            label = f"starting point, alpha {at[0]:.2f}, T {at[1]:.2f}"
+            left.plot(*at, "o", color=RIGHT, ms=9, zorder=4, label=label)
+        left.legend(loc="lower right")
         left.set_ylim(0, 1.15 * max(plain, *(each["kept"] for each in along)))
         left.set_ylabel("temperature that keeps the sharpness")
         left.set_title("Temperature that keeps the target as sharp")

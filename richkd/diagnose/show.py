@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from richkd import escape
-from richkd.diagnose.document import at_alpha, document, points, span
+from richkd.diagnose import of_target
+from richkd.diagnose.document import document, points, span
 from richkd.diagnose.pictures import named, share
 from richkd.files import write_atomic, write_json
 from richkd.layers import scalar
@@ -129,7 +130,7 @@ def reasons(found: Mapping[str, Any]) -> list[str]:
 
     alpha, wanted = found["fused"]["alpha"], found["start"]
     weight = alpha if wanted is None else wanted["fusion.alpha"]
-    target = at_alpha(found, weight)
+    kept = of_target(found, "kept", weight)
     return [
         _about(
             "errors",
@@ -151,7 +152,7 @@ def reasons(found: Mapping[str, Any]) -> list[str]:
         ),
         _about(
             "target",
-            f"at alpha {weight:.2f} T {target['kept']:.2f} keeps it as sharp as plain distillation's at {found['temperature']:g}",
+            f"at alpha {weight:.2f} T {kept:.2f} keeps it as sharp as plain distillation's at {found['temperature']:g}",
         ),
     ]
 
