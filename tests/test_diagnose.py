@@ -192,7 +192,7 @@ def test_predicted_and_measured_errors_are_of_different_halves_and_agree_on_many
         assert each["predicted"] == pytest.approx(each["measured"], rel=0.05)
         assert each["unbiased"] <= each["predicted"] + 1e-12
     some = measure.errors_along(task[:60], clip[:60], labels[:60], 0)
-    assert all(each["predicted"] != each["measured"] for each in some[1:-1])
+    assert max(abs(each["predicted"] / each["measured"] - 1) for each in some) > 0.005
 
 
 def test_the_temperature_that_keeps_a_target_keeps_its_spread():
@@ -300,7 +300,7 @@ def test_a_diagnosis_is_kept_with_where_a_sweep_may_start(told):
     assert found["helps"] is True
     assert str(told / "start.yaml") in found["verdict"]
     start = build(read([str(told / "start.yaml")]))
-    assert start.fusion.alpha == found["alpha_star"]["full"]
+    assert start.fusion.alpha == pytest.approx(found["alpha_star"]["full"], abs=1e-3)
     assert start.clip.prompts == found["prompts"]
     # as sharp as plain distillation at T 3
     own = build(read([str(told / "start.yaml"), "teacher.epochs=10"]))
@@ -435,3 +435,20 @@ def test_alpha_of_a_method_without_clip_is_looked_at_in_the_middle(cache_root):
     assert diagnose(config)["fused"]["alpha"] == 0.5
     weighted = replace(config, fusion=replace(config.fusion, alpha=0.7, weighting="class"))
     assert diagnose(weighted)["fused"]["alpha"] == 0.7
+
+
+def test_several_zero_shot_teachers_have_a_share_each_and_a_useless_one_none(cache_root, tmp_path):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    for folder, share in ((good, 0.85), (bad, 0.1)):
+        folder.mkdir()
+        given_logits(folder, (share, share), seed=1)
+    extra = [{"logits": str(folder / "given.npy"), "weight": 0.3} for folder in (good, bad)]
+    words = [f"cache={cache_root}", "teacher.epochs=10"]
+    config = build(read(words).over("", {"clip.extra": extra}))
+    found = diagnose(config)
+    shares = [each["share"] for each in found["several"]]
+    assert len(shares) == 4
+    assert sum(shares) == pytest.approx(1)
+    assert shares[3] < 0.02 < min(shares[:3])
+    assert found["several"][2]["teacher"] == "clip.extra[0]: given.npy"
+    assert diagnose(build(read(words)))["several"] == []

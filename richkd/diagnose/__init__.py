@@ -29,6 +29,7 @@ from richkd.teachers import FusedTeacher
 
 IMPLAUSIBLE = 99.5  # top-1, %, above which a foreign teacher has probably seen the rows
 FAR = 5.0  # standard errors, and points, by which one is better here than on test rows, likewise
+FORMS = ("printed", "full", "independent")  # of the theory's weight
 SAMPLE = 20_000  # transfer rows of which targets are looked at
 
 
@@ -67,7 +68,7 @@ def diagnose(
 
     Returns:
         Plain JSON. All accuracies are in percent and on the rows of `diagnose.rows`; weights are of the task teacher, on
-        `scale`. `teacher`, `fused` (at `fusion.alpha`) and each of `clip` are as `measure.teacher` returns them; `curve`, `plateau`,
+        `scale`. `teacher`, `fused` and `outcomes` (at `fusion.alpha`; `outcomes_weighted` at the theory's weight) and each of `clip` are as `measure.teacher` returns them; `curve`, `plateau`,
         `alpha_star`, `errors` and what follows are of the prompt set that fuses best, `prompts`. `helps` is true if the lower end
         of the 95 % interval of `gain` lies above 0, None if the rows cannot tell, which `caution` then says; no weight is
         recommended then.
@@ -91,6 +92,7 @@ def diagnose(
     found = measured(rows, config, task.dataset.names)
     found["data"] = task.dataset.name
     found["rows"] = {"of": config.diagnose.rows, "n": len(labels)}
+    found["several"] = shares_of(opened[found["prompts"]], config, parts, rows.task, labels)
     found["target"] = target_of(opened[found["prompts"]], task, config)
     return judged(found, config, cautions(rows, config, task, parts, first))
 
@@ -221,18 +223,10 @@ def measured(rows: Rows, config: Config, names: tuple[str, ...]) -> dict[str, An
         # the prompt set is chosen in each sample, too
         "gain": measure.out_of_bag(every, base, weights, seed),
         "outcomes": outcomes(task, fused, labels),
-        "errors": {
-            "bias_t": own.bias_t,
-            "bias_c": own.bias_c,
-            "sigma_t": own.sigma_t,
-            "sigma_c": own.sigma_c,
-            "rho": own.rho,
-            "spread_t": own.spread_t,
-            "spread_c": own.spread_c,
-        },
+        "errors": plain(own),
         "rules": measure.rules(task, clip, labels, seed, weights),
         "weighting": measure.weightings(task, clip, labels, seed, weights),
-        "standardised": {form: getattr(own, form)() for form in ("printed", "full", "independent")},
+        "standardised": {form: getattr(own, form)() for form in FORMS},
         "errors_along": measure.errors_along(task, clip, labels, seed),
         "certain": config.evaluate.certain,
         "figure1": measure.figure1(
@@ -244,23 +238,60 @@ def measured(rows: Rows, config: Config, names: tuple[str, ...]) -> dict[str, An
         "agreement": measure.agreement(task, clip, labels),
         "by_class": measure.classes({"teacher": task, "clip": clip, "fused": fused}, labels, names),
     }
-    found["alpha_star"] = {
-        form: found["rules"][form]["alpha"] for form in ("printed", "full", "independent", "nll")
-    }
-    found["alpha_star"]["probabilities"] = of_probabilities(task, clip, labels, found)
+    found["alpha_star"] = {form: found["rules"][form]["alpha"] for form in (*FORMS, "nll")}
+    weighted = fusion.fuse(task, clip, found["alpha_star"]["full"])
+    found["outcomes_weighted"] = outcomes(task, weighted, labels)
+    found["probabilities"] = of_probabilities(task, clip, labels, found)
+    found["alpha_star"]["probabilities"] = (found["probabilities"] or {}).get("full")
     return found
+
+
+def plain(own: theory.Errors) -> dict[str, float]:
+    """Return errors as plain JSON."""
+    names = ("bias_t", "bias_c", "sigma_t", "sigma_c", "rho", "spread_t", "spread_c")
+    return {name: getattr(own, name) for name in names}
 
 
 def of_probabilities(
     task: Tensor, clip: Tensor, labels: Tensor, found: dict[str, Any]
-) -> float | None:
-    """Return the full form on calibrated probabilities, None where one of the teachers cannot be calibrated."""
+) -> dict[str, float] | None:
+    """Return errors and weights on calibrated probabilities, None where one of the teachers cannot be calibrated."""
     zero_shot = next(each for each in found["clip"] if each["prompts"] == found["prompts"])
     temperatures = found["teacher"]["temperature"], zero_shot["temperature"]
     if None in temperatures:
         return None
     pair = ((z.double() / t).softmax(1) for z, t in zip((task, clip), temperatures, strict=True))
-    return theory.errors_of_probabilities(*pair, labels).full()
+    own = theory.errors_of_probabilities(*pair, labels)
+    return plain(own) | {form: getattr(own, form)() for form in FORMS}
+
+
+def shares_of(
+    teacher: FusedTeacher, config: Config, parts: Sequence[Part], task: Tensor, labels: Tensor
+) -> list[dict[str, Any]]:
+    """Return the weight of each of several zero-shot teachers and of the task teacher by theory; nothing of a single pair.
+
+    Returns:
+        Of each: `teacher`, `standardised`, and `share` of the logits on the scale in use.
+    """
+    if len(teacher.clips) < 2:
+        return []
+    names, logits = ["task teacher"], [task]
+    for (field, own, _), clip, factor in zip(
+        teachers.shares(config.clip), teacher.clips, teacher.factors, strict=True
+    ):
+        names.append(
+            f"{field}: {called(own.logits) if own.logits else f'{own.model}, {own.prompts}'}"
+        )
+        logits.append(
+            torch.cat([factor * getattr(clip, part)[rows].cpu() for part, rows, _ in parts])
+        )
+    moments, spreads = theory.second_moments(logits, labels)
+    weights = theory.shares(moments)
+    mapped = theory.mapped_shares(weights, spreads)
+    return [
+        {"teacher": name, "standardised": weight, "share": share}
+        for name, weight, share in zip(names, weights.tolist(), mapped, strict=True)
+    ]
 
 
 def target_of(teacher: FusedTeacher, task: distill.Task, config: Config) -> dict[str, Any]:
@@ -361,7 +392,7 @@ def judged(found: dict[str, Any], config: Config, caution: str | None) -> dict[s
     over = f"{found['teacher']['top1']:.1f} %"
     prompts = called(found["prompts"])
     if caution is not None:
-        found["helps"], found["plateau"] = None, None
+        found["helps"], found["plateau"], found["several"] = None, None, []
         found["alpha_star"] = dict.fromkeys(found["alpha_star"])
         found["verdict"] = f"Whether fusing helps cannot be told from these rows: {caution}."
         return found
@@ -379,8 +410,8 @@ def judged(found: dict[str, Any], config: Config, caution: str | None) -> dict[s
     kept = of_target(found, "kept", alpha)
     key = "clip.prompts" if config.clip.logits is None else "clip.logits"
     found["start"] = {
-        "fusion.alpha": alpha,
-        "loss.temperature": kept,
+        "fusion.alpha": round(alpha, 3),
+        "loss.temperature": round(kept, 3),
         "loss.temperature_of": "fused",
         key: found["prompts"],
         "clip.scale": found["scale"],

@@ -66,7 +66,7 @@ def document(found: Mapping[str, Any]) -> list[Block]:
             "standardised units: rows of logits are centred, each teacher divided by the spread of its logits, and compared with "
             "the labels in the same form."
         ),
-        Beside([side("error")], [errors(found)]),
+        Beside([side("error")], errors(found)),
         *weights(found),
         Heading("The target that a student would learn"),
         *target(found),
@@ -183,22 +183,29 @@ def accuracies(found: Mapping[str, Any]) -> Table:
 
 
 def table10(found: Mapping[str, Any]) -> Table:
-    """Return the outcomes of fusion as Table 10 of the paper's supplement has them."""
-    what = found["outcomes"]
+    """Return the outcomes of fusion as Table 10 of the supplement has them, also at the theory's weight if one is recommended."""
+    columns = [(f"alpha {found['fused']['alpha']:g}", found["outcomes"])]
+    weight = found["alpha_star"]["full"]
+    if weight is not None:
+        columns.append((f"alpha {weight:.2f}, by theory", found["outcomes_weighted"]))
 
     def row(name: str, count: str, base: str) -> list[str]:
-        part = f"{100 * what[count] / what[base]:.1f} %" if what[base] else "-"
-        return [name, f"{what[count]:,}", f"{what[base]:,}", part]
+        cells = [name, f"{found['outcomes'][base]:,}"]
+        for _, what in columns:
+            part = f"{100 * what[count] / what[base]:.1f} %" if what[base] else "-"
+            cells += [f"{what[count]:,}", part]
+        return cells
 
+    heads = [each for title, _ in columns for each in (title, "share")]
     return Table(
-        header=("outcome of fusing (as Table 10 of the supplement)", "rows", "of", "share"),
+        header=("outcome of fusing (as Table 10 of the supplement)", "of rows", *heads),
         rows=[
             row("task teacher wrong, fused right", "fixed", "teacher_wrong"),
             row("target outside the task teacher's top 5, fused right", "top5_fixed", "top5_base"),
             row("task teacher right, fused wrong", "harmed", "teacher_right"),
             row("task teacher right, target outside the fused top 5", "top5_lost", "teacher_right"),
         ],
-        right=(1, 2, 3),
+        right=range(1, 2 + len(heads)),
     )
 
 
@@ -255,20 +262,31 @@ def by_class(found: Mapping[str, Any]) -> Table:
     )
 
 
-def errors(found: Mapping[str, Any]) -> Table:
-    """Return how both teachers err."""
-    own = found["errors"]
-    return Table(
-        header=("errors", "task teacher", f"CLIP, {named(found)[found['prompts']]}"),
-        rows=[
-            ["bias, root mean square over classes", *_pair(own, "bias")],
-            ["variance around it", f"{own['sigma_t'] ** 2:.3f}", f"{own['sigma_c'] ** 2:.3f}"],
-            ["standard deviation, sigma", *_pair(own, "sigma")],
-            ["correlation of both, rho", f"{own['rho']:.3f}", ""],
-            ["spread of the logits, as they are fused", *_pair(own, "spread")],
-        ],
-        right=(1, 2),
-    )
+def errors(found: Mapping[str, Any]) -> list[Block]:
+    """Return how both teachers err, by their logits and, where both can be calibrated, by their probabilities."""
+    clip = f"CLIP, {named(found)[found['prompts']]}"
+    blocks: list[Block] = [
+        _errors("errors of standardised logits", clip, found["errors"], logits=True)
+    ]
+    if found["probabilities"] is not None:
+        blocks.append(
+            _errors(
+                "errors of calibrated probabilities", clip, found["probabilities"], logits=False
+            )
+        )
+    return blocks
+
+
+def _errors(title: str, clip: str, own: Mapping[str, float], *, logits: bool) -> Table:
+    rows = [
+        ["bias, root mean square over classes", *_pair(own, "bias")],
+        ["variance around it", f"{own['sigma_t'] ** 2:.3f}", f"{own['sigma_c'] ** 2:.3f}"],
+        ["standard deviation, sigma", *_pair(own, "sigma")],
+        ["correlation of both, rho", f"{own['rho']:.3f}", ""],
+    ]
+    if logits:
+        rows.append(["spread of the logits, as they are fused", *_pair(own, "spread")])
+    return Table(header=(title, "task teacher", clip), rows=rows, right=(1, 2))
 
 
 def weights(found: Mapping[str, Any]) -> list[Block]:
@@ -297,7 +315,24 @@ def weights(found: Mapping[str, Any]) -> list[Block]:
         text += (
             f" On calibrated probabilities instead of logits the full form is {probabilities:.2f}."
         )
-    return [table, Text(text, "soft"), *weightings(found)]
+    return [table, Text(text, "soft"), *several(found), *weightings(found)]
+
+
+def several(found: Mapping[str, Any]) -> list[Block]:
+    """Return the share that the theory gives each of several zero-shot teachers; nothing where there is one."""
+    if not found["several"]:
+        return []
+    return [
+        Text("Of several zero-shot teachers the theory gives each a share, none below 0:"),
+        Table(
+            header=("teacher", "standardised", f"share at {found['scale']}"),
+            rows=[
+                [each["teacher"], f"{each['standardised']:.2f}", f"{each['share']:.2f}"]
+                for each in found["several"]
+            ],
+            right=(1, 2),
+        ),
+    ]
 
 
 def weightings(found: Mapping[str, Any]) -> list[Block]:
