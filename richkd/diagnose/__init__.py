@@ -419,6 +419,7 @@ def judged(found: dict[str, Any], config: Config, caution: str | None) -> dict[s
     low, high = plateau
     weight = f"weight {low:g} to {high:g}" if low < high else f"weight {low:g}"
     found["verdict"] = (
-        f"The fused teacher is better: {interval}, {weight} at scale {found['scale']}, temperature {kept:.2g}, prompts {prompts}."
+        f"The fused teacher is better: {interval}, {weight} at scale {found['scale']}, {alpha:.2f} by theory with temperature "
+        f"{kept:.2g}, prompts {prompts}."
     )
     return found
