@@ -12,11 +12,13 @@ from optuna.distributions import (
     IntDistribution,
 )
 
+from richkd import distill
 from richkd.errors import ConfigError
 from richkd.layers import build, flatten, read, to_dict
 from richkd.methods import METHODS
-from tune.first import as_printed
+from tune.first import as_printed, prepare
 from tune.space import Space
+from tune.study import MAIN
 from tune.sweep import Sweep
 from tune.warmstart import Outside, holds_plain, is_own, is_printed, place, plain, printed, within
 
@@ -233,3 +235,51 @@ def test_a_trial_between_two_steps_begins_at_the_nearest(alpha, placed):
     space = Space({"fusion.alpha": FloatDistribution(0, 1, step=0.25)})
     ran = {"fusion.alpha": alpha}
     assert within(space, {}, ran, ran) == {"fusion.alpha": placed}
+
+
+def first_of(tmp_path, cache_root, *words):
+    """Return a sweep and the first trials of its main search."""
+    layers = read([f"cache={cache_root}", "teacher.epochs=10", *words])
+    sweep = Sweep(tmp_path / "runs" / "one", layers)
+    return sweep, prepare(sweep, lambda what, done, total: None, new=True)[MAIN]
+
+
+def test_a_sweep_begins_with_the_theorys_weight_and_is_not_narrowed_by_it(tmp_path, cache_root):
+    sweep, points = first_of(tmp_path, cache_root)
+    assert [point.source for point in points] == ["paper", "paper", "theory"]
+    found, start = sweep.diagnosis, points[-1]
+    assert start.params["fusion.alpha"] == found["alpha_star"]["full"]
+    assert start.params["clip.prompts"] == found["prompts"]
+    # as printed: relative to the task teacher's logits, so as sharp as plain distillation's target
+    assert (start.settings["loss.temperature"], start.settings["loss.temperature_of"]) == (
+        3,
+        "task",
+    )
+    assert start.settings["loss.logit"] == 3
+    assert len(found["clip"]) == 4
+    low_high = sweep.space.distributions["fusion.alpha"]
+    assert (low_high.low, low_high.high) == (0, 1)
+
+
+def test_where_temperatures_are_of_fused_logits_the_theorys_keeps_the_target_as_sharp(
+    tmp_path, cache_root
+):
+    fused = "sweep.settings={loss.temperature_of: fused}"
+    sweep, points = first_of(tmp_path, cache_root, fused)
+    config = sweep.resolve(points[-1].settings)
+    task = distill.open_task(config)
+    teacher = distill.open_teacher(config, task)
+    alone, both = teacher.spreads(task.split.transfer)
+    assert config.loss.temperature == pytest.approx(3 * both / alone, rel=0.02)
+
+
+def test_a_sweep_begins_without_theory_where_rows_cannot_tell(tmp_path, cache_root):
+    for words in (["selection=paper"], ["sweep.space.fusion.alpha=null"]):
+        sweep, points = first_of(tmp_path, cache_root, *words)
+        assert {point.source for point in points} == {"paper"}
+        assert sweep.diagnosis is None
+    with pytest.warns(UserWarning, match="theory is left out: diagnose.rows=validation must hold"):
+        _, points = first_of(tmp_path, cache_root, "data.validation=20")
+    assert {point.source for point in points} == {"paper"}
+    _, points = first_of(tmp_path, cache_root, "warmstart.sources=[paper]")
+    assert {point.source for point in points} == {"paper"}
