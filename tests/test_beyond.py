@@ -11,7 +11,7 @@ from richkd.errors import ConfigError
 from richkd.files import read_json
 from tune import __main__ as command_line
 from tune import report
-from tune.evaluate import evaluate
+from tune.evaluate import evaluate, told
 from tune.findings import found_in
 from tune.study import MAIN
 
@@ -49,7 +49,9 @@ def test_students_are_evaluated_into_their_runs_in_mlflow_and_into_the_report(
         assert f"<h2>{text}" in page
     assert f"{answer['students']['richkd']['corruption']['mean']:.2f}" in page
     # and a second time: what MLflow has already is not sent again
-    evaluate(copied, {"evaluate.rows": 40})
+    label = {name: copied / "refits" / f"{name}-seed{best['seed']}" for name in ("ce", "richkd-l")}
+    refits = {"ce": label["ce"], "richkd": label["richkd-l"]}
+    assert told(copied, refits, answer["students"]) is None
     history = client.get_metric_history(run.info.run_id, "evaluation/pgd_8_top1")
     assert len(history) == 1
 
@@ -57,13 +59,13 @@ def test_students_are_evaluated_into_their_runs_in_mlflow_and_into_the_report(
 def test_what_was_told_before_the_search_is_in_mlflow_and_in_the_report(swept):
     answer, client = swept
     found = found_in(Path(answer["sweep"]))
-    told = found.diagnosis
+    before = found.diagnosis
     ids = read_json(found.folder / "mlflow.json")
     metrics = client.get_run(ids[found.name]).data.metrics
-    assert metrics["diagnosis/alpha_full"] == pytest.approx(told["alpha_star"]["full"])
-    assert metrics["diagnosis/gain_low"] == pytest.approx(told["gain"]["low"])
+    assert metrics["diagnosis/alpha_full"] == pytest.approx(before["alpha_star"]["full"])
+    assert metrics["diagnosis/gain_low"] == pytest.approx(before["gain"]["low"])
     assert "diagnosis.json" in {item.path for item in client.list_artifacts(ids[found.name])}
-    weight, close = told["alpha_star"]["full"], report.closeness(found)
+    weight, close = before["alpha_star"]["full"], report.closeness(found)
     assert f"alpha {weight:.2f} at clip.scale model" in close[0]
     (start,) = [trial for trial in found.trials[MAIN] if trial.source == "theory"]
     assert start.params["fusion.alpha"] == pytest.approx(weight)

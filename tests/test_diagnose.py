@@ -15,7 +15,7 @@ from sklearn.utils import resample
 from richkd import __main__ as command_line
 from richkd import distill, fusion, theory
 from richkd.command import main
-from richkd.diagnose import Rows, called, diagnose, judged, measure, measured
+from richkd.diagnose import Rows, called, diagnose, drawn, judged, measure, measured
 from richkd.errors import ConfigError
 from richkd.evaluate.outcomes import certainty, happened, outcomes
 from richkd.layers import build, read
@@ -452,3 +452,13 @@ def test_several_zero_shot_teachers_have_a_share_each_and_a_useless_one_none(cac
     assert shares[3] < 0.02 < min(shares[:3])
     assert found["several"][2]["teacher"] == "clip.extra[0]: given.npy"
     assert diagnose(build(read(words)))["several"] == []
+
+
+def test_of_very_many_rows_some_are_drawn_over_all_parts():
+    labels = torch.zeros(70_000, dtype=torch.int64)
+    parts = [("train", torch.arange(5, 60_005), labels), ("test", torch.arange(7_000), labels)]
+    (_, train, _), (_, test, _) = drawn(parts, 67_000, seed=0)
+    assert len(train) + len(test) == 20_000
+    assert len(test) == pytest.approx(20_000 * 7 / 67, abs=200)
+    assert train.min() >= 5
+    assert len(train.unique()) == len(train)

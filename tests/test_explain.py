@@ -353,7 +353,7 @@ def test_without_clip_samples_are_left_out_and_it_is_said(task, tmp_path, capsys
         "kd does not listen to both a task teacher and CLIP"
         in (tmp_path / "explain.md").read_text()
     )
-    assert {path.stem for path in tmp_path.iterdir()} == {"explain", "grad-cam"}
+    assert {path.stem for path in tmp_path.iterdir()} == {"explain", "grad-cam", "pictures"}
 
 
 def test_given_logits_have_no_network_to_look_at(task, tmp_path, capsys):

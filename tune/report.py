@@ -5,13 +5,14 @@
 It is made of the sweep's own files, whether the sweep has ended or not; MLflow is not asked.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from richkd import escape, page
-from richkd.diagnose.document import document as document_of
+from richkd.diagnose.document import in_short
 from richkd.draw import Picture, number, parameter, stored
 from richkd.evaluate.pictures import reliability
 from richkd.evaluation import calibration_of
@@ -277,7 +278,9 @@ def diagnosed(found: Findings) -> list[Block]:
         Heading("What was told before"),
         Text(found.diagnosis["verdict"]),
         *(Text(line) for line in closeness(found)),
-        Details("The diagnosis of the teachers", document_of(found.diagnosis)),
+        Details("The teachers, alone and fused", in_short(found.diagnosis)),
+        Text("All that can be told of them, as a page of its own:"),
+        Code(f"python -m richkd diagnose {shlex.quote(short(found.folder / 'config.yaml'))}"),
     ]
 
 

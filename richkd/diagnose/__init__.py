@@ -30,6 +30,7 @@ from richkd.teachers import FusedTeacher
 IMPLAUSIBLE = 99.5  # top-1, %, above which a foreign teacher has probably seen the rows
 FAR = 5.0  # standard errors, and points, by which one is better here than on test rows, likewise
 FORMS = ("printed", "full", "independent")  # of the theory's weight
+MOST = 20_000  # rows that teachers are judged on: what more would tell is far below what a gain varies by
 SAMPLE = 20_000  # transfer rows of which targets are looked at
 
 
@@ -89,7 +90,7 @@ def diagnose(
         labels=labels,
         balanced=task.split.balanced,
     )
-    found = measured(rows, config, task.dataset.names)
+    found = measured(rows, config, task.dataset.names, progress)
     found["data"] = task.dataset.name
     found["rows"] = {"of": config.diagnose.rows, "n": len(labels)}
     found["several"] = shares_of(opened[found["prompts"]], config, parts, rows.task, labels)
@@ -137,7 +138,7 @@ Part = tuple[str, Tensor, Tensor]  # `train` or `test`, which of its rows, and l
 
 
 def rows_of(config: Config, task: distill.Task) -> list[Part]:
-    """Return the rows that teachers are judged on, as far as their labels are known.
+    """Return the rows that teachers are judged on, as far as their labels are known, MOST of them at most.
 
     Raises:
         ConfigError: If there are too few.
@@ -157,6 +158,17 @@ def rows_of(config: Config, task: distill.Task) -> list[Part]:
             f"diagnose.rows={config.diagnose.rows} must hold {LEAST} labelled rows or more but has {count}; raise "
             "data.validation, or say diagnose.rows=test or all."
         )
+    return drawn(found, count, config.seed) if count > MOST else found
+
+
+def drawn(parts: Sequence[Part], count: int, seed: int) -> list[Part]:
+    """Return MOST of so many rows, drawn at random."""
+    chosen = np.zeros(count, bool)
+    chosen[np.random.default_rng([seed, 10]).choice(count, MOST, replace=False)] = True
+    found, start = [], 0
+    for part, rows, labels in parts:
+        found.append((part, rows[torch.from_numpy(chosen[start : start + len(rows)])], labels))
+        start += len(rows)
     return found
 
 
@@ -184,13 +196,17 @@ def logits_of(teacher: FusedTeacher, parts: Sequence[Part], which: int) -> Tenso
     return logits
 
 
-def measured(rows: Rows, config: Config, names: tuple[str, ...]) -> dict[str, Any]:
+def measured(
+    rows: Rows, config: Config, names: tuple[str, ...], progress: Progress | None = None
+) -> dict[str, Any]:
     """Return all that logits and labels say, before it is judged whether these rows may say it."""
+    tell, parts = progress or (lambda what, done, total: None), len(rows.clips) + 1
     task, labels, seed = rows.task, rows.labels, config.seed
     weights = measure.row_weights(labels, balanced=rows.balanced)
     base, alpha = task.argmax(1) == labels, config.fusion.alpha
     clips, right = [], {}
-    for name, clip in rows.clips.items():
+    for k, (name, clip) in enumerate(rows.clips.items()):
+        tell("diagnosis", k, parts)
         right[name] = measure.right_along(task, clip, labels)
         gain = measure.out_of_bag(right[name], base, weights, seed)
         own = measure.teacher(clip, labels, seed, balanced=rows.balanced)
@@ -198,6 +214,7 @@ def measured(rows: Rows, config: Config, names: tuple[str, ...]) -> dict[str, An
         best = {"alpha": measure.GRID[int(along.argmax())], "top1": along.max().item()}
         clips.append({"prompts": name} | own | {"gain": gain, "best": best})
     chosen = max(clips, key=lambda each: each["best"]["top1"])["prompts"]
+    tell("diagnosis", parts - 1, parts)
     clip, along = rows.clips[chosen], measure.top1(right[chosen], weights).tolist()
     fused = fusion.fuse(task, clip, alpha)
     every = torch.cat(list(right.values()))
@@ -238,6 +255,7 @@ def measured(rows: Rows, config: Config, names: tuple[str, ...]) -> dict[str, An
         "agreement": measure.agreement(task, clip, labels),
         "by_class": measure.classes({"teacher": task, "clip": clip, "fused": fused}, labels, names),
     }
+    tell("diagnosis", parts, parts)
     found["alpha_star"] = {form: found["rules"][form]["alpha"] for form in (*FORMS, "nll")}
     weighted = fusion.fuse(task, clip, found["alpha_star"]["full"])
     found["outcomes_weighted"] = outcomes(task, weighted, labels)

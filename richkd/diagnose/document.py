@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from richkd.diagnose import of_target
-from richkd.diagnose.pictures import CELLS, FEW, chosen, named, pictures, share
+from richkd.diagnose.pictures import CELLS, FEW, along, chosen, error, named, pictures, share
 from richkd.layers import scalar
 from richkd.page import Beside, Block, Code, Details, Heading, Pictures, Table, Text, Tiles
 
@@ -75,6 +75,13 @@ def document(found: Mapping[str, Any]) -> list[Block]:
         side("reliability"),
         calibrated(found),
     ]
+
+
+def in_short(found: Mapping[str, Any]) -> list[Block]:
+    """Return what a diagnosis is for as blocks of another document: does fusing help, and with which weight."""
+    doubt = [] if found["caution"] is None else [Text(DOUBT, "note")]
+    drawn = Pictures([along(found), error(found)])
+    return [*doubt, drawn, accuracies(found), *weights(found)]
 
 
 def points(gain: Mapping[str, float]) -> str:
