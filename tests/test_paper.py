@@ -197,7 +197,7 @@ def test_tiny_images_are_digits_in_colour_kept_once(cache_root):
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", [*GRIDS, "table10"])
 def test_every_cell_of_a_grid_runs_at_tiny_scale(name, cluster, miniature, cache_root, tmp_path):
     words = [f"cache={cache_root}", f"storage={tmp_path / 'runs'}"]
     words.append(f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}")

@@ -62,6 +62,7 @@ def module(package: str, *words: str, cwd: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.soak
 def test_the_best_is_restored_by_the_runs_id_when_only_mlflow_is_left(copied, tmp_path, cache_root):
     top, run_id = copied.parent.parent, read_json(copied / "mlflow.json")["small"]
     before, recorded = load_student(copied).state_dict(), read_json(copied / "summary.json")["best"]

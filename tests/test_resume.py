@@ -146,6 +146,7 @@ def test_failed_trials_are_tried_again_by_class_and_count_no_longer(copied, uri)
     assert again.state.name in ("COMPLETE", "PRUNED")
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(240)
 def test_seeds_of_a_trial_run_side_by_side_and_the_trial_is_their_mean(
     cluster, miniature, cache_root, tmp_path

@@ -199,6 +199,7 @@ def test_signal_ends_it_with_the_line_that_goes_on(fresh, told):
     assert caught.value.exit_code == 130
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(240)
 def test_workers_fill_a_teachers_table_with_the_bytes_of_a_straight_fill(
     cluster, cache_root, fresh, tmp_path
