@@ -107,7 +107,7 @@ def appraise(
     if "teacher" in shown:
         groups = by_teacher(shown["teacher"], labels, config.evaluate.certain)
         found["categories"] = _nested(accuracy_of(again.logits, labels, groups))
-    found["classes"] = _by_class(again.logits, labels, task.dataset.names)
+    found["classes"] = by_class(again.logits, labels, task.dataset.names)
     if config.evaluate.rows:
         found |= _robustness(again, labels, progress)
     found["costs"] = _costs(again)
@@ -150,14 +150,15 @@ def _shown(
     return {who: logits.cpu() for who, logits in shown.items()}, []
 
 
-def _by_class(logits: Tensor, labels: Tensor, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return name, rows and top-1 of each class, in their order."""
+def by_class(logits: Tensor, labels: Tensor, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return name, rows and top-1 of each class that has rows, in their order."""
     right = (logits.argmax(1) == labels).double()
     counts = torch.bincount(labels, minlength=len(names))
     top1 = 100 * torch.bincount(labels, right, minlength=len(names)) / counts
     return [
         {"name": name, "n": n, "top1": value}
         for name, n, value in zip(names, counts.tolist(), top1.tolist(), strict=True)
+        if n
     ]
 
 

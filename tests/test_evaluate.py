@@ -213,3 +213,12 @@ def test_where_arrays_lie_and_how_many_rows_are_taken_makes_no_other_run():
     plain = build(read([]))
     assert digest(build(read(["evaluate.rows=7", "evaluate.corrupted=there"]))) == digest(plain)
     assert digest(build(read(["evaluate.certain=0.7"]))) != digest(plain)
+
+
+def test_a_class_without_test_rows_has_no_accuracy():
+    logits, labels = torch.eye(3)[torch.tensor([0, 2, 2])], torch.tensor([0, 2, 0])
+    found = appraising.by_class(logits, labels, ("a", "b", "c"))
+    assert [(each["name"], each["n"], each["top1"]) for each in found] == [
+        ("a", 2, 50.0),
+        ("c", 1, 100.0),
+    ]
