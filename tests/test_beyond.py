@@ -11,7 +11,7 @@ from richkd.errors import ConfigError
 from richkd.files import read_json
 from tune import __main__ as command_line
 from tune import report
-from tune.evaluate import evaluate, told
+from tune.evaluate import Sent, evaluate, metrics, told
 from tune.findings import found_in
 from tune.study import MAIN
 
@@ -50,8 +50,8 @@ def test_students_are_evaluated_into_their_runs_in_mlflow_and_into_the_report(
     assert f"{answer['students']['richkd']['corruption']['mean']:.2f}" in page
     # and a second time: what MLflow has already is not sent again
     label = {name: copied / "refits" / f"{name}-seed{best['seed']}" for name in ("ce", "richkd-l")}
-    refits = {"ce": label["ce"], "richkd": label["richkd-l"]}
-    assert told(copied, refits, answer["students"]) is None
+    numbers = metrics(answer["students"]["richkd"])
+    assert told([Sent(label["richkd-l"], (), numbers)], copied.parent) is None
     history = client.get_metric_history(run.info.run_id, "evaluation/pgd_8_top1")
     assert len(history) == 1
 

@@ -18,9 +18,10 @@ from ray.tune.schedulers import FIFOScheduler
 from small import Script
 
 from richkd import load_student
-from richkd.command import Stop
+from richkd.command import Stop, main
 from richkd.errors import ConfigError, CorruptError, Interrupted
 from richkd.layers import build, read
+from tune import __main__ as command_line
 from tune import runner
 from tune.agenda import Job
 from tune.settings import Resources
@@ -241,3 +242,17 @@ def test_a_trial_whose_workers_end_while_the_driver_is_busy_ends_too(cluster, tm
         run_config=ray.tune.RunConfig(storage_path=str(tmp_path), verbose=0),
     ).fit()
     assert busy.heard == [1, 2]
+
+
+def test_a_run_is_evaluated_and_explained_in_its_run_of_mlflow(straight, overrides, capsys):
+    uri = next(word for word in overrides if word.startswith("tracking.uri="))
+    words = ["evaluate", straight["run"], "evaluate.rows=20", uri, "--json"]
+    assert main("python -m tune", command_line.ABOUT, command_line.VERBS, words) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["untold"] is None
+    client = MlflowClient(uri.partition("=")[2])
+    run_id = straight["mlflow"]["run_id"]
+    top = {item.path for item in client.list_artifacts(run_id)}
+    assert {"evaluation", "explain"} <= top
+    kept = client.get_run(run_id).data.metrics["evaluation/fgsm_8_top1"]
+    assert kept == answer["student"]["attack"]["fgsm"][-1]

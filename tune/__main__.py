@@ -260,18 +260,29 @@ def report(arguments: argparse.Namespace) -> Done:
 
 
 def evaluate(arguments: argparse.Namespace) -> Done:
-    """Evaluate and explain the students of a sweep."""
-    names, overrides = _said(arguments.words, (*PLACES, *DATA, *LOOKS))
+    """Evaluate and explain the students of a sweep, or of a single run."""
+    names, overrides = _said(arguments.words, (*PLACES, "tracking.uri", *DATA, *LOOKS))
     here = [word for word in overrides if word.partition("=")[0] in PLACES]
-    given = read(["data.source=digits", *(word for word in overrides if word not in here)])
+    tracked = [word for word in overrides if word.startswith("tracking.")]
+    uri = _tracking(tracked) if tracked else None
+    given = read(["data.source=digits", *(w for w in overrides if w not in (*here, *tracked))])
     changes = {e.key: e.value for e in given.entries if not e.origin and e.key != "data.source"}
-    folder = _one_sweep([*names, *here], finished=True)
-    from tune.evaluate import evaluate as look
-    from tune.evaluate import lines
-    from tune.findings import found_in
+    places = [_state(here) / names[0], Path(names[0])] if len(names) == 1 else []
+    run = next((place for place in places if (place / "run.json").exists()), None)
+    if run is not None:
+        from tune.evaluate import evaluate_run, lines_of_run
 
-    answer = look(folder, changes, stop=arguments.stop)
-    for line in lines(answer, found_in(folder)):
+        answer = evaluate_run(run, changes, uri=uri, stop=arguments.stop)
+        said = lines_of_run(answer)
+    else:
+        folder = _one_sweep([*names, *here], finished=True)
+        from tune.evaluate import evaluate as look
+        from tune.evaluate import lines
+        from tune.findings import found_in
+
+        answer = look(folder, changes, uri=uri, stop=arguments.stop)
+        said = lines(answer, found_in(folder))
+    for line in said:
         say(line)
     return Done(answer)
 
@@ -525,7 +536,7 @@ VERBS = {
     "evaluate": Verb(
         run=evaluate,
         help="evaluate a sweep's students from all sides, and explain them",
-        words=f"{EXISTING} [evaluate.rows=N] [data.root=DIR ...]",
+        words=f"[SWEEP | RUN] {EXISTING.partition(' ')[2]} [evaluate.rows=N] [data.root=DIR ...]",
         flags={},
     ),
     "compare": Verb(

@@ -2,6 +2,7 @@
 
     python -m tune evaluate                 # the latest sweep
     python -m tune evaluate first evaluate.rows=2000
+    python -m tune evaluate RUN             # or of a run of `tune train`
 
     SWEEP/refits/METHOD-seedK/evaluation/   of each student that is compared, one refit: the pages of `richkd evaluate`
     SWEEP/explain/                          where they look, and what fusing did: those of `richkd explain`
@@ -9,17 +10,20 @@
 It is a verb of its own, since on large images it takes minutes and a GPU, which the machine of a driver may not have.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from richkd.appraise import appraise
 from richkd.command import Stop
 from richkd.config import Config
 from richkd.errors import ConfigError, RichkdError
+from richkd.evaluation import lines as lines_of
 from richkd.evaluation import write
 from richkd.explain import explain
 from richkd.layers import Layers, build, flatten, to_dict
 from richkd.progress import stoppable
+from richkd.student import find_checkpoint
 from tune import report
 from tune.attach import find
 from tune.display import Display, short
@@ -33,8 +37,20 @@ from tune.tracking import Client, Tracker
 LOOKED_AT = ("ce", "kd", "kd_tuned", MAIN)  # students whose maps are laid beside each other
 
 
+class Sent(NamedTuple):
+    """What MLflow is sent of a run or a sweep: folders, and numbers."""
+
+    of: Path
+    folders: tuple[Path, ...]
+    metrics: dict[str, float]
+
+
 def evaluate(
-    folder: Path, changes: dict[str, Any] | None = None, *, stop: Stop | None = None
+    folder: Path,
+    changes: dict[str, Any] | None = None,
+    *,
+    uri: str | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Evaluate and explain the students of a sweep, send it to MLflow, and write the report anew.
 
@@ -44,6 +60,7 @@ def evaluate(
     Args:
         folder: Sweep folder.
         changes: Dotted keys that say where its data lie now, and how students are looked at.
+        uri: Address of MLflow; None: that of the sweep, or the usual one.
         stop: Says whether a signal came.
 
     Returns:
@@ -77,8 +94,49 @@ def evaluate(
             shown, config, folder / EXPLAIN, stop=stop or Stop(), progress=progress
         )["page"]
     answer["report"] = str(report.write(found_in(folder)))
-    answer["untold"] = told(folder, refits, answer["students"])
+    sent = [Sent(folder, (folder / EXPLAIN, folder / "report"), {})]
+    sent += [
+        Sent(refit, (refit / EVALUATION,), metrics(answer["students"][name]))
+        for name, refit in refits.items()
+    ]
+    answer["untold"] = told(sent, folder.parent, uri)
     return answer
+
+
+def evaluate_run(
+    folder: Path,
+    changes: dict[str, Any] | None = None,
+    *,
+    uri: str | None = None,
+    stop: Stop | None = None,
+) -> dict[str, Any]:
+    """Evaluate and explain the student of a single run, such as one of `tune train`, and send it to the run in MLflow.
+
+    Args:
+        folder: Run folder.
+        changes: As in `evaluate`.
+        uri: Likewise.
+        stop: Says whether a signal came.
+
+    Returns:
+        `run`, `student` (what `appraise` found), `page`, `explained`, and `untold`, as `evaluate`.
+    """
+    source, stop = find_checkpoint(folder), stop or Stop()
+    with Display("evaluate", stop=stop) as display:
+        progress = stoppable(display.progress, stop)
+        appraisal = appraise(source, changes, progress)
+        page = write(appraisal, folder / EVALUATION, folder.name)
+        config = moved(appraisal.config, changes)
+        students = {config.method.name: source}
+        explained = explain(students, config, folder / EXPLAIN, stop=stop, progress=progress)
+    sent = [Sent(folder, (folder / EVALUATION, folder / EXPLAIN), metrics(appraisal.found))]
+    return {
+        "run": str(folder),
+        "student": appraisal.found,
+        "page": str(page),
+        "explained": explained["page"],
+        "untold": told(sent, folder.parent, uri),
+    }
 
 
 def refits_of(found: Findings, folder: Path) -> dict[str, Path]:
@@ -104,18 +162,16 @@ def moved(config: Config, changes: dict[str, Any] | None) -> Config:
     return build(Layers().over("", flatten(to_dict(config)) | {"device": "auto"} | (changes or {})))
 
 
-def told(folder: Path, refits: dict[str, Path], students: dict[str, dict[str, Any]]) -> str | None:
+def told(sent: Sequence[Sent], storage: Path, uri: str | None = None) -> str | None:
     """Send what was found to the runs in MLflow that it is of; return why it could not be, None if it was."""
     try:
-        parent, address = find(str(folder), folder.parent)
-        client = Client(address or Tracker.address(None))
-        for name, refit in refits.items():
-            run, _ = find(str(refit), folder.parent)
-            client.attach(run, refit / EVALUATION)
-            client.log(run, metrics(students[name]))
-        client.attach(parent, folder / EXPLAIN)
-        client.attach(parent, folder / "report")
-    except RichkdError as error:  # it is down, or has not heard of the sweep
+        for of, folders, numbers in sent:
+            run, address = find(str(of), storage)
+            client = Client(uri or address or Tracker.address(None))
+            for folder in folders:
+                client.attach(run, folder)
+            client.log(run, numbers)
+    except RichkdError as error:  # it is down, or has not heard of the run
         return str(error)
     return None
 
@@ -136,6 +192,19 @@ def metrics(found: dict[str, Any]) -> dict[str, float]:
             each = zip(attacked["eps"], attacked[name], strict=True)
             kept |= {f"evaluation/{name}_{eps}_top1": top1 for eps, top1 in each}
     return kept
+
+
+def lines_of_run(answer: dict[str, Any]) -> list[str]:
+    """Return what was found of a single run as lines for the terminal."""
+    own = answer["student"]
+    said = [f"{'student':<10} test top1 {own['test']['top1']:6.2f} %", *lines_of(own)]
+    said += [f"{what:<10} {short(Path(answer[what]))}" for what in ("page", "explained")]
+    return [*said, *untold(answer)]
+
+
+def untold(answer: dict[str, Any]) -> list[str]:
+    """Return the line that says why MLflow has not got it, none if it has."""
+    return [] if answer["untold"] is None else [f"MLflow has not got it: {answer['untold']}"]
 
 
 def lines(answer: dict[str, Any], found: Findings) -> list[str]:
@@ -159,6 +228,4 @@ def lines(answer: dict[str, Any], found: Findings) -> list[str]:
         f"explained  {short(Path(answer['explained']))}",
         f"report     {short(Path(answer['report']))}",
     ]
-    if answer["untold"] is not None:
-        said.append(f"MLflow has not got it: {answer['untold']}")
-    return said
+    return [*said, *untold(answer)]
