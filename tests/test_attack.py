@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from richkd.evaluate.attack import fgsm, pgd
 from richkd.evaluate.costs import macs
@@ -115,3 +115,23 @@ def test_multiply_adds_are_counted_as_by_hand():
     ).eval()
     wanted = 64 * 8 * 3 * 9 + 16 * 8 * 9 + 8 * 16 * 5
     assert macs(network, torch.zeros(1, 3, 8, 8)) == wanted
+
+
+class Fused(nn.Module):
+    """Attention that one kernel computes, without matrix products of its own."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return 4 heads of 5 tokens of 8 numbers."""
+        query = image.view(1, 4, 5, 8)
+        return F.scaled_dot_product_attention(query, query, query)
+
+
+def test_attention_is_counted_whichever_kernel_computes_it():
+    # queries by keys, and the result by values: 5 x 5 x 8 each, of 4 heads
+    assert macs(Fused(), torch.zeros(1, 1, 16, 10)) == 4 * 2 * 5 * 5 * 8
+    width, tokens = 16, 5
+    layer = nn.TransformerEncoderLayer(width, 4, 32, batch_first=True).eval()
+    projections = tokens * (4 * width * width + 2 * width * 32)
+    wanted = projections + 2 * tokens * tokens * width
+    assert macs(layer, torch.zeros(1, tokens, width)) == wanted
+    assert torch.backends.mha.get_fastpath_enabled()
