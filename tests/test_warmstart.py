@@ -283,3 +283,10 @@ def test_a_sweep_begins_without_theory_where_rows_cannot_tell(tmp_path, cache_ro
     assert {point.source for point in points} == {"paper"}
     _, points = first_of(tmp_path, cache_root, "warmstart.sources=[paper]")
     assert {point.source for point in points} == {"paper"}
+
+
+def test_theory_reads_no_test_rows_whatever_is_diagnosed(tmp_path, cache_root):
+    asked = ["diagnose.rows=test", "diagnose.prompts=[digits-bad]"]
+    sweep, _ = first_of(tmp_path, cache_root, *asked)
+    assert sweep.diagnosis["rows"] == {"of": "validation", "n": 400}
+    assert len(sweep.diagnosis["clip"]) == 4  # those that the sweep chooses from

@@ -2,11 +2,12 @@
 
 import itertools
 import warnings
+from dataclasses import replace
 from typing import Any
 
 from richkd import cache, distill, estimate
 from richkd.command import Stop
-from richkd.config import Config, Data
+from richkd.config import Config, Data, Diagnose
 from richkd.diagnose import diagnose, of_target
 from richkd.errors import ConfigError, DataError, Stopped
 from richkd.files import read_record
@@ -191,6 +192,8 @@ def theory_points(sweep: Sweep, task: distill.Task, progress: Progress) -> dict[
     if ALPHA not in sweep.space or not config.asks_logits or config.selection == "paper":
         return {}
     key = "clip.prompts" if config.clip.logits is None else "clip.logits"
+    # whatever a look at the teachers was asked for: the final fit alone reads test rows
+    config = replace(config, diagnose=Diagnose())
     try:
         found = diagnose(config, sweep.space.choices(key), progress, task=task)
     except (ConfigError, DataError) as error:
