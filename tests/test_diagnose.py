@@ -364,13 +364,19 @@ def given_logits(folder: Path, right_on, seed: int = 0) -> Path:
     return folder / "given.npy"
 
 
+@pytest.mark.parametrize("rows", ["validation", "all"])
 @pytest.mark.parametrize(
     ("right_on", "said"),
-    [((1.0, 1.0), "as if it had been trained on them"), ((0.97, 0.7), "of the test rows")],
+    [
+        ((1.0, 1.0), "as if it had been trained on them"),
+        ((0.97, 0.7), "of the test rows"),
+        ((1.0, 0.97), "training rows, as if"),
+    ],
 )
-def test_a_foreign_teacher_that_is_too_good_is_noticed(cache_root, tmp_path, right_on, said):
+def test_a_foreign_teacher_that_is_too_good_is_noticed(cache_root, tmp_path, right_on, said, rows):
     file = given_logits(tmp_path, right_on)
-    config = build(read([f"cache={cache_root}", f"teacher.logits={file}"]))
+    words = [f"cache={cache_root}", f"teacher.logits={file}", f"diagnose.rows={rows}"]
+    config = build(read(words))
     found = diagnose(config)
     assert found["helps"] is None
     assert said in found["verdict"]
@@ -380,6 +386,15 @@ def test_a_foreign_teacher_that_errs_alike_everywhere_is_judged(cache_root, tmp_
     file = given_logits(tmp_path, (0.8, 0.8))
     found = diagnose(build(read([f"cache={cache_root}", f"teacher.logits={file}"])))
     assert found["caution"] is None
+
+
+@pytest.mark.filterwarnings("ignore:teacher.logits is right on")
+def test_of_a_teacher_that_guesses_no_gain_is_told(cache_root, tmp_path):
+    file = given_logits(tmp_path, (0.8, 0.8))
+    np.save(file, np.random.default_rng(0).permutation(np.load(file)))
+    found = diagnose(build(read([f"cache={cache_root}", f"teacher.logits={file}"])))
+    assert found["helps"] is found["start"] is None
+    assert "little better than a guess; check the order of its rows" in found["verdict"]
 
 
 # what cannot be diagnosed

@@ -348,25 +348,34 @@ def cautions(
                     f"the task teacher was trained on {own} of these {count} rows, so its accuracy on them is flattered; name rows "
                     f"that it has not seen: diagnose.rows={'validation' if name == 'all' else 'test'}"
                 )
+    top1 = accuracy(rows.task, rows.labels)["top1"]
+    if teachers.is_guess(top1, rows.task.shape[1]):
+        return (
+            f"the task teacher is right on {top1:.1f} % of these {count} rows, little better than a guess; check the order of its "
+            "rows and of its classes, and its normalisation"
+        )
     if not config.teacher.brought:
         return None
-    top1 = accuracy(rows.task, rows.labels)["top1"]
-    if top1 >= IMPLAUSIBLE:
-        return (
-            f"the task teacher is right on {top1:.1f} % of these {count} rows, as if it had been trained on them; name rows that "
-            "it has not seen, with diagnose.rows, or bring a teacher that left them out"
-        )
-    tested = teacher.task.test
-    if name == "validation" and tested is not None:
-        labels = torch.from_numpy(task.dataset.test.labels)
-        there = accuracy(tested.cpu(), labels)["top1"]
-        shares = ((top1, count), (there, len(labels)))
-        noise = sum(p * (100 - p) / n for p, n in shares) ** 0.5
-        if top1 - there > max(FAR, FAR * noise):
+    foreign, tested = teacher.task, teacher.task.test
+    for part, chosen, labels in parts:
+        logits = getattr(foreign, part)
+        top1 = accuracy(logits[chosen.to(logits.device)].cpu(), labels[chosen])["top1"]
+        which = f"{top1:.1f} % of {len(chosen)} {'training' if part == 'train' else part} rows"
+        if top1 >= IMPLAUSIBLE:
             return (
-                f"the task teacher is right on {top1:.1f} % of these {count} rows but on {there:.1f} % of the test rows, as if it "
-                "had been trained on them; say diagnose.rows=test, or bring a teacher that left them out"
+                f"the task teacher is right on {which}, as if it had been trained on them; name rows that it has not seen, with "
+                "diagnose.rows, or bring a teacher that left them out"
             )
+        if part == "train" and tested is not None:
+            labels = torch.from_numpy(task.dataset.test.labels)
+            there = accuracy(tested.cpu(), labels)["top1"]
+            shares = ((top1, len(chosen)), (there, len(labels)))
+            noise = sum(p * (100 - p) / n for p, n in shares) ** 0.5
+            if top1 - there > max(FAR, FAR * noise):
+                return (
+                    f"the task teacher is right on {which} but on {there:.1f} % of the test rows, as if it had been trained on them; "
+                    "say diagnose.rows=test, or bring a teacher that left them out"
+                )
     return None
 
 

@@ -4,7 +4,7 @@ Whether a teacher's logits are computed online, looked up in a table or read fro
 else.
 """
 
-from richkd.teachers.checks import check_normalisation, check_sense
+from richkd.teachers.checks import check_normalisation, check_sense, is_guess
 from richkd.teachers.clip import (
     ClipTeacher,
     model_of,
@@ -37,6 +37,7 @@ __all__ = [
     "TaskTeacher",
     "check_normalisation",
     "check_sense",
+    "is_guess",
     "looked_up",
     "model_of",
     "open_clip_teacher",

@@ -36,14 +36,20 @@ def check_sense(source: str, logits: Tensor, labels: Tensor) -> None:
             f"{source} holds rows that sum to 1: these are probabilities, where logits are wanted; give their logarithm.",
             stacklevel=2,
         )
-    top1, chance = accuracy(logits.cpu(), labels)["top1"], 100 / logits.shape[1]
-    # of two classes, half as much again as a guess would be 75 %
-    if top1 < min(1.5 * chance, chance + (100 - chance) / 10):
+    top1, classes = accuracy(logits.cpu(), labels)["top1"], logits.shape[1]
+    if is_guess(top1, classes):
         warnings.warn(
-            f"{source} is right on {top1:.1f} % of {len(labels)} labelled rows, where a guess is on {chance:.1f} %; check "
+            f"{source} is right on {top1:.1f} % of {len(labels)} labelled rows, where a guess is on {100 / classes:.1f} %; check "
             "the order of its rows and of its classes, its normalisation, or the prompts.",
             stacklevel=2,
         )
+
+
+def is_guess(top1: float, classes: int) -> bool:
+    """Return whether top-1, %, is little better than that of a guess."""
+    chance = 100 / classes
+    # of two classes, half as much again as a guess would be 75 %
+    return top1 < min(1.5 * chance, chance + (100 - chance) / 10)
 
 
 USUAL = {  # mean and deviation that published weights expect
