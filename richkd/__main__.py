@@ -548,6 +548,7 @@ VERBS = {
     "diagnose": Verb(
         run=diagnose,
         help="say whether CLIP will help, by how much, and with which weight",
+        words="[LAYER.yaml ...] [key=value ...] [diagnose.rows=test|all] [diagnose.prompts=[SET,...]]",
         flags={"to=DIR": "folder for its page and files, a new one in storage if not given"},
     ),
     "explain": Verb(
