@@ -300,7 +300,7 @@ def test_a_diagnosis_is_kept_with_where_a_sweep_may_start(told):
     assert found["helps"] is True
     assert str(told / "start.yaml") in found["verdict"]
     start = build(read([str(told / "start.yaml")]))
-    assert start.fusion.alpha == pytest.approx(found["alpha_star"]["full"], abs=1e-3)
+    assert start.fusion.alpha == pytest.approx(found["alpha_star"]["full"], abs=5e-3)
     assert start.clip.prompts == found["prompts"]
     # as sharp as plain distillation at T 3
     own = build(read([str(told / "start.yaml"), "teacher.epochs=10"]))
@@ -339,10 +339,11 @@ def test_a_checkpoint_of_ours_says_itself_which_rows_it_has_seen(cache_root, tmp
     # all rows are learnt from, the validation rows of others among them
     seen = ["method.name=ce", "data.validation=10", "data.labelled_per_class=null"]
     assert run("distill", *words, *seen, "--name=seen") == 0
-    config = build(read([*words, f"teacher.checkpoint={tmp_path / 'seen'}"]))
-    found = diagnose(config)
-    assert found["helps"] is None
-    assert "was trained on" in found["caution"]
+    for place in ("seen", "seen/best/weights.safetensors"):
+        given = f"teacher.checkpoint={tmp_path / place}"
+        found = diagnose(build(read([*words, "teacher.name=cnn8", given])))
+        assert found["helps"] is None
+        assert "was trained on" in found["caution"]
     unseen = ["method.name=ce", "data.labelled_per_class=5"]
     assert run("distill", *words, *unseen, "--name=unseen") == 0
     found = diagnose(build(read([*words, f"teacher.checkpoint={tmp_path / 'unseen'}"])))

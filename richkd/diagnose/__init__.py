@@ -387,9 +387,14 @@ def learnt_from(config: Config, task: distill.Task) -> np.ndarray | None:
     given = config.teacher
     if not given.brought:
         return distill.open_task(teachers.teacher_recipe(config), beside=task).split.labelled
-    if given.checkpoint is None or not Path(given.checkpoint).is_dir():
+    if given.checkpoint is None:
         return None
-    meta = checkpoint.load(find_checkpoint(Path(given.checkpoint))).meta
+    folder = Path(given.checkpoint)
+    if folder.name == checkpoint.WEIGHTS and checkpoint.exists(folder.parent):
+        folder = folder.parent
+    if not folder.is_dir():
+        return None
+    meta = checkpoint.load(find_checkpoint(folder)).meta
     if meta["data"] != task.dataset.digest:
         return None
     before = build(Layers().over("", flatten(meta["config"])))
@@ -433,11 +438,11 @@ def judged(found: dict[str, Any], config: Config, caution: str | None) -> dict[s
             "(method.name=kd), or try other prompts or another CLIP."
         )
         return found
-    alpha = found["alpha_star"]["full"]
+    alpha = round(found["alpha_star"]["full"], 2)  # as it is told everywhere
     kept = of_target(found, "kept", alpha)
     key = "clip.prompts" if config.clip.logits is None else "clip.logits"
     found["start"] = {
-        "fusion.alpha": round(alpha, 3),
+        "fusion.alpha": alpha,
         "loss.temperature": round(kept, 3),
         "loss.temperature_of": "fused",
         key: found["prompts"],
