@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from richkd.diagnose import pictures as drawing
 from richkd.diagnose.document import document
 from richkd.diagnose.pictures import ends_of, named
 from richkd.draw import Picture
+from richkd.errors import ConfigError
 from richkd.escape import line
 from richkd.evaluate import pictures as evaluated
 from richkd.layers import build, read
@@ -137,6 +139,11 @@ def test_files_are_written_linked_and_a_layer(better, tmp_path, undrawn):
     assert config.fusion.alpha == round(better["alpha_star"]["full"], 2)
     assert config.loss.temperature == better["start"]["loss.temperature"]
     assert config.clip.prompts == better["prompts"]
+
+
+def test_a_folder_that_cannot_be_made_is_a_clear_line(better, undrawn):
+    with pytest.raises(ConfigError, match="--to must lead to a folder that can be made"):
+        show.write(better, Path("/proc/diagnosis"))  # there even root makes none
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from richkd import escape
 from richkd.diagnose import of_target
 from richkd.diagnose.document import document, points, span
 from richkd.diagnose.pictures import named, share
-from richkd.files import write_atomic, write_json
+from richkd.files import make_folder, write_atomic, write_json
 from richkd.layers import scalar
 from richkd.page import write as write_page
 
@@ -25,6 +25,7 @@ def write(found: dict[str, Any], folder: Path) -> dict[str, Any]:
     Returns:
         The diagnosis, whose verdict says where that is, and which names its `files`.
     """
+    make_folder(folder, "--to")
     told = found | {"files": {"page": str(folder / f"{NAME}.html")}}
     if found["start"] is not None:
         start = folder / START

@@ -28,7 +28,7 @@ from richkd.errors import ConfigError, DataError
 from richkd.evaluate.outcomes import TOP, happened
 from richkd.explain import panels, samples
 from richkd.explain.cam import Cam, grad_cam
-from richkd.files import write_json
+from richkd.files import make_folder, write_json
 from richkd.layers import Layers, build, flatten
 from richkd.progress import Progress, stoppable
 from richkd.student import Student, check_meta, find_checkpoint
@@ -95,6 +95,7 @@ def explain(
         *([page.Text(found["fusion"], "lead")] if "fusion" in found else []),
         page.Pictures(drawn[1:]),
     ]
+    make_folder(folder, "--to")
     html = page.write(folder, "explain", title, blocks)
     kept(folder, drawn)
     write_json(folder / "explain.json", found)
