@@ -177,6 +177,7 @@ def by_theory(form: str) -> Callable[[Tensor, Tensor, Tensor], float]:
     return rule
 
 
+WEIGHTINGS = ("one", "class", "confidence")  # as `fusion.weighting`
 Rule = Callable[[Tensor, Tensor, Tensor], float]
 RULES: dict[str, Rule] = {
     "full": by_theory("full"),
@@ -218,30 +219,28 @@ def weightings(
         `one`: its `top1`, %. `class` and `confidence`, as `fusion.weighting`: also `gain` over it in points, paired by image, and
         the `se` of that; None where the task teacher makes no error by which to calibrate its confidence.
     """
-    parts = folds(len(labels), seed)
-    found: dict[str, dict[str, float] | None] = {}
-    base = torch.zeros(len(labels), dtype=torch.bool)
-    for by in ("one", "class", "confidence"):
-        right = torch.zeros(len(labels), dtype=torch.bool)
-        try:
-            for fit, look in parts:
-                known = task[fit], clip[fit], labels[fit]
-                alpha: float | Tensor = theory.likeliest(*known)
-                if by != "one" and 0 < alpha < 1:
-                    alpha = weighting.fit(by, *known).alphas(alpha, task[look])
-                right[look] = fusion.fuse(task[look], clip[look], alpha).argmax(1) == labels[look]
-        except DataError:
-            found[by] = None
-            continue
-        found[by] = {"top1": top1(right, weights).item()}
-        if by == "one":
-            base = right
-            continue
-        share = weights / weights.sum()
-        gap = 100 * (right.double() - base.double())
-        mean = (gap * share).sum().item()
-        se = (share * (gap - mean)).square().sum().sqrt().item()
-        found[by] |= {"gain": mean, "se": se}
+    right = {by: torch.zeros(len(labels), dtype=torch.bool) for by in WEIGHTINGS}
+    for fit, look in folds(len(labels), seed):
+        known = task[fit], clip[fit], labels[fit]
+        overall = theory.likeliest(*known)
+        for by in list(right):
+            alpha: float | Tensor = overall
+            if by != "one" and 0 < overall < 1:
+                try:
+                    alpha = weighting.fit(by, *known).alphas(overall, task[look])
+                except DataError:
+                    del right[by]
+                    continue
+            right[by][look] = fusion.fuse(task[look], clip[look], alpha).argmax(1) == labels[look]
+    found: dict[str, dict[str, float] | None] = dict.fromkeys(WEIGHTINGS)
+    share = weights / weights.sum()
+    for by, own in right.items():
+        found[by] = {"top1": top1(own, weights).item()}
+        if by != "one":
+            gap = 100 * (own.double() - right["one"].double())
+            mean = (gap * share).sum().item()
+            se = (share * (gap - mean)).square().sum().sqrt().item()
+            found[by] |= {"gain": mean, "se": se}
     return found
 
 
