@@ -45,7 +45,7 @@ TABLES = (
 UNHASHED = (
     *("device", "storage", "cache"),
     *("data.root", "data.path", "data.names", "data.download", "data.memory"),
-    *("train.graphs", "evaluate.rows", "evaluate.corrupted"),
+    *("train.graphs", "evaluate.rows", "evaluate.corrupted", "diagnose.rows", "diagnose.prompts"),
 )
 MAX_BYTES, MAX_DEPTH, MAX_KEYS = 1_000_000, 8, 10_000
 

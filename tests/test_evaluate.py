@@ -211,7 +211,13 @@ def test_where_arrays_lie_and_how_many_rows_are_taken_makes_no_other_run():
     from richkd.layers import digest
 
     plain = build(read([]))
-    assert digest(build(read(["evaluate.rows=7", "evaluate.corrupted=there"]))) == digest(plain)
+    looked = [
+        "evaluate.rows=7",
+        "evaluate.corrupted=there",
+        "diagnose.rows=all",
+        "diagnose.prompts=[a]",
+    ]
+    assert digest(build(read(looked))) == digest(plain)
     assert digest(build(read(["evaluate.certain=0.7"]))) != digest(plain)
 
 
