@@ -216,6 +216,10 @@ def test_arrays_of_other_images_are_refused(arrays, file, content, told):
 def test_a_folder_without_arrays_or_with_a_torn_or_pickled_one_is_refused(arrays, tmp_path):
     folder, labels = arrays
     (tmp_path / "none").mkdir()
+    # of what counts in no mean alone there is none
+    for name in ("labels", "fog"):
+        other = "saturate" if name == "fog" else name
+        (tmp_path / "none" / f"{other}.npy").write_bytes((folder / f"{name}.npy").read_bytes())
     with pytest.raises(DataError, match="such as gaussian_noise.npy but .*none does not"):
         corruption.published(tmp_path / "none", labels, (4, 4, 3), np.array([0]))
     whole = (folder / "fog.npy").read_bytes()

@@ -356,26 +356,26 @@ def cautions(
         )
     if not config.teacher.brought:
         return None
-    foreign, tested = teacher.task, teacher.task.test
-    for part, chosen, labels in parts:
-        logits = getattr(foreign, part)
-        top1 = accuracy(logits[chosen.to(logits.device)].cpu(), labels[chosen])["top1"]
-        which = f"{top1:.1f} % of {len(chosen)} {'training' if part == 'train' else part} rows"
-        if top1 >= IMPLAUSIBLE:
+    # of all rows the training rows come first: next to test rows that it has not seen they would be hidden
+    part, n = parts[0][0], len(parts[0][1])
+    top1 = accuracy(rows.task[:n], rows.labels[:n])["top1"]
+    which = f"{top1:.1f} % of {n} {'training' if part == 'train' else part} rows"
+    if top1 >= IMPLAUSIBLE:
+        return (
+            f"the task teacher is right on {which}, as if it had been trained on them; name rows that it has not seen, with "
+            "diagnose.rows, or bring a teacher that left them out"
+        )
+    tested = teacher.task.test
+    if part == "train" and tested is not None:
+        labels = torch.from_numpy(task.dataset.test.labels)
+        there = accuracy(tested.cpu(), labels)["top1"]
+        shares = ((top1, n), (there, len(labels)))
+        noise = sum(p * (100 - p) / each for p, each in shares) ** 0.5
+        if top1 - there > max(FAR, FAR * noise):
             return (
-                f"the task teacher is right on {which}, as if it had been trained on them; name rows that it has not seen, with "
-                "diagnose.rows, or bring a teacher that left them out"
+                f"the task teacher is right on {which} but on {there:.1f} % of the test rows, as if it had been trained on them; say "
+                "diagnose.rows=test, or bring a teacher that left them out"
             )
-        if part == "train" and tested is not None:
-            labels = torch.from_numpy(task.dataset.test.labels)
-            there = accuracy(tested.cpu(), labels)["top1"]
-            shares = ((top1, len(chosen)), (there, len(labels)))
-            noise = sum(p * (100 - p) / n for p, n in shares) ** 0.5
-            if top1 - there > max(FAR, FAR * noise):
-                return (
-                    f"the task teacher is right on {which} but on {there:.1f} % of the test rows, as if it had been trained on them; "
-                    "say diagnose.rows=test, or bring a teacher that left them out"
-                )
     return None
 
 

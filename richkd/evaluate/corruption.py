@@ -395,7 +395,7 @@ def published(folder: Path, labels: np.ndarray, shape: tuple[int, ...], rows: np
     """
     names = [name for group in GROUPS.values() for name in group]
     paths = {name: folder / f"{name}.npy" for name in names if (folder / f"{name}.npy").exists()}
-    if not paths or not (folder / "labels.npy").exists():
+    if not paths.keys() - set(EXTRA) or not (folder / "labels.npy").exists():
         raise DataError(
             f"evaluate.corrupted must hold labels.npy and files such as gaussian_noise.npy but {folder} does not; give the "
             "folder of CIFAR-100-C."
