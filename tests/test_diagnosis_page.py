@@ -136,7 +136,9 @@ def test_files_are_written_linked_and_a_layer(better, tmp_path, undrawn):
         assert (tmp_path / file).stat().st_size, file
     assert told["verdict"].endswith(f"{tmp_path / 'start.yaml'}.")
     config = build(read([str(tmp_path / "start.yaml")]))
-    assert config.fusion.alpha == round(better["alpha_star"]["full"], 2)
+    weight = better["alpha_star"]["full"]
+    assert config.fusion.alpha == pytest.approx(weight, abs=1e-6)
+    assert f"{config.fusion.alpha:.2f} by theory" in told["verdict"]
     assert config.loss.temperature == better["start"]["loss.temperature"]
     assert config.clip.prompts == better["prompts"]
 

@@ -438,12 +438,13 @@ def judged(found: dict[str, Any], config: Config, caution: str | None) -> dict[s
             "(method.name=kd), or try other prompts or another CLIP."
         )
         return found
-    alpha = round(found["alpha_star"]["full"], 2)  # as it is told everywhere
+    # of raw cosines a weight that counts may be a thousandth
+    alpha = round(found["alpha_star"]["full"], 6)
     kept = of_target(found, "kept", alpha)
     key = "clip.prompts" if config.clip.logits is None else "clip.logits"
     found["start"] = {
         "fusion.alpha": alpha,
-        "loss.temperature": round(kept, 3),
+        "loss.temperature": float(f"{kept:.4g}"),
         "loss.temperature_of": "fused",
         key: found["prompts"],
         "clip.scale": found["scale"],
