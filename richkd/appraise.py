@@ -6,6 +6,7 @@
 Test rows, un-augmented. Its teachers are those of its run, as they lie in the cache or where its config says.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from richkd import cache, distill, estimate
+from richkd import cache, distill, estimate, teachers
 from richkd.config import Config
-from richkd.errors import ConfigError, CorruptError
+from richkd.errors import ConfigError, CorruptError, DataError
 from richkd.evaluate import (
     Calibration,
     accuracy,
@@ -35,6 +36,8 @@ from richkd.progress import Progress
 from richkd.record import frequencies
 
 EPS = (1, 2, 4, 8)  # grey levels by which attacks may change a pixel
+# what of teachers the cache may lack, and is not made for a look at a student that did not listen to them
+COMPUTED = ("teachers", "teacher-logits", "miniature", "clip-images", "clip-texts", "clip-cards")
 BATCH = 250  # images of a pass
 PUBLISHED = "CIFAR-100-C"  # folder of the published arrays, beside those of CIFAR-100
 
@@ -141,13 +144,26 @@ def _shown(
         ]
     except (ConfigError, CorruptError, OSError) as error:
         return {}, [f"without teachers: {error}"]
-    if teacher is None:
-        return {}, []
-    record = folder.parent / "run.json"
-    then = read_record(record).get("teachers", {}) if record.exists() else teacher.identities
-    if then != teacher.identities:
-        return {}, ["without teachers: those that its config names are others than the run had"]
+    if teacher is not None:
+        record = folder.parent / "run.json"
+        then = read_record(record).get("teachers", {}) if record.exists() else teacher.identities
+        if then != teacher.identities:
+            return {}, ["without teachers: those that its config names are others than the run had"]
+    shown = _beside(again, progress) | shown
     return {who: logits.cpu() for who, logits in shown.items()}, []
+
+
+def _beside(again: distill.Retested, progress: Progress | None) -> dict[str, Tensor]:
+    """Return what teachers of the config that the run did not listen to say of the test rows, as far as the cache has it.
+
+    So students of one sweep are compared by one teacher's categories, one that learnt from labels alone, too.
+    """
+    both = teachers.with_both(again.config)
+    with contextlib.suppress(cache.Missing, ConfigError, DataError, CorruptError, OSError):
+        with cache.found_only(*COMPUTED):
+            found = distill.open_teacher(both, again.task, progress)
+            return {who: z for who, z in found.shown("test").items() if who != "fused"}
+    return {}
 
 
 def by_class(logits: Tensor, labels: Tensor, names: tuple[str, ...]) -> list[dict[str, Any]]:

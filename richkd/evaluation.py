@@ -1,5 +1,6 @@
 """What `appraise` found, as it is shown: lines for the terminal, and a page with its pictures and tables."""
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -13,15 +14,28 @@ from richkd.evaluate.calibration import Bin, Calibration
 from richkd.files import make_folder, write_json
 
 SAID = {
-    "right_certain": "that is right and certain",
-    "right_uncertain": "that is right and uncertain",
-    "wrong": "that is wrong",
+    "right_certain": "right and certain",
+    "right_uncertain": "right and uncertain",
+    "wrong": "wrong",
 }
+WIDTH = 80  # columns
+DRAWN = (
+    *(f"{name}.{kind}" for name in ("corruption", "attack") for kind in ("svg", "png", "csv")),
+    "every_corruption.csv",
+)
 KINDS = {"published": "published images", "computed": "computed here, not the published images"}
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
     """Yield what `appraise` found as lines for the terminal, without what `record.result_lines` says of it."""
+    for line in _lines(found):
+        parts = textwrap.wrap(
+            line, WIDTH, subsequent_indent=" " * 11, drop_whitespace=False, break_on_hyphens=False
+        )
+        yield from (part.rstrip() for part in parts)
+
+
+def _lines(found: dict[str, Any]) -> Iterator[str]:
     for title, key, form in (("ECE", "ece", ".2f"), ("NLL", "nll", ".3f")):
         unit = " %" if key == "ece" else ""
         each = (f"{who} {own[key]:{form}}{unit}" for who, own in found["calibration"].items())
@@ -31,7 +45,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"{'agrees':<10} {', '.join(each)}"
     for name, group in found.get("categories", {}).items():
         value = f"{group['top1']:6.2f} %" if "top1" in group else "     -  "
-        yield f"{'':<10} test top1 {value}  of {group['n']} rows with a teacher {SAID[name]}"
+        yield f"{'':<10} test top1 {value}  of {group['n']} rows, teacher {SAID[name]}"
     ranked = sorted(found["classes"], key=lambda each: each["top1"])
     worst = ", ".join(f"{each['name']} {each['top1']:.1f} %" for each in ranked[:4])
     yield f"{'classes':<10} weakest: {worst}"
@@ -76,6 +90,8 @@ def write(appraisal: Appraisal, folder: Path, name: str) -> Path:
     """
     found, calibrations = appraisal.found, appraisal.calibrations
     make_folder(folder, "--to")
+    for file in DRAWN if "corruption" not in found else ():  # of an earlier look that went further
+        (folder / file).unlink(missing_ok=True)
     bins = {who: [asdict(each) for each in own.bins] for who, own in calibrations.items()}
     write_json(folder / "evaluation.json", found | {"bins": bins})
     blocks = [

@@ -134,7 +134,7 @@ def test_a_useless_clip_gains_nothing_though_its_best_weight_looks_better():
     assert verdict["helps"] is False
     assert verdict["start"] is None
     assert verdict["gain"]["low"] <= 0
-    assert "is not shown to be better" in verdict["verdict"]
+    assert "The fused teacher is not better" in verdict["verdict"]
 
 
 def test_of_equal_weights_the_one_nearest_to_plain_distillation_is_taken():

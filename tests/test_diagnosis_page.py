@@ -55,7 +55,12 @@ def diagnosis(
     names = names or tuple(f"class {k}" for k in range(classes))
     config = Config()
     found = measured(Rows(task=task, clips=clips, labels=labels, balanced=False), config, names)
-    found |= {"data": "drawn", "rows": {"of": "validation", "n": rows}, "several": []}
+    found |= {
+        "data": "drawn",
+        "rows": {"of": "validation", "n": rows},
+        "several": [],
+        "balanced": False,
+    }
     found["target"] = {
         "rows": rows,
         "teacher_error": None,
@@ -184,7 +189,7 @@ def test_every_diagnosis_can_be_shown(case, undrawn):
     assert Reader(to_html(case, blocks)).tags.count("img") == 8
     assert to_markdown(case, blocks).count(".csv)") == 8
     said = shown(found)
-    assert len(said) <= 32
+    assert len(said) <= 36
     assert max(map(len, said)) <= show.WIDTH
 
 

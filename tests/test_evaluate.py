@@ -228,3 +228,16 @@ def test_a_class_without_test_rows_has_no_accuracy():
         ("a", 2, 50.0),
         ("c", 1, 100.0),
     ]
+
+
+def test_a_student_of_labels_alone_is_told_by_what_its_teachers_would_have_said(made, tmp_path):
+    run, shown, _, labels = made
+    words = [f"{who}.logits={run.parent}/given.npz:{who}" for who in shown]
+    words += ["method.name=ce", "student.name=cnn8", "train.epochs=1", "device=cpu"]
+    words += [f"cache={run.parent}/cache", f"storage={tmp_path}"]
+    distill.run(build(read(words)), tmp_path / "ce")
+    found = appraise(tmp_path / "ce" / "best", {"evaluate.rows": 0}).found
+    assert found["agreement"].keys() == {"teacher", "clip"}
+    assert found["categories"]["wrong"]["n"] == int((shown["teacher"].argmax(1) != labels).sum())
+    assert "fused" not in found
+    assert found["notes"] == []

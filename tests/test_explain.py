@@ -13,7 +13,7 @@ from torch import nn
 from richkd import __main__ as command_line
 from richkd import checkpoint, distill, explain, models
 from richkd.command import main
-from richkd.errors import ConfigError, CorruptError
+from richkd.errors import ConfigError, CorruptError, Interrupted
 from richkd.evaluate.outcomes import happened
 from richkd.explain import cam, panels, samples
 from richkd.layers import build, dump, read
@@ -430,3 +430,37 @@ def test_a_sweep_stands_for_its_best_and_plain_refits_of_the_same_seed(task, tmp
     twice = explain.students_of([task / "kd", sweep])
     assert list(twice) == ["kd kd", "ce", "kd kd-seed1", "richkd-l"]
     assert all(isinstance(path, Path) for path in twice.values())
+
+
+def test_a_signal_ends_an_explanation_and_nothing_is_written(task, tmp_path):
+    seen: list[str] = []
+
+    def progress(what, done, total):
+        seen.append(what)
+
+    def stop():
+        return 2 if "maps" in seen else None
+
+    config = explain.config_of(task / "richkd-l" / "best")
+    with pytest.raises(Interrupted):
+        explain.explain(
+            {"richkd-l": task / "richkd-l" / "best"},
+            config,
+            tmp_path / "out",
+            stop=stop,
+            progress=progress,
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_teachers_that_a_run_had_and_are_no_more_are_said_so(task, tmp_path, monkeypatch, capsys):
+    record = task / "richkd-l" / "run.json"
+    before = record.read_bytes()
+    known = json.loads(before)
+    known["teachers"]["clip"] = "another"
+    try:
+        record.write_text(json.dumps(known))
+        assert run(str(task / "richkd-l"), f"--to={tmp_path}", "--images=1", "--samples=1") == 0
+    finally:
+        record.write_bytes(before)
+    assert "The clip that richkd-l had is another one." in capsys.readouterr().out

@@ -290,3 +290,38 @@ def test_theory_reads_no_test_rows_whatever_is_diagnosed(tmp_path, cache_root):
     sweep, _ = first_of(tmp_path, cache_root, *asked)
     assert sweep.diagnosis["rows"] == {"of": "validation", "n": 400}
     assert len(sweep.diagnosis["clip"]) == 4  # those that the sweep chooses from
+
+
+def test_a_sweep_begins_with_the_layer_that_a_diagnosis_wrote(tmp_path, cache_root):
+    start = tmp_path / "start.yaml"
+    start.write_text(
+        "fusion.space: logits\nfusion.alpha: 0.4\nloss.temperature: 2.0\n"
+        "loss.temperature_of: fused\nclip.prompts: digits-photo\nclip.scale: model\n"
+    )
+    sweep, points = first_of(tmp_path, cache_root, f"warmstart.sources=[paper, {start}]")
+    own = points[-1]
+    assert own.source == "start.yaml"
+    config = sweep.resolve(own.settings)
+    assert (config.fusion.alpha, config.clip.prompts) == (0.4, "digits-photo")
+    # run as it stands; placed where the searched temperature, of the task teacher's logits, is as sharp
+    assert (config.loss.temperature, config.loss.temperature_of) == (2.0, "fused")
+    teacher = distill.open_teacher(config, task := distill.open_task(config))
+    alone, fused = teacher.spreads(task.split.transfer)
+    assert own.params["loss.temperature"] == pytest.approx(2 * alone / fused)
+    assert own.params["fusion.alpha"] == 0.4
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("data.seed: 1", "it sets data.seed, which all trials of a sweep share"),
+        ("fusion.alhpa: 1", "did you mean"),
+        (None, "neither a file here"),
+    ],
+)
+def test_a_layer_that_no_trial_can_begin_with_is_refused(tmp_path, cache_root, text, said):
+    start = tmp_path / "start.yaml"
+    if text is not None:
+        start.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        first_of(tmp_path, cache_root, f"warmstart.sources=[{start}]")

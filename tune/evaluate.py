@@ -16,12 +16,10 @@ from typing import Any, NamedTuple
 
 from richkd.appraise import appraise
 from richkd.command import Stop
-from richkd.config import Config
 from richkd.errors import ConfigError, RichkdError
 from richkd.evaluation import lines as lines_of
 from richkd.evaluation import write
-from richkd.explain import explain
-from richkd.layers import Layers, build, flatten, to_dict
+from richkd.explain import config_of, explain, together
 from richkd.progress import stoppable
 from richkd.student import find_checkpoint
 from tune import report
@@ -34,7 +32,12 @@ from tune.summary import winner
 from tune.sweep import Sweep, asked_of
 from tune.tracking import Client, Tracker
 
-LOOKED_AT = ("ce", "kd", "kd_tuned", MAIN)  # students whose maps are laid beside each other
+LOOKED_AT = (
+    "ce",
+    "kd",
+    MAIN,
+)  # students whose maps are laid beside each other, as `richkd explain SWEEP` does
+CELLS = 6  # of a grid, likewise
 
 
 class Sent(NamedTuple):
@@ -86,10 +89,10 @@ def evaluate(
             answer["students"][name] = appraisal.found
         shown = {
             found.students[name].label: refit / "best"
-            for name, refit in refits.items()
+            for name, refit in [*refits.items()][:CELLS]
             if found.grid or name in LOOKED_AT
         }
-        config = moved(config_of(found, next(reversed(refits))), changes)
+        config = together([config_of(path, changes) for path in shown.values()])
         answer["explained"] = explain(
             shown, config, folder / EXPLAIN, stop=stop or Stop(), progress=progress
         )["page"]
@@ -126,7 +129,7 @@ def evaluate_run(
         progress = stoppable(display.progress, stop)
         appraisal = appraise(source, changes, progress)
         page = write(appraisal, folder / EVALUATION, folder.name)
-        config = moved(appraisal.config, changes)
+        config = config_of(source, changes)
         students = {config.method.name: source}
         explained = explain(students, config, folder / EXPLAIN, stop=stop, progress=progress)
     sent = [Sent(folder, (folder / EVALUATION, folder / EXPLAIN), metrics(appraisal.found))]
@@ -150,16 +153,6 @@ def refits_of(found: Findings, folder: Path) -> dict[str, Path]:
         if seed is not None:
             chosen[name] = runs / f"{student.label}-seed{seed}"
     return chosen
-
-
-def config_of(found: Findings, name: str) -> Config:
-    """Return the config whose teachers are looked at: of the best setting; of a grid, that of a cell."""
-    return found.configs[name if found.grid or MAIN not in found.configs else MAIN]
-
-
-def moved(config: Config, changes: dict[str, Any] | None) -> Config:
-    """Return a config whose data lie elsewhere."""
-    return build(Layers().over("", flatten(to_dict(config)) | {"device": "auto"} | (changes or {})))
 
 
 def told(sent: Sequence[Sent], storage: Path, uri: str | None = None) -> str | None:

@@ -3,6 +3,7 @@
 import itertools
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from richkd import cache, distill, estimate
@@ -11,9 +12,10 @@ from richkd.config import Config, Data, Diagnose
 from richkd.diagnose import diagnose, of_target
 from richkd.errors import ConfigError, DataError, Stopped
 from richkd.files import read_record
-from richkd.layers import Layers, flatten, to_dict
+from richkd.layers import Layers, find_layer, flatten, read_layer, to_dict
 from richkd.progress import Progress, stoppable
 from richkd.teachers import FusedTeacher
+from tune.agenda import OF_A_METHOD
 from tune.best import find_sweep
 from tune.display import Display
 from tune.places import machines_of
@@ -62,9 +64,7 @@ def prepare(
         prepare_cells(sweep, progress, **launch)
         return {}
     sources = sweep.settings.warmstart.sources if new else ()
-    earlier = {
-        source: earlier_points(sweep, source) for source in sources if source not in (PAPER, THEORY)
-    }
+    earlier = {source: earlier_points(sweep, source) for source in sources if is_earlier(source)}
     config = sweep.typical
     task = distill.open_task(config)
     distill.initial_student(config, task.dataset)
@@ -84,8 +84,10 @@ def prepare(
                 found = paper_points(sweep, task, teacher)
             case "theory":
                 found = theory_points(sweep, task, progress)
-            case _:
+            case _ if is_earlier(source):
                 found = earlier[source]
+            case _:
+                found = {MAIN: [given_point(sweep, source, task, progress)]}
         for label, points in found.items():
             known = [point.settings for point in first[label]]
             first[label] += [point for point in points if point.settings not in known]
@@ -211,6 +213,35 @@ def theory_points(sweep: Sweep, task: distill.Task, progress: Progress) -> dict[
     base = flatten(to_dict(sweep.base))
     params = place(settings, sweep.space, base, 1.0)
     return {MAIN: [Point(params=params, settings=settings | params, source=THEORY)]}
+
+
+def given_point(sweep: Sweep, source: str, task: distill.Task, progress: Progress) -> Point:
+    """Return the setting of a layer, such as the `start.yaml` of a diagnosis, as it stands.
+
+    Raises:
+        ConfigError: If there is no such layer, or it holds what is no setting of a trial.
+    """
+    try:
+        settings = {each.key: each.value for each in read_layer(find_layer(source)).entries}
+        for key in settings:
+            if not key.startswith((*OF_A_METHOD, "student.", "train.")):
+                raise ConfigError(
+                    f"it sets {key}, which all trials of a sweep share; leave it out, or give it as a layer."
+                )
+        config = sweep.resolve(settings)
+    except ConfigError as error:
+        raise ConfigError(f"warmstart.sources={source}: {error}") from error
+    ratio = 1.0
+    if config.loss.temperature_of == "fused" and config.fuses:
+        alone, fused = distill.open_teacher(config, task, progress).spreads(task.split.transfer)
+        ratio = fused / alone
+    point = as_printed(settings, sweep.space, flatten(to_dict(config)), ratio)
+    return replace(point, source=Path(source).name)
+
+
+def is_earlier(source: str) -> bool:
+    """Whether a source of first trials is a sweep, and neither a word nor a layer."""
+    return source not in (PAPER, THEORY) and not source.endswith((".yaml", ".yml"))
 
 
 def as_printed(settings: dict[str, Any], space: Space, base: dict[str, Any], ratio: float) -> Point:

@@ -25,13 +25,12 @@ from richkd.progress import Progress, stoppable
 from tune.best import called
 from tune.costs import cramped, folders_of, in_bytes, measured, side_by_side
 from tune.display import Display
-from tune.first import NAMED, earlier_points
+from tune.first import NAMED, earlier_points, is_earlier
 from tune.places import check, machines_of, shared
 from tune.settings import Settings
 from tune.sharing import Tried, at_most, chosen, line, slower
 from tune.sweep import Sweep, state_of
 from tune.tracking import Tracker, public
-from tune.warmstart import PAPER, THEORY
 
 WIDTH = 80
 
@@ -175,7 +174,7 @@ def unanswered(sweep: Sweep, tracking: str) -> list[str]:
             "or choose another."
         )
     for source in () if sweep.grid else sweep.settings.warmstart.sources:
-        if source not in (PAPER, THEORY):
+        if is_earlier(source):
             with _into(told):
                 earlier_points(sweep, source)
     for field, path in folders_of(sweep).items():

@@ -318,10 +318,14 @@ def evaluated(found: Findings) -> list[Block]:
                     numbers,
                 ),
             ),
-            Text(f"Test rows; one seed each, which can mislead by points.{note}", "soft"),
+            Text(
+                f"Test rows, looked at again after all was chosen; one seed each, which can mislead by points.{note}",
+                "soft",
+            ),
         ]
     if 0 < len(calibrations) <= BESIDE:
-        blocks.append(Pictures([reliability(calibrations)]))
+        titles = {name: found.students[name].title for name in calibrations}
+        blocks.append(Pictures([reliability(calibrations, titles=titles)]))
     if drawn := stored(found.folder / EXPLAIN):
         blocks += [Heading("Where they look, and what fusing did"), Pictures(drawn)]
     return blocks
@@ -338,6 +342,10 @@ def closeness(found: Findings) -> list[str]:
         f"The theory's weight is alpha {weight:.2f} at clip.scale {scale}, of the fused teacher's errors; the search found "
         f"{alpha:.2f}, of the student's accuracy."
     )
+    own = flatten(to_dict(found.config))
+    for key in ("clip.prompts", "clip.logits"):
+        if key in found.best.params and own[key] != told["prompts"]:
+            said += f" It found other prompts, too: {own[key]}."
     start = next((trial for trial in found.main if trial.source == THEORY), None)
     if start is None or start.top1 is None:
         return [said]

@@ -120,8 +120,8 @@ class Refit:
 class Warmstart:
     """Where the first trials come from."""
 
-    # `paper`; `theory`, the weight that the teachers' errors on the held-out rows call for; and sweeps: a name, a folder or an
-    # MLflow run id
+    # `paper`; `theory`, the weight that the teachers' errors on the held-out rows call for; a layer of settings, such as the
+    # start.yaml of a diagnosis; and sweeps: a name, a folder or an MLflow run id
     sources: tuple[str, ...] = ("paper", "theory")
 
 

@@ -20,7 +20,7 @@ from rich.table import Table as Rows
 from richkd import escape
 from richkd.command import Stop
 from richkd.config import one_of
-from richkd.errors import ConfigError, RichkdError
+from richkd.errors import ConfigError, CorruptError, RichkdError
 from richkd.files import read_json, read_record, write_atomic
 from richkd.layers import UNHASHED, Layers, build, flatten, to_dict
 from richkd.page import Block, Table, Text, to_markdown
@@ -336,6 +336,10 @@ def diagnosed(layers: Layers, stop: Stop) -> dict[str, Any]:
 def of_diagnosis(paper: Paper, found: dict[str, Any]) -> list[Cell]:
     """Return counts of what fusing does to rows beside the paper's, outcome by outcome."""
     cells, counted = [], found["outcomes"]
+    if lacks := {key for pair in OUTCOMES.values() for key in pair} - counted.keys():
+        raise CorruptError(
+            f"the outcomes of a diagnosis must have {', '.join(sorted(lacks))} but have not; diagnose anew."
+        )
     for metric, key in paper.metrics.items():
         for name, (part, whole) in OUTCOMES.items():
             count, total = counted[part], counted[whole]

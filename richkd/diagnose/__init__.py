@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from richkd import checkpoint, distill, fusion, teachers, theory
-from richkd.config import Config, Loss
+from richkd.config import Config
 from richkd.data import split
 from richkd.diagnose import measure
-from richkd.errors import ConfigError, DataError
+from richkd.errors import ConfigError, DataError, RichkdError
 from richkd.evaluate.accuracy import LEAST, accuracy
 from richkd.evaluate.outcomes import outcomes
 from richkd.layers import Layers, build, flatten
@@ -29,6 +29,7 @@ from richkd.teachers import FusedTeacher
 
 IMPLAUSIBLE = 99.5  # top-1, %, above which a foreign teacher has probably seen the rows
 FAR = 5.0  # standard errors, and points, by which one is better here than on test rows, likewise
+NEAR_NOTHING = 0.5  # points up to which a gain would change little
 FORMS = ("printed", "full", "independent")  # of the theory's weight
 MOST = 20_000  # rows that teachers are judged on: what more would tell is far below what a gain varies by
 SAMPLE = 20_000  # transfer rows of which targets are looked at
@@ -69,16 +70,16 @@ def diagnose(
 
     Returns:
         Plain JSON. All accuracies are in percent and on the rows of `diagnose.rows`; weights are of the task teacher, on
-        `scale`. `teacher`, `fused` and `outcomes` (at `fusion.alpha`; `outcomes_weighted` at the theory's weight) and each of `clip` are as `measure.teacher` returns them; `curve`, `plateau`,
-        `alpha_star`, `errors` and what follows are of the prompt set that fuses best, `prompts`. `helps` is true if the lower end
-        of the 95 % interval of `gain` lies above 0, None if the rows cannot tell, which `caution` then says; no weight is
-        recommended then.
+        `scale`. `teacher`, `fused` (at `fusion.alpha`, as `outcomes`; `outcomes_weighted` are at the theory's weight) and each of
+        `clip` are as `measure.teacher` returns them; `curve`, `plateau`, `alpha_star`, `errors` and what follows are of the prompt
+        set that fuses best, `prompts`. `helps` is true if the lower end of the 95 % interval of `gain` lies above 0, None if the
+        rows cannot tell, which `caution` then says; no weight is recommended then.
 
     Raises:
         ConfigError: If there are no such rows, or nothing is fused.
         DataError: If a teacher is constant, or does not know the rows.
     """
-    config = of_teachers(config)
+    config = teachers.with_both(config)
     task = task or distill.open_task(config, progress)
     opened = dict(each_fused(config, task, prompts, progress))
     first = next(iter(opened.values()))
@@ -93,27 +94,10 @@ def diagnose(
     found = measured(rows, config, task.dataset.names, progress)
     found["data"] = task.dataset.name
     found["rows"] = {"of": config.diagnose.rows, "n": len(labels)}
+    found["balanced"] = rows.balanced
     found["several"] = shares_of(opened[found["prompts"]], config, parts, rows.task, labels)
     found["target"] = target_of(opened[found["prompts"]], task, config)
     return judged(found, config, cautions(rows, config, task, parts, first))
-
-
-def of_teachers(config: Config) -> Config:
-    """Return a config in which both teachers have a say, whatever its method learns from them."""
-    alpha = config.fusion.alpha
-    loss = Loss(temperature=config.loss.temperature)
-    return replace(
-        config,
-        loss=loss,
-        # one without weight would not be opened
-        fusion=replace(
-            config.fusion,
-            alpha=alpha if 0 < alpha < 1 else 0.5,
-            space="logits",
-            weighting="one",
-        ),
-        clip=replace(config.clip, control="none"),
-    )
 
 
 def each_fused(
@@ -124,14 +108,25 @@ def each_fused(
     wanted = prompts if config.diagnose.prompts is None else config.diagnose.prompts
     own = distill.open_teacher(config, task, progress)
     yield getattr(config.clip, key), own
-    for name in dict.fromkeys(wanted):
+    for name in dict.fromkeys(beside(config, name) for name in wanted):
         if name == getattr(config.clip, key):
             continue
         other = replace(config, clip=replace(config.clip, **{key: name}))
-        clips = teachers.open_clip_teachers(
-            other.clip, task.dataset, task.device, task.cache, progress
-        )
+        try:
+            clips = teachers.open_clip_teachers(
+                other.clip, task.dataset, task.device, task.cache, progress
+            )
+        except RichkdError as error:
+            error.args = (f"diagnose.prompts, {name}: {error}",)
+            raise
         yield name, FusedTeacher(other, task.split, task.labels, own.task, clips)
+
+
+def beside(config: Config, name: str) -> str:
+    """Return what a prompt set that is compared is called in full: of logits in one file of several its key will do."""
+    file, _, key = (config.clip.logits or "").rpartition(":")
+    alone = file and key and ":" not in name and not Path(name).exists()
+    return f"{file}:{name}" if alone else name
 
 
 Part = tuple[str, Tensor, Tensor]  # `train` or `test`, which of its rows, and labels of all of them
@@ -155,8 +150,8 @@ def rows_of(config: Config, task: distill.Task) -> list[Part]:
     count = sum(len(rows) for _, rows, _ in found)
     if count < LEAST:
         raise ConfigError(
-            f"diagnose.rows={config.diagnose.rows} must hold {LEAST} labelled rows or more but has {count}; raise "
-            "data.validation, or say diagnose.rows=test or all."
+            f"diagnose.rows={config.diagnose.rows} must hold {LEAST} labelled rows or more but has {count}; "
+            f"{'' if config.selection == 'paper' else 'raise data.validation, or '}say diagnose.rows=test or all."
         )
     return drawn(found, count, config.seed) if count > MOST else found
 
@@ -206,7 +201,7 @@ def measured(
     base, alpha = task.argmax(1) == labels, config.fusion.alpha
     clips, right = [], {}
     for k, (name, clip) in enumerate(rows.clips.items()):
-        tell("diagnosis", k, parts)
+        tell("diagnosis", k, parts + 1)
         right[name] = measure.right_along(task, clip, labels)
         gain = measure.out_of_bag(right[name], base, weights, seed)
         own = measure.teacher(clip, labels, seed, balanced=rows.balanced)
@@ -214,7 +209,7 @@ def measured(
         best = {"alpha": measure.GRID[int(along.argmax())], "top1": along.max().item()}
         clips.append({"prompts": name} | own | {"gain": gain, "best": best})
     chosen = max(clips, key=lambda each: each["best"]["top1"])["prompts"]
-    tell("diagnosis", parts - 1, parts)
+    tell("diagnosis", parts - 1, parts + 1)
     clip, along = rows.clips[chosen], measure.top1(right[chosen], weights).tolist()
     fused = fusion.fuse(task, clip, alpha)
     every = torch.cat(list(right.values()))
@@ -222,7 +217,8 @@ def measured(
         who: measure.teacher(z, labels, seed, balanced=rows.balanced)
         for who, z in (("teacher", task), ("fused", fused))
     }
-    own = theory.errors(task, clip, labels)
+    own, rules = theory.errors(task, clip, labels), measure.rules(task, clip, labels, seed, weights)
+    tell("diagnosis", parts, parts + 1)
     found = {
         "scale": config.clip.scale,
         "temperature": config.loss.temperature,
@@ -241,8 +237,8 @@ def measured(
         "gain": measure.out_of_bag(every, base, weights, seed),
         "outcomes": outcomes(task, fused, labels),
         "errors": plain(own),
-        "rules": measure.rules(task, clip, labels, seed, weights),
-        "weighting": measure.weightings(task, clip, labels, seed, weights),
+        "rules": rules,
+        "weighting": measure.weightings(task, clip, labels, seed, weights, rules["nll"]["folds"]),
         "standardised": {form: getattr(own, form)() for form in FORMS},
         "errors_along": measure.errors_along(task, clip, labels, seed),
         "certain": config.evaluate.certain,
@@ -255,7 +251,7 @@ def measured(
         "agreement": measure.agreement(task, clip, labels),
         "by_class": measure.classes({"teacher": task, "clip": clip, "fused": fused}, labels, names),
     }
-    tell("diagnosis", parts, parts)
+    tell("diagnosis", parts + 1, parts + 1)
     found["alpha_star"] = {form: found["rules"][form]["alpha"] for form in (*FORMS, "nll")}
     weighted = fusion.fuse(task, clip, found["alpha_star"]["full"])
     found["outcomes_weighted"] = outcomes(task, weighted, labels)
@@ -429,13 +425,20 @@ def judged(found: dict[str, Any], config: Config, caution: str | None) -> dict[s
         found["verdict"] = f"Whether fusing helps cannot be told from these rows: {caution}."
         return found
     found["helps"] = gain["low"] > 0
-    interval = f"{gain['mean']:+.1f} points (95 % interval {gain['low']:+.1f} to {gain['high']:+.1f}) over {over}"
+    mean, low, high = (
+        f"{gain[key]:+.1f}".replace("-0.0", "+0.0") for key in ("mean", "low", "high")
+    )
+    interval = f"{mean} points (95 % interval {low} to {high}) over {over}"
+    alone = next(each for each in found["clip"] if each["prompts"] == found["prompts"])
     if not found["helps"]:
-        alone = next(each for each in found["clip"] if each["prompts"] == found["prompts"])
+        # of a few rows an interval that holds 0 says little
+        open_ = gain["mean"] > 0 and gain["high"] > NEAR_NOTHING
+        how = "is not shown to be better on so few rows" if open_ else "is not better"
+        advice = "judge on more rows (diagnose.rows, data.validation), " if open_ else ""
         found["verdict"] = (
-            f"The fused teacher is not shown to be better: {interval} at the best weight, scale {found['scale']}, prompts "
-            f"{prompts}, with which CLIP alone is right on {alone['top1']:.1f} %; distil from the task teacher alone "
-            "(method.name=kd), or try other prompts or another CLIP."
+            f"The fused teacher {how}: {interval} at the best weight, scale {found['scale']}, prompts {prompts}, with which CLIP "
+            f"alone is right on {alone['top1']:.1f} %; {advice}distil from the task teacher alone (method.name=kd), or try other "
+            "prompts or another CLIP."
         )
         return found
     # of raw cosines a weight that counts may be a thousandth
@@ -443,6 +446,7 @@ def judged(found: dict[str, Any], config: Config, caution: str | None) -> dict[s
     kept = of_target(found, "kept", alpha)
     key = "clip.prompts" if config.clip.logits is None else "clip.logits"
     found["start"] = {
+        "fusion.space": "logits",
         "fusion.alpha": alpha,
         "loss.temperature": float(f"{kept:.4g}"),
         "loss.temperature_of": "fused",
@@ -451,8 +455,13 @@ def judged(found: dict[str, Any], config: Config, caution: str | None) -> dict[s
     }
     low, high = plateau
     weight = f"weight {low:g} to {high:g}" if low < high else f"weight {low:g}"
+    clip = (
+        f" and {alone['top1']:.1f} % of CLIP alone"
+        if alone["top1"] > found["teacher"]["top1"]
+        else ""
+    )
     found["verdict"] = (
-        f"The fused teacher is better: {interval}, {weight} at scale {found['scale']}, {alpha:.2f} by theory with temperature "
+        f"The fused teacher is better: {interval}{clip}, {weight} at scale {found['scale']}, {alpha:.2g} by theory with temperature "
         f"{kept:.2g}, prompts {prompts}."
     )
     return found

@@ -317,6 +317,14 @@ def weights(found: Mapping[str, Any]) -> list[Block]:
         "Top-1 is cross-fitted: the weight comes from other rows than those that it is judged on. Standardised weights are the "
         "theory's; only alpha can be used, and only at this scale."
     )
+    weight, (low, high) = found["alpha_star"]["full"], found["plateau"]
+    if not low <= weight <= high:
+        text += (
+            f" The theory's {weight:.2g} lies outside of the plateau: the least squared error is not the most rows right, and what "
+            "is best on these rows is partly chance, which cross-fitting shows."
+        )
+    if found["balanced"]:
+        text += " Accuracies are means over classes here, while errors and their weights count each row alike."
     probabilities = found["alpha_star"]["probabilities"]
     if probabilities is not None:
         text += (

@@ -6,7 +6,7 @@ Rows must be such as the teachers were not trained on. Whatever is chosen, such 
 not chosen on: out of the bag, for the gain, and over folds, for rules that give a weight.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -194,25 +194,30 @@ def rules(
     """Return what each rule that gives a weight says of all rows, and how right its weights are on rows it has not seen.
 
     Returns:
-        By name: `alpha`, and the cross-fitted `top1`, %.
+        By name: `alpha`, the cross-fitted `top1`, %, and `folds`, the weight of each fold.
     """
     parts, found = folds(len(labels), seed), {}
     for name, rule in RULES.items():
         right = torch.zeros(len(labels), dtype=torch.bool)
-        for fit, look in parts:
-            alpha = rule(task[fit], clip[fit], labels[fit])
-            fused = fusion.fuse(task[look], clip[look], alpha)
-            right[look] = fused.argmax(1) == labels[look]
-        found[name] = {"alpha": rule(task, clip, labels), "top1": top1(right, weights).item()}
+        each = [rule(task[fit], clip[fit], labels[fit]) for fit, _ in parts]
+        for alpha, (_, look) in zip(each, parts, strict=True):
+            right[look] = fusion.fuse(task[look], clip[look], alpha).argmax(1) == labels[look]
+        own = {"alpha": rule(task, clip, labels), "top1": top1(right, weights).item()}
+        found[name] = own | {"folds": each}
     return found
 
 
 def weightings(
-    task: Tensor, clip: Tensor, labels: Tensor, seed: int, weights: Tensor
+    task: Tensor,
+    clip: Tensor,
+    labels: Tensor,
+    seed: int,
+    weights: Tensor,
+    likeliest: Sequence[float],
 ) -> dict[str, dict[str, float] | None]:
     """Return whether one weight a row beats one for all, on rows that neither was fitted on.
 
-    The overall weight is the likeliest one: beside the theory's, which can be too high, a weight a row would look like a gain
+    The overall weight is the likeliest one, of each fold as `rules` has it: beside the theory's, which can be too high, a weight a row would look like a gain
     that another single weight has, too.
 
     Returns:
@@ -220,9 +225,8 @@ def weightings(
         the `se` of that; None where the task teacher makes no error by which to calibrate its confidence.
     """
     right = {by: torch.zeros(len(labels), dtype=torch.bool) for by in WEIGHTINGS}
-    for fit, look in folds(len(labels), seed):
+    for overall, (fit, look) in zip(likeliest, folds(len(labels), seed), strict=True):
         known = task[fit], clip[fit], labels[fit]
-        overall = theory.likeliest(*known)
         for by in list(right):
             alpha: float | Tensor = overall
             if by != "one" and 0 < overall < 1:

@@ -15,7 +15,8 @@ from richkd.page import write as write_page
 
 NAME = "diagnosis"  # of its files
 START = "start.yaml"
-WIDTH, LEFT = 94, 12  # columns, of a line and of what it is about
+WIDTH, LEFT = 80, 12  # columns, of a line and of what it is about
+SHOWN = ("right_certain", "wrong_certain")  # cells of Figure 1; the page has all
 MOST = 6  # prompt sets, of which the others are on the page
 
 
@@ -54,7 +55,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         "",
         *curve(found),
         *rules(found),
-        *reasons(found),
+        *(part for line in reasons(found) for part in _wrapped(line, " " * LEFT)),
         "",
         *_wrapped(found["verdict"]),
         "",
@@ -67,13 +68,13 @@ def accuracies(found: Mapping[str, Any]) -> list[str]:
     names, fused = named(found), found["fused"]
     sets = sorted(found["clip"], key=lambda each: -each["best"]["top1"])
     said = [
-        f"{'':<26}{'top-1':>7}{'top-5':>8}{'entropy':>9}{'ECE':>7}{'calibrated':>12}{'best fused':>15}{'gain':>8}",
+        f"{'':<23}{'top-1':>7}{'entropy':>9}{'ECE':>7}{'calibrated':>12}{'best fused':>15}{'gain':>7}",
         _teacher("task teacher", found["teacher"]),
     ]
     for each in sets[:MOST]:
         best = f"{each['best']['top1']:.2f} at {each['best']['alpha']:.2f}"
         own = _teacher(f"CLIP, {names[each['prompts']]}", each)
-        said.append(f"{own}{best:>15}{each['gain']['mean']:>+8.2f}")
+        said.append(f"{own}{best:>15}{each['gain']['mean']:>+7.2f}")
     if len(sets) > MOST:
         said.append(f"CLIP, {len(sets) - MOST} more prompt sets: on the page")
     return [*said, _teacher(f"fused, alpha {fused['alpha']:g}", fused)]
@@ -81,10 +82,10 @@ def accuracies(found: Mapping[str, Any]) -> list[str]:
 
 def _teacher(name: str, each: Mapping[str, Any]) -> str:
     name = escape.line(name)
-    name = name if len(name) <= 25 else f"{name[:22]}..."
+    name = name if len(name) <= 22 else f"{name[:19]}..."
     calibrated = each["ece_calibrated"]
     shown = "-" if calibrated is None else f"{calibrated:.2f}"
-    return f"{name:<26}{each['top1']:>7.2f}{each['top5']:>8.2f}{each['entropy']:>9.3f}{each['ece']:>7.2f}{shown:>12}"
+    return f"{name:<23}{each['top1']:>7.2f}{each['entropy']:>9.3f}{each['ece']:>7.2f}{shown:>12}"
 
 
 def curve(found: Mapping[str, Any]) -> list[str]:
@@ -93,8 +94,8 @@ def curve(found: Mapping[str, Any]) -> list[str]:
     best, gain, plateau = found["best"], found["gain"], found["plateau"]
     near = "" if plateau is None else f"; within 0.5 points: alpha {span(plateau)}"
     return [
-        _about("alpha", "".join(f"{each['alpha']:>7.1f}" for each in along)),
-        _about("fused top-1", "".join(f"{each['top1']:>7.2f}" for each in along)),
+        _about("alpha", "".join(f"{each['alpha']:>6.1f}" for each in along)),
+        _about("fused top-1", "".join(f"{each['top1']:>6.1f}" for each in along)),
         _about("best", f"{best['top1']:.2f} at alpha {best['alpha']:g}{near}"),
         _about(
             "out of bag",
@@ -122,12 +123,14 @@ def reasons(found: Mapping[str, Any]) -> list[str]:
     own, what, total = found["errors"], found["outcomes"], found["rows"]["n"]
     cells = found["figure1"]["as_is"]
 
+    counts = {cell: (cells["teacher"][cell], cells["fused"][cell]) for cell in SHOWN}
+    few = any(share(n, total) is None for pair in counts.values() for n in pair)
+
     def change(cell: str) -> str:
-        counts = cells["teacher"][cell], cells["fused"][cell]
-        before, after = (share(count, total) for count in counts)
-        if before is None or after is None:
-            return f"{counts[0]} -> {counts[1]} rows"
-        return f"{before:.1f} -> {after:.1f} %"
+        before, after = counts[cell]
+        if few:
+            return f"{before:,} -> {after:,} rows"
+        return f"{share(before, total):.1f} -> {share(after, total):.1f} %"
 
     alpha, wanted = found["fused"]["alpha"], found["start"]
     weight = alpha if wanted is None else wanted["fusion.alpha"]
@@ -162,7 +165,10 @@ def _about(what: str, text: str) -> str:
     return escape.line(f"{what:<{LEFT}}{text}")
 
 
-def _wrapped(text: str) -> list[str]:
+def _wrapped(text: str, indent: str = "") -> list[str]:
     whole = {"break_long_words": False, "break_on_hyphens": False}  # a path can be copied
     kept = escape.line(text).replace(" %", "\u00a0%")
-    return [line.replace("\u00a0", " ") for line in textwrap.wrap(kept, WIDTH, **whole)]
+    return [
+        line.replace("\u00a0", " ")
+        for line in textwrap.wrap(kept, WIDTH, subsequent_indent=indent, **whole)
+    ]

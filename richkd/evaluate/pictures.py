@@ -11,12 +11,17 @@ COLOUR_OF = {"noise": "#d55e00", "blur": "#0072b2", "weather": "#009e73", "digit
 FEW = 24  # classes: of more the weakest and the strongest are drawn
 
 
-def reliability(found: Mapping[str, Calibration], name: str = "reliability") -> Picture:
+def reliability(
+    found: Mapping[str, Calibration],
+    name: str = "reliability",
+    titles: Mapping[str, str] | None = None,
+) -> Picture:
     """Draw how right the rows of each confidence are, of several models beside each other.
 
     Args:
         found: By the model's name, one to four; those in `COLOURS` have their own colour.
         name: Of the picture's files.
+        titles: What models are called, where that is not their name.
     """
     n = len(found)
     width = NARROW if n == 1 else min(WIDE, 3.3 * n + 0.6)
@@ -35,7 +40,8 @@ def reliability(found: Mapping[str, Calibration], name: str = "reliability") -> 
                     (each.confidence, each.confidence), (each.confidence, each.accuracy),
                     color=INK, lw=1.2, zorder=5,
                 )  # fmt: skip
-            curve.set_title(f"{drawable(who)}   ECE {own.ece:.1f} %")
+            title = (titles or {}).get(who, who)
+            curve.set_title(f"{drawable(title, 17)}\nECE {own.ece:.1f} %")
             curve.set(xlim=(0, 100), ylim=(0, 100), aspect="auto")
             counts.set(
                 xlabel="confidence, %", ylim=(0, 100), xticks=range(0, 100, 20), yticks=(0, 50, 100)

@@ -8,6 +8,7 @@
 Rows are drawn by `seed`: the same call shows the same images.
 """
 
+import contextlib
 import re
 import textwrap
 from collections import Counter
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from richkd import checkpoint, distill, page
+from richkd import cache, checkpoint, distill, page
 from richkd.config import Config
 from richkd.data.views import normalise
 from richkd.draw import Picture, kept, nothing
@@ -28,7 +29,7 @@ from richkd.errors import ConfigError, DataError
 from richkd.evaluate.outcomes import TOP, happened
 from richkd.explain import panels, samples
 from richkd.explain.cam import Cam, grad_cam
-from richkd.files import make_folder, write_json
+from richkd.files import make_folder, read_record, write_json
 from richkd.layers import Layers, build, flatten
 from richkd.progress import Progress, stoppable
 from richkd.student import Student, check_meta, find_checkpoint
@@ -124,7 +125,7 @@ def look(
     prepared = stoppable(progress, stop)
     task = distill.open_task(config, prepared)
     watched, notes = {}, list[str]()
-    teacher = distill.open_teacher(config, task, prepared)
+    teacher = _teacher(students, config, task, prepared, notes)
     if teacher is not None and teacher.task is not None:
         own = teacher.task.network
         if own is None:
@@ -135,10 +136,37 @@ def look(
             bare = own.network if isinstance(own, Outputs) else own
             watched["teacher"] = Watched(network=bare, images=teacher.task.test_views.images)
     watched |= {name: student_of(path, task) for name, path in students.items()}
-    drawn, found = _cams(watched, task, config, images, notes)
-    more, picked = _samples(teacher, task, config, shown)
+    drawn, found = _cams(watched, task, config, images, notes, prepared)
+    more, picked = _samples(teacher, task, config, shown, prepared)
     answer = {"data": task.dataset.name, "seed": config.seed, **found, **picked, "notes": notes}
     return Explained([*drawn, *more], answer)
+
+
+def _teacher(
+    students: dict[str, Path],
+    config: Config,
+    task: distill.Task,
+    progress: Progress,
+    notes: list[str],
+) -> FusedTeacher | None:
+    """Return the teachers of a config; those of students only as they had them, and `notes` says where that cannot be."""
+    try:
+        # one is not trained again for a look at its students
+        with cache.found_only("teachers") if students else contextlib.nullcontext():
+            teacher = distill.open_teacher(config, task, progress)
+    except cache.Missing:
+        notes.append(
+            "Without teachers: those of the runs are in this cache no more; cache=FOLDER says where they are."
+        )
+        return None
+    own = {} if teacher is None else teacher.identities
+    for name, path in students.items():
+        record = path.parent / "run.json"
+        then = read_record(record).get("teachers", {}) if record.exists() else {}
+        others = sorted(who for who in own.keys() & then.keys() if own[who] != then[who])
+        if others:
+            notes.append(f"The {' and the '.join(others)} that {name} had is another one.")
+    return teacher
 
 
 def students_of(places: list[Path]) -> dict[str, Path]:
@@ -232,7 +260,12 @@ def student_of(folder: Path, task: distill.Task) -> Watched:
 
 
 def _cams(
-    watched: dict[str, Watched], task: distill.Task, config: Config, images: int, notes: list[str]
+    watched: dict[str, Watched],
+    task: distill.Task,
+    config: Config,
+    images: int,
+    notes: list[str],
+    progress: Progress,
 ) -> tuple[list[Picture], dict[str, Any]]:
     """Return the Grad-CAM panel and what is in it; networks without a place to look at are told in `notes`."""
     count = len(task.dataset.test)
@@ -240,7 +273,8 @@ def _cams(
     rows = torch.from_numpy(np.sort(drawn))
     labels = torch.from_numpy(task.dataset.test.labels)[rows]
     cams: dict[str, Cam] = {}
-    for name, each in watched.items():
+    for k, (name, each) in enumerate(watched.items()):
+        progress("maps", k, len(watched))
         try:
             cams[name] = grad_cam(each.network, each.images(rows), labels)
         except ConfigError as error:
@@ -260,6 +294,7 @@ def _cams(
     if not cams:
         text = "there is neither a student nor a task teacher with a network to look at."
         return [nothing("grad-cam", "Where the networks look", text)], found
+    progress("maps", len(watched), len(watched))
     panel = panels.maps_picture(
         list(task.test.pixels(rows).cpu().numpy()),
         rows.tolist(),
@@ -283,7 +318,11 @@ def _said(shares: Tensor, labels: Tensor, names: tuple[str, ...]) -> list[dict[s
 
 
 def _samples(
-    teacher: FusedTeacher | None, task: distill.Task, config: Config, most: int
+    teacher: FusedTeacher | None,
+    task: distill.Task,
+    config: Config,
+    most: int,
+    progress: Progress,
 ) -> tuple[list[Picture], dict[str, Any]]:
     """Return a picture of each outcome of fusion and what is in them, a single one that says so where nothing is fused."""
     shown = {} if teacher is None else teacher.shown("test")
@@ -306,7 +345,8 @@ def _samples(
     warmth = "T = 1"
     if config.fusion.space == "probs":
         warmth += f", of the fused teacher at T = {teacher.temperature:g}"
-    for name, (title, meaning) in samples.OUTCOMES.items():
+    for k, (name, (title, meaning)) in enumerate(samples.OUTCOMES.items()):
+        progress("samples", k, len(samples.OUTCOMES))
         count, rows = int(which[name].sum()), picked[name]
         chosen = [samples.sample(row, int(labels[row]), shown) for row in rows]
         found[name] = {"count": count, "shown": [_sample(each, names) for each in chosen]}
@@ -319,10 +359,11 @@ def _samples(
         )
         pixels = list(task.test.pixels(torch.tensor(rows)).cpu().numpy())
         drawn.append(panels.bars_picture(name, title, meaning, text, pixels, chosen, names, how))
+    progress("samples", len(samples.OUTCOMES), len(samples.OUTCOMES))
     counts = {name: int(rows.sum()) for name, rows in which.items()}
     wrong = counts["repaired"] + counts["both_wrong"]
     fusion = (
-        f"Of {len(labels)} test images the task teacher gets {wrong} wrong; fusion at {how}, clip.scale {config.clip.scale}, repairs "
+        f"Of {len(labels):,} test images the task teacher gets {wrong} wrong; fusion at {how}, clip.scale {config.clip.scale}, repairs "
         f"{counts['repaired']} of them, {counts['from_outside']} from outside the teacher's first {TOP} classes, and harms "
         f"{counts['harmed']} of its {len(labels) - wrong} right answers."
     )

@@ -13,7 +13,7 @@ from richkd.teachers.clip import (
     shares,
 )
 from richkd.teachers.fused import FusedTeacher
-from richkd.teachers.recipe import teacher_recipe
+from richkd.teachers.recipe import teacher_recipe, with_both
 from richkd.teachers.task import (
     DTYPES,
     MOST,
@@ -46,4 +46,5 @@ __all__ = [
     "shares",
     "teacher_recipe",
     "views_in_use",
+    "with_both",
 ]

@@ -1,4 +1,4 @@
-"""How the task teacher is trained where none is given."""
+"""Configs made of a config: of the run that trains its task teacher, and of a look at both its teachers."""
 
 from dataclasses import replace
 
@@ -58,4 +58,20 @@ def teacher_recipe(config: Config) -> Config:
             schedule="steps" if steps else "cosine",
             milestones=train.milestones if steps else None,
         ),
+    )
+
+
+def with_both(config: Config) -> Config:
+    """Return a config in which both teachers have a say by their logits, whatever its method learns from them."""
+    alpha = config.fusion.alpha
+    return replace(
+        config,
+        loss=Loss(temperature=config.loss.temperature),
+        fusion=replace(
+            config.fusion,
+            alpha=alpha if 0 < alpha < 1 else 0.5,  # one without weight would not be opened
+            space="logits",
+            weighting="one",
+        ),
+        clip=replace(config.clip, control="none"),
     )
