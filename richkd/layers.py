@@ -198,7 +198,10 @@ def find_layer(name: str) -> Path:
             return path
     names = [path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")]
     near = get_close_matches(name, [*names, *(n.removesuffix(".yaml") for n in names)], 1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names))}."
+    own = sorted(name.removesuffix(".yaml") for name in names if "/" not in name)
+    folders = sorted({name.partition("/")[0] for name in names if "/" in name})
+    all_ = f"there are {', '.join(own)}, and more in the folders {', '.join(folders)}."
+    hint = f"did you mean {near[0]}?" if near else all_
     raise ConfigError(f"the layer {name} is neither a file here nor under conf/; {hint}")
 
 

@@ -36,6 +36,7 @@ from richkd.student import Student, check_meta, find_checkpoint
 from richkd.teachers import FusedTeacher, Outputs
 
 IMAGES, SAMPLES = 8, 3  # in the Grad-CAM panel; of each outcome
+WIDTH = 80  # columns of a line
 MOST = 16  # of either, so that a picture can be looked at
 PARTS = ("best", "last")  # checkpoints of a run
 BESIDE = ("ce", "kd")  # refits of a sweep that its best is looked at beside
@@ -209,14 +210,15 @@ def folder_of(place: Path) -> Path:
 
 def lines(answer: dict[str, Any]) -> list[str]:
     """Return what was found as lines for the terminal."""
-    found = [line for note in answer["notes"] for line in textwrap.wrap(note, 96)]
+    found = [line for note in answer["notes"] for line in textwrap.wrap(note, WIDTH)]
     if answer["layers"]:
         found.append(
             f"grad-cam     {', '.join(answer['layers'])} on {len(answer['rows'])} test images"
         )
     for name, each in answer["samples"].items():
-        found.append(f"{name:<12} {each['count']} test images, {len(each['shown'])} shown")
-    found += textwrap.wrap(answer.get("fusion", ""), 96)
+        title = samples.OUTCOMES[name][0].lower()
+        found.append(f"{title:<34} {each['count']:,} test images, {len(each['shown'])} shown")
+    found += textwrap.wrap(answer.get("fusion", ""), WIDTH)
     return [*found, f"pictures     {answer['page']}"]
 
 
