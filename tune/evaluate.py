@@ -32,11 +32,8 @@ from tune.summary import winner
 from tune.sweep import Sweep, asked_of
 from tune.tracking import Client, Tracker
 
-LOOKED_AT = (
-    "ce",
-    "kd",
-    MAIN,
-)  # students whose maps are laid beside each other, as `richkd explain SWEEP` does
+# students whose maps are laid beside each other, as `richkd explain SWEEP` does
+LOOKED_AT = ("ce", "kd", MAIN)
 CELLS = 6  # of a grid, likewise
 
 
@@ -87,11 +84,8 @@ def evaluate(
             appraisal = appraise(refit / "best", changes, progress)
             write(appraisal, refit / EVALUATION, f"{folder.name}, {refit.name}")
             answer["students"][name] = appraisal.found
-        shown = {
-            found.students[name].label: refit / "best"
-            for name, refit in [*refits.items()][:CELLS]
-            if found.grid or name in LOOKED_AT
-        }
+        chosen = [name for name in refits if found.grid or name in LOOKED_AT][:CELLS]
+        shown = {found.students[name].label: refits[name] / "best" for name in chosen}
         config = together([config_of(path, changes) for path in shown.values()])
         answer["explained"] = explain(
             shown, config, folder / EXPLAIN, stop=stop or Stop(), progress=progress
@@ -202,12 +196,14 @@ def untold(answer: dict[str, Any]) -> list[str]:
 
 def lines(answer: dict[str, Any], found: Findings) -> list[str]:
     """Return what was found as lines for the terminal."""
-    head = f"{'':<24}{'top-1':>8}{'ECE':>8}{'NLL':>8}{'corrupted':>11}{'FGSM':>8}{'PGD':>8}"
+    titles = {name: found.students[name].title for name in answer["students"]}
+    wide = max(map(len, titles.values()), default=0) + 1
+    head = f"{'':<{wide}}{'top-1':>8}{'ECE':>8}{'NLL':>8}{'corrupted':>11}{'FGSM':>8}{'PGD':>8}"
     said = [head]
     eps = kind = None
     for name, own in answer["students"].items():
         sure = own["calibration"]["student"]
-        row = f"{found.students[name].title:<24}{own['test']['top1']:>8.2f}{sure['ece']:>8.2f}{sure['nll']:>8.3f}"
+        row = f"{titles[name]:<{wide}}{own['test']['top1']:>8.2f}{sure['ece']:>8.2f}{sure['nll']:>8.3f}"
         if "corruption" in own:
             attacked, kind = own["attack"], own["corruption"]["kind"]
             eps = attacked["eps"][-1]

@@ -79,15 +79,14 @@ def prepare(
     sweep.costs = costs_of(sweep, task, progress)
     first: dict[str, list[Point]] = {MAIN: [], "kd": []}
     for source in sources:
-        match source:
-            case "paper":
-                found = paper_points(sweep, task, teacher)
-            case "theory":
-                found = theory_points(sweep, task, progress)
-            case _ if is_earlier(source):
-                found = earlier[source]
-            case _:
-                found = {MAIN: [given_point(sweep, source, task, progress)]}
+        if source == PAPER:
+            found = paper_points(sweep, task, teacher)
+        elif source == THEORY:
+            found = theory_points(sweep, task, progress)
+        elif is_earlier(source):
+            found = earlier[source]
+        else:
+            found = {MAIN: [given_point(sweep, source, task, progress)]}
         for label, points in found.items():
             known = [point.settings for point in first[label]]
             first[label] += [point for point in points if point.settings not in known]
