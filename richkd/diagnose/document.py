@@ -131,15 +131,19 @@ def tiles(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def start(found: Mapping[str, Any]) -> list[Block]:
     """Return where a sweep or a run may start, and what to do where fusing does not help."""
     if (first := found["start"]) is not None:
-        file = shlex.quote(found.get("files", {}).get("start", "start.yaml"))
+        path = found.get("files", {}).get("start", "start.yaml")
+        sources = shlex.quote(f"warmstart.sources=[paper, {scalar(path)}]")
         text = "".join(f"{key}: {scalar(value)}\n" for key, value in first.items())
         return [
             Heading("Starting point"),
             Text(
                 "The weight with the least squared error, and the temperature at which the target stays as sharp as plain "
-                f"distillation's at T {found['temperature']:g}. As a layer over your own it trains one student so:"
+                f"distillation's at T {found['temperature']:g}. As a layer over your own it trains one student; a sweep begins with "
+                "it beside the setting as printed:"
             ),
-            Code(f"{text}\npython -m richkd distill {LAYER} {file}"),
+            Code(
+                f"{text}\npython -m richkd distill {LAYER} {shlex.quote(path)}\npython -m tune sweep {LAYER} {sources}"
+            ),
         ]
     if found["helps"] is None:
         return []
