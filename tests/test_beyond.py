@@ -1,6 +1,7 @@
 """What `tune evaluate` finds of the students of a sweep, and where it goes; what a sweep was told before it searched."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,7 @@ def test_what_was_told_before_the_search_is_in_mlflow_and_in_the_report(swept):
     assert start.params["fusion.alpha"] == pytest.approx(weight)
     assert f"{start.top1:.2f} %" in close[1]
     assert "from theory" in report.remark(found, start)
+    assert replace(found, best=start).origin.startswith("the theory's own start")
 
 
 def test_a_sweep_without_a_student_cannot_be_evaluated(copied):

@@ -29,7 +29,7 @@ from tune.students import Student
 from tune.study import MAIN, Failure, Search, settings_of
 from tune.summary import read_refits, summarise, winner
 from tune.sweep import DIAGNOSIS, Sweep, asked_of, open_searches, trials_of
-from tune.warmstart import is_own, plain
+from tune.warmstart import THEORY, is_own, plain
 
 ENVIRONMENT = "environment.json"
 EVALUATION = "evaluation"  # folder, and file in it, of what `tune evaluate` found of a refit
@@ -168,7 +168,11 @@ class Findings:
     @property
     def origin(self) -> str | None:
         """What the best setting is, if the search did not find it but was given it."""
-        return origin(self.base.method.name, self.best.settings) if self.best else None
+        if self.best is None:
+            return None
+        if self.best.source == THEORY:
+            return "the theory's own start; nothing that was tried is better"
+        return origin(self.base.method.name, self.best.settings)
 
     @property
     def temperature_of(self) -> str:
