@@ -75,6 +75,7 @@ def test_a_damaged_checkpoint_of_a_trial_that_ended_is_removed_and_its_result_st
     assert status(copied)["trials"]["of"] == 8
 
 
+@pytest.mark.soak
 def test_a_damaged_refit_runs_again_and_ends_the_same(swept, copied):
     refit = copied / "refits" / "ce-seed1"
     before = json.loads((refit / "run.json").read_text())["metrics"]

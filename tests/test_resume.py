@@ -208,6 +208,7 @@ def test_a_sweep_ends_when_its_hours_are_used_up_and_goes_on_with_more(stopped):
     }
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(240)
 def test_with_other_settings_trials_that_ran_begin_anew_and_the_record_agrees(stopped):
     uri = read_json(stopped / "sweep.json")["tracking"]
