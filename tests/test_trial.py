@@ -276,6 +276,7 @@ def test_beats_cost_nothing(tmp_path):
         assert time.perf_counter() - began < 0.1
 
 
+@pytest.mark.soak
 def test_a_trial_waits_for_the_process_of_a_driver_that_was_killed(reports, monkeypatch, tmp_path):
     folder = tmp_path / "run"
     with child(job_of(folder), "slow report") as old:  # which holds the folder while it reports
