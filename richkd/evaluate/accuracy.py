@@ -10,20 +10,30 @@ from richkd.precision import computed
 LEAST = 30  # rows of a group below which its accuracy would be noise
 
 
+def rank(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return how many classes come before the label in each row `(N,)` of `logits` `(N, K)`.
+
+    Among equal logits the lower class comes first, as in `argmax`; in a row that is not finite the label comes after all others,
+    and after five at least.
+    """
+    classes = logits.shape[1]
+    own = logits.gather(1, labels[:, None])
+    first = torch.arange(classes, device=logits.device) < labels[:, None]
+    before = ((logits > own) | ((logits == own) & first)).sum(1)
+    before[~logits.isfinite().all(1)] = max(classes, 5)
+    return before
+
+
 def accuracy(logits: Tensor, labels: Tensor, *, balanced: bool = False) -> dict[str, float]:
     """Return `top1` and `top5` in percent and the mean cross-entropy `loss` of `logits` `(N, K)`.
 
-    With fewer than five classes `top5` counts all of them. Among equal logits the lower class comes first,
-    as in `argmax`; a row that is not finite is wrong. With `balanced` each is the mean over classes of their means, which is
+    With fewer than five classes `top5` counts all of them; ranks are those of `rank`. With `balanced` each is the mean over classes of their means, which is
     what the many rows of a frequent class cannot hide.
     """
-    own = logits.gather(1, labels[:, None])
-    first = torch.arange(logits.shape[1]) < labels[:, None]
-    rank = ((logits > own) | ((logits == own) & first)).sum(1)  # classes before the label
-    rank[~logits.isfinite().all(1)] = 5
+    before = rank(logits, labels)
     found = {
-        "top1": 100 * (rank < 1).double(),
-        "top5": 100 * (rank < 5).double(),
+        "top1": 100 * (before < 1).double(),
+        "top5": 100 * (before < 5).double(),
         "loss": F.cross_entropy(logits.double(), labels, reduction="none"),
     }
     if balanced:

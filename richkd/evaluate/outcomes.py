@@ -1,8 +1,8 @@
 """What fusing does to the rows that the task teacher gets right and wrong (Table 10 and Figure 1 of the paper's supplement)."""
 
-import torch
 from torch import Tensor
 
+from richkd.evaluate.accuracy import rank
 from richkd.evaluate.categories import is_certain
 
 TOP = 5
@@ -10,12 +10,8 @@ REPAIRED, FROM_OUTSIDE, HARMED, BOTH_WRONG = "repaired", "from_outside", "harmed
 
 
 def in_top(logits: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Return of each row `(N,)` whether its label is among the `count` highest of `logits` `(N, K)`; of equal ones the lower class."""
-    own = logits.gather(1, labels[:, None])
-    before = (logits > own) | (
-        (logits == own) & (torch.arange(logits.shape[1], device=logits.device) < labels[:, None])
-    )
-    return before.sum(1) < count
+    """Return of each row `(N,)` whether its label is among the `count` highest of `logits` `(N, K)`, as `rank` has it."""
+    return rank(logits, labels) < count
 
 
 def happened(task: Tensor, fused: Tensor, labels: Tensor) -> dict[str, Tensor]:
