@@ -70,7 +70,7 @@ def evaluate(
     Raises:
         ConfigError: If no refit has finished.
     """
-    found = found_in(folder)
+    found, stop = found_in(folder), stop or Stop()
     refits = refits_of(found, folder)
     if not refits:
         raise ConfigError(
@@ -78,7 +78,7 @@ def evaluate(
         )
     answer: dict[str, Any] = {"sweep": str(folder), "students": {}, "explained": None}
     with Display("evaluate", stop=stop) as display:
-        progress = stoppable(display.progress, stop or Stop())
+        progress = stoppable(display.progress, stop)
         for name, refit in refits.items():
             display.line(f"{found.students[name].title}: {short(refit)}")
             appraisal = appraise(refit / "best", changes, progress)
@@ -88,7 +88,7 @@ def evaluate(
         shown = {found.students[name].label: refits[name] / "best" for name in chosen}
         config = together([config_of(path, changes) for path in shown.values()])
         answer["explained"] = explain(
-            shown, config, folder / EXPLAIN, stop=stop or Stop(), progress=progress
+            shown, config, folder / EXPLAIN, stop=stop, progress=progress
         )["page"]
     answer["report"] = str(report.write(found_in(folder)))
     sent = [Sent(folder, (folder / EXPLAIN, folder / "report"), {})]

@@ -337,12 +337,11 @@ def closeness(found: Findings) -> list[str]:
     weight = told.get("alpha_star", {}).get("full")
     if weight is None or found.best is None:
         return []
-    alpha, scale = flatten(to_dict(found.config))["fusion.alpha"], told["scale"]
+    own, scale = flatten(to_dict(found.config)), told["scale"]
     said = (
         f"The theory's weight is alpha {weight:.2f} at clip.scale {scale}, of the fused teacher's errors; the search found "
-        f"{alpha:.2f}, of the student's accuracy."
+        f"{own['fusion.alpha']:.2f}, of the student's accuracy."
     )
-    own = flatten(to_dict(found.config))
     for key in ("clip.prompts", "clip.logits"):
         if key in found.best.params and own[key] != told["prompts"]:
             said += f" It found other prompts, too: {own[key]}."

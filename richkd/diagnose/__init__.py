@@ -30,7 +30,6 @@ from richkd.teachers import FusedTeacher
 IMPLAUSIBLE = 99.5  # top-1, %, above which a foreign teacher has probably seen the rows
 FAR = 5.0  # standard errors, and points, by which one is better here than on test rows, likewise
 NEAR_NOTHING = 0.5  # points up to which a gain would change little
-FORMS = ("printed", "full", "independent")  # of the theory's weight
 MOST = 20_000  # rows that teachers are judged on: what more would tell is far below what a gain varies by
 SAMPLE = 20_000  # transfer rows of which targets are looked at
 
@@ -239,7 +238,7 @@ def measured(
         "errors": plain(own),
         "rules": rules,
         "weighting": measure.weightings(task, clip, labels, seed, weights, rules["nll"]["folds"]),
-        "standardised": {form: getattr(own, form)() for form in FORMS},
+        "standardised": {form: getattr(own, form)() for form in measure.FORMS},
         "errors_along": measure.errors_along(task, clip, labels, seed),
         "certain": config.evaluate.certain,
         "figure1": measure.figure1(
@@ -252,7 +251,7 @@ def measured(
         "by_class": measure.classes({"teacher": task, "clip": clip, "fused": fused}, labels, names),
     }
     tell("diagnosis", parts + 1, parts + 1)
-    found["alpha_star"] = {form: found["rules"][form]["alpha"] for form in (*FORMS, "nll")}
+    found["alpha_star"] = {form: found["rules"][form]["alpha"] for form in (*measure.FORMS, "nll")}
     weighted = fusion.fuse(task, clip, found["alpha_star"]["full"])
     found["outcomes_weighted"] = outcomes(task, weighted, labels)
     found["probabilities"] = of_probabilities(task, clip, labels, found)
@@ -276,7 +275,7 @@ def of_probabilities(
         return None
     pair = ((z.double() / t).softmax(1) for z, t in zip((task, clip), temperatures, strict=True))
     own = theory.errors_of_probabilities(*pair, labels)
-    return plain(own) | {form: getattr(own, form)() for form in FORMS}
+    return plain(own) | {form: getattr(own, form)() for form in measure.FORMS}
 
 
 def shares_of(

@@ -6,7 +6,7 @@ Rows must be such as the teachers were not trained on. Whatever is chosen, such 
 not chosen on: out of the bag, for the gain, and over folds, for rules that give a weight.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +25,7 @@ from richkd.evaluate.outcomes import certainty
 # distillation
 GRID = tuple(k / 20 for k in range(20, -1, -1))
 BAGS = 1000  # bootstrap samples
+FORMS = ("full", "printed", "independent")  # of the theory's weight
 FOLDS = 5  # in which rules are fitted and scored
 NEAR = 0.5  # points within which weights are as good as the best
 SURE = (0.025, 0.975)  # quantiles between which 95 % of the samples lie
@@ -167,25 +168,16 @@ def best_on_grid(task: Tensor, clip: Tensor, labels: Tensor) -> float:
     return GRID[int(right_along(task, clip, labels).sum(1).argmax())]
 
 
-def by_theory(form: str) -> Callable[[Tensor, Tensor, Tensor], float]:
-    """Return the rule that gives a form of the theory's weight, mapped to the scale in use."""
-
-    def rule(task: Tensor, clip: Tensor, labels: Tensor) -> float:
-        own = theory.errors(task, clip, labels)
-        return own.mapped(getattr(own, form)())
-
-    return rule
-
-
 WEIGHTINGS = ("one", "class", "confidence")  # as `fusion.weighting`
-Rule = Callable[[Tensor, Tensor, Tensor], float]
-RULES: dict[str, Rule] = {
-    "full": by_theory("full"),
-    "printed": by_theory("printed"),
-    "independent": by_theory("independent"),
-    "nll": theory.likeliest,
-    "best": best_on_grid,
-}
+
+
+def weights_of(task: Tensor, clip: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return the weight that each rule gives on some rows, on the scale in use: the theory's forms, `nll` and `best`."""
+    own = theory.errors(task, clip, labels)
+    return {form: own.mapped(getattr(own, form)()) for form in FORMS} | {
+        "nll": theory.likeliest(task, clip, labels),
+        "best": best_on_grid(task, clip, labels),
+    }
 
 
 def rules(
@@ -197,13 +189,13 @@ def rules(
         By name: `alpha`, the cross-fitted `top1`, %, and `folds`, the weight of each fold.
     """
     parts, found = folds(len(labels), seed), {}
-    for name, rule in RULES.items():
+    each = [weights_of(task[fit], clip[fit], labels[fit]) for fit, _ in parts]
+    for name, alpha in weights_of(task, clip, labels).items():
         right = torch.zeros(len(labels), dtype=torch.bool)
-        each = [rule(task[fit], clip[fit], labels[fit]) for fit, _ in parts]
-        for alpha, (_, look) in zip(each, parts, strict=True):
-            right[look] = fusion.fuse(task[look], clip[look], alpha).argmax(1) == labels[look]
-        own = {"alpha": rule(task, clip, labels), "top1": top1(right, weights).item()}
-        found[name] = own | {"folds": each}
+        own = [fold[name] for fold in each]
+        for weight, (_, look) in zip(own, parts, strict=True):
+            right[look] = fusion.fuse(task[look], clip[look], weight).argmax(1) == labels[look]
+        found[name] = {"alpha": alpha, "top1": top1(right, weights).item(), "folds": own}
     return found
 
 
