@@ -143,20 +143,11 @@ def evaluate(arguments: argparse.Namespace) -> Done:
     """Evaluate the student of a run, a sweep or a checkpoint again, or the teachers of a config."""
     names = [word for word in arguments.words if "=" not in word]
     overrides = [word for word in arguments.words if "=" in word]
-    given = read(["data.source=digits", *overrides])
-    changes = {entry.key: entry.value for entry in given.entries[1:]}
-    folder = Path(str(changes.get("storage", Config().storage)))
+    changes, folder = _changes(overrides)
     place = _existing(names[0], folder) if len(names) == 1 else None
     target = None if arguments.logits is None else Path(arguments.logits)
     if place is None:
-        for name in names:
-            try:
-                find_layer(name)
-            except ConfigError as error:
-                raise ConfigError(
-                    f"evaluate takes a run, a sweep, a checkpoint or layers but {name} is none: no folder here or in {folder}/, "
-                    f"and {error}"
-                ) from error
+        _check_layers(names, folder, "evaluate takes a run, a sweep, a checkpoint or layers")
         return _evaluate_teachers(arguments, target)
     if target is not None:
         raise ConfigError(
@@ -188,6 +179,24 @@ def evaluate(arguments: argparse.Namespace) -> Done:
     for line in [*accuracies, *evaluation.lines(answer), where, f"page       {answer['page']}"]:
         say(line)
     return Done(answer)
+
+
+def _changes(overrides: list[str]) -> tuple[dict[str, Any], Path]:
+    """Return what overrides change of runs that exist, by dotted key, and the folder in which runs lie."""
+    given = read(["data.source=digits", *overrides])
+    changes = {entry.key: entry.value for entry in given.entries[1:]}
+    return changes, Path(str(changes.get("storage", Config().storage)))
+
+
+def _check_layers(names: list[str], storage: Path, takes: str) -> None:
+    """Raise ConfigError, which begins by what a verb takes, unless all of these words, which are no runs, are layers."""
+    for name in names:
+        try:
+            find_layer(name)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{takes} but {name} is none: no folder here or in {storage}/, and {error}"
+            ) from error
 
 
 def _existing(name: str, storage: Path) -> Path | None:
@@ -305,21 +314,12 @@ def _runs_and_layers(words: list[str]) -> tuple[list[Path], list[str], dict[str,
     Raises:
         ConfigError: If a word is neither, or something of runs is changed beside where things lie.
     """
-    given = read(["data.source=digits", *(word for word in words if "=" in word)])
-    changes = {entry.key: entry.value for entry in given.entries[1:]}
-    storage = Path(str(changes.get("storage", Config().storage)))
+    changes, storage = _changes([word for word in words if "=" in word])
     found = {word: None if "=" in word else _existing(word, storage) for word in words}
     places = [place for place in found.values() if place is not None]
     others = [word for word in words if found[word] is None]
     layers = [word for word in others if "=" not in word]
-    for name in layers:
-        try:
-            find_layer(name)
-        except ConfigError as error:
-            raise ConfigError(
-                f"explain takes runs, sweeps, checkpoints and layers but {name} is none: no folder here or in {storage}/, and "
-                f"{error}"
-            ) from error
+    _check_layers(layers, storage, "explain takes runs, sweeps, checkpoints and layers")
     if layers or not places:
         return places, others, None
     for key in changes:

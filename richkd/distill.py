@@ -40,12 +40,12 @@ from richkd.evaluate import (
 )
 from richkd.evaluate.accuracy import network_logits
 from richkd.files import read_record, write_json
-from richkd.layers import Layers, build, digest, flatten
+from richkd.layers import digest
 from richkd.learner import Contrast, Learner, Maps
 from richkd.progress import Progress, stoppable
 from richkd.record import TESTED, Record, held, optimizer_state, seed_folders, set_state
 from richkd.steps import ADVICE, ALONE, Steps, check_slices
-from richkd.student import network_of
+from richkd.student import network_of, run_config
 from richkd.threads import one_thread
 from richkd.workers import Group
 
@@ -714,9 +714,7 @@ def retest(folder: Path, changes: dict[str, Any] | None = None) -> Retested:
     """
     saved = checkpoint.load(folder)
     network = network_of(saved)
-    # on whatever this machine has: the accuracy is the student's, not the machine's
-    wanted = flatten(saved.meta["config"]) | {"device": "auto"} | (changes or {})
-    config = build(Layers().over("", wanted))
+    config = run_config(saved, changes)
     task = open_task(config)
     if task.dataset.digest != saved.meta["data"]:
         raise ConfigError(

@@ -8,6 +8,7 @@ It takes a sweep, a run or a checkpoint:
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +16,12 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from richkd import checkpoint, models
+from richkd.config import Config
 from richkd.data.pictures import centre, decode
 from richkd.data.views import normalise
 from richkd.errors import ConfigError, CorruptError
 from richkd.files import read_record
+from richkd.layers import Layers, build, flatten
 
 # without them no image can be classified
 META = {"config", "names", "channels", "size", "mean", "std"}
@@ -85,6 +88,21 @@ def check_meta(saved: checkpoint.Checkpoint) -> None:
             f"{saved.folder} must be the checkpoint of a student but lacks {', '.join(sorted(missing)) or 'student'}; "
             "name another."
         )
+
+
+def run_config(saved: checkpoint.Checkpoint, changes: dict[str, Any] | None = None) -> Config:
+    """Return the run that made a checkpoint, on whatever this machine has: what is found is the student's, not the machine's.
+
+    Args:
+        saved: Its checkpoint.
+        changes: Dotted keys that say where things lie now, and how it is looked at.
+
+    Raises:
+        ConfigError: If it is a checkpoint of something else.
+    """
+    check_meta(saved)
+    wanted = flatten(saved.meta["config"]) | {"device": "auto"} | (changes or {})
+    return build(Layers().over("", wanted))
 
 
 def network_of(saved: checkpoint.Checkpoint) -> nn.Module:

@@ -22,9 +22,8 @@ from richkd.diagnose import measure
 from richkd.errors import ConfigError, DataError, RichkdError
 from richkd.evaluate.accuracy import LEAST, accuracy
 from richkd.evaluate.outcomes import outcomes
-from richkd.layers import Layers, build, flatten
 from richkd.progress import Progress
-from richkd.student import find_checkpoint
+from richkd.student import find_checkpoint, run_config
 from richkd.teachers import FusedTeacher
 
 IMPLAUSIBLE = 99.5  # top-1, %, above which a foreign teacher has probably seen the rows
@@ -389,10 +388,11 @@ def learnt_from(config: Config, task: distill.Task) -> np.ndarray | None:
         folder = folder.parent
     if not folder.is_dir():
         return None
-    meta = checkpoint.load(find_checkpoint(folder)).meta
+    saved = checkpoint.load(find_checkpoint(folder))
+    meta = saved.meta
     if meta["data"] != task.dataset.digest:
         return None
-    before = build(Layers().over("", flatten(meta["config"])))
+    before = run_config(saved)
     seen = split(task.dataset, before.data, before.seed, before.selection)
     if seen.digest != meta["trained_on"]:
         return None

@@ -30,9 +30,8 @@ from richkd.evaluate.outcomes import TOP, happened
 from richkd.explain import panels, samples
 from richkd.explain.cam import Cam, grad_cam
 from richkd.files import make_folder, read_record, write_json
-from richkd.layers import Layers, build, flatten
 from richkd.progress import Progress, stoppable
-from richkd.student import Student, check_meta, find_checkpoint
+from richkd.student import Student, find_checkpoint, run_config
 from richkd.teachers import FusedTeacher, Outputs
 
 IMAGES, SAMPLES = 8, 3  # in the Grad-CAM panel; of each outcome
@@ -229,10 +228,7 @@ def config_of(folder: Path, changes: dict[str, Any] | None = None) -> Config:
         folder: Checkpoint of a student.
         changes: Dotted keys that say where things lie now.
     """
-    saved = checkpoint.load(folder)
-    check_meta(saved)
-    wanted = flatten(saved.meta["config"]) | {"device": "auto"} | (changes or {})
-    return build(Layers().over("", wanted))
+    return run_config(checkpoint.load(folder), changes)
 
 
 def together(configs: list[Config]) -> Config:
